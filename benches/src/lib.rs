@@ -1,1 +1,6 @@
-//! Placeholder while the workspace is laid out.
+//! The harness of dirtylimit: guests that write memory, and the measures of what a limit did to them.
+
+pub mod plan;
+pub mod record;
+pub mod units;
+pub mod workload;

@@ -1,0 +1,52 @@
+//! What one run shall do: the command line, checked, in the units that a guest works with.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use dirtylimit_core::PageRate;
+
+use crate::record::PolicyKind;
+use crate::workload::Workload;
+
+/// One run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// One entry per vCPU, by index; never empty.
+    pub vcpus: Vec<VcpuPlan>,
+    /// Budget of the whole VM.
+    pub vm_limit: Option<PageRate>,
+    /// The policy that limits.
+    pub policy: PolicyKind,
+    /// Entries of each vCPU's dirty ring.
+    pub ring: u32,
+    /// The longest single pause.
+    pub max_pause: Duration,
+    /// Interval between two collections of the dirty log, as a migration's passes would.
+    pub pass: Duration,
+    /// How long the guest runs free first.
+    pub free: Duration,
+    /// How long it runs limited.
+    pub limited: Duration,
+    /// Changes of every vCPU's limit, in order of time.
+    pub steps: Vec<Step>,
+    /// A guest image in place of the built-in one.
+    pub payload: Option<PathBuf>,
+}
+
+/// What one vCPU runs, and its limit.
+#[derive(Clone, Debug)]
+pub struct VcpuPlan {
+    /// What it runs.
+    pub workload: Workload,
+    /// Its limit from the start of the limited phase; `None` is no limit.
+    pub limit: Option<PageRate>,
+}
+
+/// One change of the limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// When, counted from the start of the limited phase.
+    pub after: Duration,
+    /// The new limit of every vCPU; `None` lifts it.
+    pub limit: Option<PageRate>,
+}
