@@ -1,7 +1,62 @@
-//! Per-vCPU dirty page rate limiting: the core.
+//! Keeps each virtual CPU's dirty page rate under a limit: the core, without a clock, an allocator, a thread or a panic.
+//!
+//! ```text
+//!  control plane ──set/cancel/query──► Limiter::tick ─► PREPARE ─► CALCULATE ─► SET PENALTY ─┐
+//!                                         ▲            meter       policy       penalty     │ one wait-free store
+//!                                         └─ every period           share                   ▼
+//!  vCPU thread: KVM_RUN ─► exit, ring full ─► Ring::meter ─► ACCEPT PENALTY: Pacer::settle (one wait-free load), pause
+//! ```
+//! Each stage is the module of its name. `dirtylimit-kvm` puts KVM under it; an embedder of another kind (a unikernel's
+//! VMM, firmware) drives the same parts:
+//!
+//! ```
+//! use dirtylimit_core::{Entry, Limiter, PageRate, Paced, Pacer, Ring, SECOND};
+//!
+//! static LIMITER: Limiter<Paced, 4> = Limiter::new(Paced);
+//! static MEMORY: [Entry; 1024] = [const { Entry::new() }; 1024];
+//!
+//! let vcpu = LIMITER.register()?;
+//! let cell = LIMITER.cell(vcpu).ok_or("no such vCPU")?;
+//! let (mut ring, mut pacer) = (Ring::new(&MEMORY[..])?, Pacer::new(&cell.report));
+//!
+//! // Control plane: 1 MiB/s, in pages of 4 KiB; and the tick, every 10 to 100 ms.
+//! LIMITER.set_limit(vcpu, Some(PageRate::from_bytes_per_sec(1 << 20, 4096)));
+//! LIMITER.tick(100 * SECOND);
+//!
+//! // vCPU thread, at an exit with a full ring: meter, settle, pause until `turn.until`, free the next slice.
+//! let pages = ring.meter(|page| { /* gross and net are the same here */ });
+//! cell.report.add_pages(pages, pages);
+//! let turn = pacer.settle(100 * SECOND, LIMITER.vm(), &cell.penalty, &cell.report);
+//! ring.collect(ring.to_collect(turn.slice.unwrap_or(u32::MAX)), |page| { /* dirty: publish it after the reset */ });
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Wait-freedom
+//! [`PenaltyCell::set`] is one store, [`PenaltyCell::accept`] and [`Pacer::owes`] one load each, [`Report`]'s counters a
+//! load and a store: none loops, none compares and exchanges. [`Pacer::settle`] is straight-line code over four loads.
+//! [`Ring::meter`] and [`Ring::collect`] visit each entry of the ring at most once a call.
 #![no_std]
 #![forbid(unsafe_code)]
 
-mod rate;
+#[cfg(test)]
+#[macro_use]
+extern crate std;
 
+mod controller;
+mod meter;
+mod pacer;
+mod penalty;
+mod policy;
+mod rate;
+mod ring;
+mod share;
+mod sync;
+
+pub use controller::{Full, Limiter, Status, VcpuCell, VcpuIndex};
+pub use meter::{Counts, Meter, Reading, Report, Totals};
+pub use pacer::{MAX_DEBT, Pacer, Turn};
+pub use penalty::{Penalty, PenaltyCell, Terms, VmCell};
+pub use policy::{Paced, Policy, Shipped, Stepped, SteppedState};
 pub use rate::{Nanos, PageRate, Price, SECOND};
+pub use ring::{BadRingSize, Entry, PML, Page, RESERVED, Ring};
+pub use share::{Claim, level, share};

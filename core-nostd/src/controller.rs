@@ -1,0 +1,302 @@
+//! One tick over all vCPUs: PREPARE → CALCULATE → SET PENALTY, and the control plane that sets limits and asks.
+
+use heapless::Vec;
+
+use crate::meter::{Meter, Reading, Report, Totals};
+use crate::penalty::{Penalty, PenaltyCell, Terms, VmCell};
+use crate::policy::Policy;
+use crate::rate::{Nanos, PageRate};
+use crate::share::{Claim, level, share};
+use crate::sync::{Mutex, const_fn};
+
+/// The words between the controller and one vCPU: two cache lines, each written from one side.
+#[derive(Debug, Default)]
+pub struct VcpuCell {
+    /// Written by the controller, read by the vCPU's thread.
+    pub penalty: PenaltyCell,
+    /// Written by the ring's owner and the vCPU's thread, read by the controller.
+    pub report: Report,
+}
+
+impl VcpuCell {
+    const_fn! {
+        /// No penalty, nothing reported.
+        pub fn new() -> Self {
+            Self { penalty: PenaltyCell::new(), report: Report::new() }
+        }
+    }
+}
+
+/// Which of the limiter's vCPUs: its place in the table, free for reuse once unregistered.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct VcpuIndex(u16);
+
+impl VcpuIndex {
+    /// As a number below the limiter's capacity.
+    pub const fn get(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// The limiter has no place for another vCPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Full {
+    /// How many it takes.
+    pub capacity: usize,
+}
+
+impl core::fmt::Display for Full {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "all {} places for vCPUs are taken", self.capacity)
+    }
+}
+
+impl core::error::Error for Full {}
+
+/// What is known of one vCPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Status {
+    /// The limit set for it; `None`: unlimited.
+    pub limit: Option<PageRate>,
+    /// The limit in force: the lesser of its own and its share of the VM's budget.
+    pub effective_limit: Option<PageRate>,
+    /// Its dirty page rate, smoothed over 100 ms, as of the last tick.
+    pub rate: PageRate,
+    /// The rate that it would have if it did not pause, likewise.
+    pub demand: PageRate,
+    /// The penalty in force.
+    pub penalty: Penalty,
+    /// Where the limit cannot be held within the longest pause: the pause that one page needs, in ns.
+    pub needs_pause: Option<Nanos>,
+    /// Everything counted since it was registered, up to now.
+    pub totals: Totals,
+}
+
+/// A row of the table: the controller's own memory of a vCPU.
+#[derive(Debug)]
+struct Row<S> {
+    meter: Meter,
+    limit: Option<PageRate>,
+    effective: Option<PageRate>,
+    weight: u32,
+    penalty: Penalty,
+    state: S,
+}
+
+impl<S: Default> Row<S> {
+    fn new(cell: &VcpuCell, limit: Option<PageRate>) -> Self {
+        let meter = Meter::starting_at(cell.report.counts());
+        Self { meter, limit, effective: None, weight: 1, penalty: Penalty::NONE, state: S::default() }
+    }
+
+    /// CALCULATE and SET PENALTY.
+    fn calculate<P: Policy<State = S>>(&mut self, policy: &P, reading: &Reading, cell: &VcpuCell) {
+        self.penalty = match self.effective {
+            Some(limit) => policy.penalty(&mut self.state, reading, limit, self.penalty),
+            None => {
+                self.state = S::default();
+                Penalty::NONE
+            }
+        };
+        cell.penalty.set(self.penalty);
+    }
+
+    /// Puts the vCPU's own limit and its share of the budget in force; applies a change at once.
+    fn limit_to<P: Policy<State = S>>(&mut self, policy: &P, level: Option<PageRate>, cell: &VcpuCell) {
+        let share = level.map(|level| share(level, self.weight).max(PageRate::MIN_LIMIT));
+        let effective = [self.limit, share].into_iter().flatten().min();
+        if self.effective != effective {
+            self.effective = effective;
+            self.calculate(policy, &Reading::default(), cell);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Table<P: Policy, const N: usize> {
+    policy: P,
+    /// A place is `None` while no vCPU has it.
+    rows: Vec<Option<Row<P::State>>, N>,
+    /// For vCPUs that register later.
+    limit: Option<PageRate>,
+    budget: Option<PageRate>,
+    level: Option<PageRate>,
+    ticked: Option<Nanos>,
+}
+
+/// The controller of one VM's vCPUs, up to `N` of them (at most 65,536).
+///
+/// The control plane (everything but [`Limiter::cell`] and [`Limiter::vm`]) takes a spin lock, so that calls from any
+/// thread take effect one after the other; vCPU threads never touch it. Nothing allocates, reads a clock or panics.
+#[derive(Debug)]
+pub struct Limiter<P: Policy, const N: usize> {
+    vm: VmCell,
+    cells: [VcpuCell; N],
+    table: Mutex<Table<P, N>>,
+}
+
+impl<P: Policy, const N: usize> Limiter<P, N> {
+    const_fn! {
+        /// A limiter without vCPUs; usable in a `static`.
+        pub fn new(policy: P) -> Self {
+            const { assert!(0 < N && N <= 1 << 16, "a limiter has room for 1 to 65,536 vCPUs") };
+            let table = Table { policy, rows: Vec::new(), limit: None, budget: None, level: None, ticked: None };
+            Self { vm: VmCell::new(), cells: [const { VcpuCell::new() }; N], table: Mutex::new(table) }
+        }
+    }
+
+    /// The words that all vCPUs read.
+    pub fn vm(&self) -> &VmCell {
+        &self.vm
+    }
+
+    /// The words of one vCPU.
+    pub fn cell(&self, index: VcpuIndex) -> Option<&VcpuCell> {
+        self.cells.get(index.get())
+    }
+
+    /// Gives a new vCPU a place, with the limit last set for all.
+    ///
+    /// # Errors
+    /// Where all places are taken.
+    pub fn register(&self) -> Result<VcpuIndex, Full> {
+        let table = &mut *self.table.lock();
+        let place = table.rows.iter().position(Option::is_none).unwrap_or(table.rows.len());
+        let full = Full { capacity: N };
+        let (cell, index) = (self.cells.get(place).ok_or(full)?, u16::try_from(place).map_err(|_| full)?);
+        if place == table.rows.len() {
+            table.rows.push(None).map_err(|_| full)?;
+        }
+        let row = table.rows.get_mut(place).ok_or(full)?.insert(Row::new(cell, table.limit));
+        row.limit_to(&table.policy, table.level, cell);
+        Ok(VcpuIndex(index))
+    }
+
+    /// Takes a vCPU's place back and its penalty away; the place's next owner inherits nothing.
+    pub fn unregister(&self, index: VcpuIndex) {
+        let mut table = self.table.lock();
+        if let (Some(row), Some(cell)) = (table.rows.get_mut(index.get()), self.cell(index)) {
+            *row = None;
+            cell.penalty.set(Penalty::NONE);
+        }
+    }
+
+    /// Limits a vCPU (`None` cancels), at once as far as the policy needs no measurement first. Limits below
+    /// [`PageRate::MIN_LIMIT`] are raised to it. Does nothing for a place without a vCPU.
+    pub fn set_limit(&self, index: VcpuIndex, limit: Option<PageRate>) {
+        self.with_row(index, |row, table_policy, level, cell| {
+            row.limit = at_least_minimal(limit);
+            row.limit_to(table_policy, level, cell);
+        });
+    }
+
+    /// Limits every vCPU, present and to come (`None` cancels).
+    pub fn set_limit_all(&self, limit: Option<PageRate>) {
+        let table = &mut *self.table.lock();
+        table.limit = at_least_minimal(limit);
+        for (row, cell) in table.rows.iter_mut().zip(&self.cells) {
+            if let Some(row) = row {
+                row.limit = table.limit;
+                row.limit_to(&table.policy, table.level, cell);
+            }
+        }
+    }
+
+    /// Sets the whole VM's budget (`None`: no budget), split among the vCPUs at once by what is known of their demand, and
+    /// again each tick. Each vCPU may use as much as the level allows it, so that one which turns hot between two ticks is
+    /// not held at what it did before.
+    pub fn set_vm_limit(&self, budget: Option<PageRate>) {
+        let mut table = self.table.lock();
+        table.budget = at_least_minimal(budget);
+        table.split(&self.cells);
+    }
+
+    /// How much a vCPU counts in the split of the VM's budget; 1 by default, 0 counts as 1.
+    pub fn set_weight(&self, index: VcpuIndex, weight: u32) {
+        self.with_row(index, |row, _, _, _| row.weight = weight.max(1));
+    }
+
+    /// Changes the policy of every vCPU.
+    pub fn set_policy(&self, policy: P) {
+        let table = &mut *self.table.lock();
+        table.policy = policy;
+        for (row, cell) in table.rows.iter_mut().zip(&self.cells) {
+            if let Some(row) = row {
+                row.state = P::State::default();
+                row.calculate(&table.policy, &Reading::default(), cell);
+            }
+        }
+    }
+
+    /// What is known of a vCPU; `None` where the place has none.
+    pub fn query(&self, index: VcpuIndex) -> Option<Status> {
+        let table = self.table.lock();
+        let row = table.rows.get(index.get())?.as_ref()?;
+        let max_pause = self.vm.max_pause();
+        let needs_pause = match row.penalty.terms() {
+            Some(Terms::Pace(price) | Terms::Sleep(price)) => Some(price.of(1)).filter(|pause| *pause > max_pause),
+            None => None,
+        };
+        Some(Status {
+            limit: row.limit,
+            effective_limit: row.effective,
+            rate: row.meter.rate(),
+            demand: row.meter.demand(),
+            penalty: row.penalty,
+            needs_pause,
+            totals: row.meter.totals(&self.cell(index)?.report),
+        })
+    }
+
+    /// One tick: reads every vCPU's report, sets every penalty, renews the lease. To be called at least every
+    /// [`VmCell::LEASE`], or the penalties lapse; usually every 10 to 100 ms. A time before the last tick's counts as
+    /// none passed. Linear in the highest number of vCPUs there were.
+    pub fn tick(&self, now: Nanos) {
+        let table = &mut *self.table.lock();
+        let elapsed = now.saturating_sub(table.ticked.unwrap_or(now));
+        table.ticked = Some(now);
+        self.vm.renew(now);
+        for (row, cell) in table.rows.iter_mut().zip(&self.cells) {
+            if let Some(row) = row {
+                let reading = row.meter.read(&cell.report, elapsed);
+                row.calculate(&table.policy, &reading, cell);
+            }
+        }
+        if table.budget.is_some() {
+            table.split(&self.cells);
+        }
+    }
+
+    fn with_row(&self, index: VcpuIndex, change: impl FnOnce(&mut Row<P::State>, &P, Option<PageRate>, &VcpuCell)) {
+        let table = &mut *self.table.lock();
+        if let (Some(Some(row)), Some(cell)) = (table.rows.get_mut(index.get()), self.cell(index)) {
+            change(row, &table.policy, table.level, cell);
+        }
+    }
+}
+
+impl<P: Policy, const N: usize> Table<P, N> {
+    /// Splits the budget by the demands of the last tick.
+    fn split(&mut self, cells: &[VcpuCell; N]) {
+        self.level = self.budget.map(|budget| {
+            let claim = |row: &Row<P::State>| {
+                Claim::new(row.limit.map_or(row.meter.demand(), |limit| limit.min(row.meter.demand())), row.weight)
+            };
+            let mut claims: Vec<Claim, N> = self.rows.iter().flatten().map(claim).collect();
+            // Where every demand is covered, any one vCPU may still grow to the whole.
+            level(&mut claims, budget).unwrap_or(budget)
+        });
+        for (row, cell) in self.rows.iter_mut().zip(cells) {
+            if let Some(row) = row {
+                row.limit_to(&self.policy, self.level, cell);
+            }
+        }
+    }
+}
+
+fn at_least_minimal(limit: Option<PageRate>) -> Option<PageRate> {
+    limit.map(|limit| limit.max(PageRate::MIN_LIMIT))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,238 @@
+//! PREPARE: what a vCPU's ring told, as counters that anyone may read, and the dirty page rate made of them.
+
+use crate::rate::{Nanos, PageRate};
+use crate::sync::{Atomic, Ordering, const_fn};
+
+/// What is known of one vCPU's dirtying: free-running counters that wrap, on a cache line away from the controller's.
+///
+/// Each has one writer at a time, so adding is a load and a store, wait-free where there is no fetch-and-add. Readers
+/// take differences within 2³² of each other.
+#[derive(Debug)]
+#[repr(align(64))]
+pub struct Report {
+    /// Pages newly dirty since each was last published. Written by whoever owns the ring.
+    net: Atomic<u32>,
+    /// Ring entries. Written by whoever owns the ring.
+    gross: Atomic<u32>,
+    /// Exits with a full ring. Written by the vCPU's thread.
+    full_exits: Atomic<u32>,
+    /// Microseconds paused. Written by the vCPU's thread.
+    paused: Atomic<u32>,
+}
+
+/// The counters of a [`Report`], read one after the other.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Counts {
+    /// Pages newly dirty.
+    pub net: u32,
+    /// Ring entries.
+    pub gross: u32,
+    /// Exits with a full ring.
+    pub full_exits: u32,
+    /// Microseconds paused.
+    pub paused: u32,
+}
+
+impl Counts {
+    /// What was counted since `earlier`.
+    pub const fn since(self, earlier: Self) -> Self {
+        Self {
+            net: self.net.wrapping_sub(earlier.net),
+            gross: self.gross.wrapping_sub(earlier.gross),
+            full_exits: self.full_exits.wrapping_sub(earlier.full_exits),
+            paused: self.paused.wrapping_sub(earlier.paused),
+        }
+    }
+}
+
+fn add(word: &Atomic<u32>, count: u32) {
+    // Relaxed: one writer at a time, which the ring's lock or being the vCPU's thread provides; a count carries nothing
+    // else with it.
+    word.store(word.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
+}
+
+impl Report {
+    const_fn! {
+        /// Nothing counted.
+        pub fn new() -> Self {
+            Self { net: Atomic::new(0), gross: Atomic::new(0), full_exits: Atomic::new(0), paused: Atomic::new(0) }
+        }
+    }
+
+    /// Counts metered entries. For the ring's owner alone.
+    pub fn add_pages(&self, net: u32, gross: u32) {
+        add(&self.net, net);
+        add(&self.gross, gross);
+    }
+
+    /// Counts an exit with a full ring. For the vCPU's thread alone.
+    pub fn add_full_exit(&self) {
+        add(&self.full_exits, 1);
+    }
+
+    /// Counts a pause, in µs rounded down. For the vCPU's thread alone.
+    pub fn add_pause(&self, pause: Nanos) {
+        #[expect(clippy::cast_possible_truncation, reason = "a counter that wraps")]
+        add(&self.paused, (pause / 1000) as u32);
+    }
+
+    /// The net count: one load.
+    #[inline]
+    pub fn net(&self) -> u32 {
+        // Relaxed: a count by itself; the vCPU pays for what it sees, the rest at its next look.
+        self.net.load(Ordering::Relaxed)
+    }
+
+    /// All counters.
+    pub fn counts(&self) -> Counts {
+        // Relaxed: as `net`.
+        let load = |word: &Atomic<u32>| word.load(Ordering::Relaxed);
+        Counts {
+            net: self.net(),
+            gross: load(&self.gross),
+            full_exits: load(&self.full_exits),
+            paused: load(&self.paused),
+        }
+    }
+}
+
+impl Default for Report {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Sums since the vCPU was registered, which do not wrap.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Totals {
+    /// Pages newly dirty since each was last published: what a migration has to send.
+    pub net_pages: u64,
+    /// Ring entries; more than the net pages by those re-protected and written again before they were published.
+    pub gross_pages: u64,
+    /// Exits with a full ring.
+    pub full_exits: u64,
+    /// Microseconds paused.
+    pub paused_us: u64,
+}
+
+impl Totals {
+    /// These and `counts` more.
+    pub const fn plus(self, counts: Counts) -> Self {
+        Self {
+            net_pages: self.net_pages.wrapping_add(counts.net as u64),
+            gross_pages: self.gross_pages.wrapping_add(counts.gross as u64),
+            full_exits: self.full_exits.wrapping_add(counts.full_exits as u64),
+            paused_us: self.paused_us.wrapping_add(counts.paused as u64),
+        }
+    }
+}
+
+/// The controller's view of one [`Report`].
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Meter {
+    seen: Counts,
+    totals: Totals,
+    rate: PageRate,
+    demand: PageRate,
+}
+
+/// What a vCPU did between two ticks.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Reading {
+    /// Net pages.
+    pub pages: u32,
+    /// Nanoseconds between the ticks.
+    pub elapsed: Nanos,
+    /// Of those, paused.
+    pub paused: Nanos,
+}
+
+impl Meter {
+    /// A meter that starts from what the report holds now.
+    pub fn starting_at(counts: Counts) -> Self {
+        Self { seen: counts, ..Self::default() }
+    }
+
+    /// Reads the report, `elapsed` after the last reading; to be called before a counter can wrap (minutes).
+    pub fn read(&mut self, report: &Report, elapsed: Nanos) -> Reading {
+        let counts = report.counts();
+        let new = counts.since(self.seen);
+        self.seen = counts;
+        self.totals = self.totals.plus(new);
+        let paused = Nanos::from(new.paused) * 1000;
+        if elapsed > 0 {
+            // Pauses end between ticks, so one reading may hold more than its share of them: at most all of it.
+            let ran = elapsed.saturating_sub(paused).max(elapsed / 64);
+            self.rate = smooth(self.rate, PageRate::measured(new.net, elapsed), elapsed);
+            self.demand = smooth(self.demand, PageRate::measured(new.net, ran), elapsed);
+        }
+        Reading { pages: new.net, elapsed, paused }
+    }
+
+    /// The smoothed dirty page rate.
+    pub fn rate(&self) -> PageRate {
+        self.rate
+    }
+
+    /// The rate that the vCPU would have without its pauses: pages over running time, smoothed.
+    pub fn demand(&self) -> PageRate {
+        self.demand
+    }
+
+    /// The sums up to now, from the report.
+    pub fn totals(&self, report: &Report) -> Totals {
+        self.totals.plus(report.counts().since(self.seen))
+    }
+}
+
+/// A first-order low pass: after [`SMOOTHING`] half of a step has come through, and after twice that all of it.
+fn smooth(old: PageRate, new: PageRate, elapsed: Nanos) -> PageRate {
+    let weight = elapsed.min(2 * SMOOTHING) / (2 * SMOOTHING / 64); // of 64
+    PageRate::from_raw((old.raw() * (64 - weight) + new.raw() * weight) / 64)
+}
+
+/// Time constant of the rates that people and policies see: long against a slice, short against a person's patience.
+const SMOOTHING: Nanos = 50_000_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rate::SECOND;
+
+    #[test]
+    fn a_steady_writer_is_measured_across_the_wrap() {
+        let report = Report::new();
+        report.add_pages(u32::MAX - 700, u32::MAX - 700);
+        let mut meter = Meter::starting_at(report.counts());
+        for _ in 0..20 {
+            report.add_pages(256, 512);
+            report.add_pause(9_000_000);
+            let reading = meter.read(&report, SECOND / 100);
+            assert_eq!(reading, Reading { pages: 256, elapsed: SECOND / 100, paused: 9_000_000 });
+        }
+        let totals = meter.totals(&report);
+        assert_eq!((totals.net_pages, totals.gross_pages, totals.paused_us), (20 * 256, 20 * 512, 180_000));
+        for _ in 0..200 {
+            report.add_pages(256, 512);
+            report.add_pause(9_000_000);
+            meter.read(&report, SECOND / 100);
+        }
+        assert!((25_590..=25_600).contains(&meter.rate().pages_per_sec()), "{:?}", meter.rate());
+        assert!((255_900..=256_000).contains(&meter.demand().pages_per_sec()), "{:?}", meter.demand());
+    }
+
+    #[test]
+    fn odd_times_do_no_harm() {
+        let report = Report::new();
+        let mut meter = Meter::default();
+        report.add_pages(5, 5);
+        meter.read(&report, 0);
+        assert_eq!(meter.rate(), PageRate::ZERO);
+        report.add_pages(u32::MAX, u32::MAX);
+        report.add_pause(Nanos::MAX);
+        meter.read(&report, 1);
+        meter.read(&report, Nanos::MAX);
+        assert_eq!(meter.rate(), PageRate::ZERO);
+        assert_eq!(meter.totals(&report).net_pages, 5 + u64::from(u32::MAX));
+    }
+}

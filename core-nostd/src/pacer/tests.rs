@@ -1,0 +1,180 @@
+use super::*;
+use crate::penalty::Penalty;
+use crate::rate::{PageRate, Price};
+
+struct Vcpu {
+    vm: VmCell,
+    cell: PenaltyCell,
+    report: Report,
+    pacer: Pacer,
+    now: Nanos,
+    longest: Nanos,
+}
+
+impl Vcpu {
+    fn new(terms: Option<Terms>) -> Self {
+        Self::starting_at(terms, 1000 * SECOND, 0)
+    }
+
+    fn starting_at(terms: Option<Terms>, now: Nanos, net: u32) -> Self {
+        let (vm, cell, report) = (VmCell::new(), PenaltyCell::new(), Report::new());
+        report.add_pages(net, net);
+        cell.set(terms.map_or(Penalty::NONE, Penalty::new));
+        let pacer = Pacer::new(&report);
+        Self { vm, cell, report, pacer, now, longest: 0 }
+    }
+
+    fn settle(&mut self) -> Turn {
+        self.vm.renew(self.now);
+        self.pacer.settle(self.now, &self.vm, &self.cell, &self.report)
+    }
+
+    /// Writes `pages` in `time`, settles and pauses.
+    fn turn(&mut self, pages: u32, time: Nanos) -> Option<u32> {
+        self.report.add_pages(pages, pages);
+        self.now += time;
+        let turn = self.settle();
+        self.longest = self.longest.max(turn.until.saturating_sub(self.now));
+        self.now = self.now.max(turn.until);
+        turn.slice
+    }
+
+    /// Writes whole slices at `page_time` for `time`; returns the pages written.
+    fn run(&mut self, page_time: Nanos, time: Nanos) -> u64 {
+        let end = self.now + time;
+        let mut slice = self.settle().slice.unwrap();
+        let mut pages = 0;
+        while self.now < end {
+            pages += u64::from(slice);
+            slice = self.turn(slice, page_time * u64::from(slice)).unwrap();
+        }
+        pages
+    }
+}
+
+fn pace(pages: u32) -> Option<Terms> {
+    Some(Terms::Pace(PageRate::from_pages_per_sec(pages).price()))
+}
+
+#[test]
+fn the_rate_is_exact_against_a_rational_oracle() {
+    for (start, net) in [(1000 * SECOND, 0), (Nanos::MAX / 2, u32::MAX - 1000)] {
+        for limit in [1, 7, 256, 512, 25_600, 102_400, 10_485_760] {
+            for page_time in [1, 600, 2_600] {
+                let mut vcpu = Vcpu::starting_at(pace(limit), start, net);
+                let pages = vcpu.run(page_time, 100 * SECOND);
+                let took = vcpu.now - start;
+                let fastest = took / page_time;
+                // The virtual clock never runs: pages × 1 s ÷ limit, to a slice, or what the vCPU can do.
+                let oracle = (u128::from(took) * u128::from(limit) / u128::from(SECOND)).min(fastest.into());
+                let slice = u128::from(limit) * u128::from(SLICE + BURST) / u128::from(SECOND) + 2;
+                // One pause at most 10 ms: below 100 pages/s that is more than the limit.
+                if limit >= 100 {
+                    let miss = u128::from(pages).abs_diff(oracle);
+                    assert!(
+                        miss <= slice + oracle / 1_000_000,
+                        "{limit} pages/s, {page_time} ns: {pages}, not {oracle}"
+                    );
+                }
+                assert!(vcpu.longest <= 10_000_000);
+            }
+        }
+    }
+}
+
+#[test]
+fn no_window_has_more_than_the_burst_on_top() {
+    let limit = 25_600u32;
+    let mut vcpu = Vcpu::new(pace(limit));
+    let mut slice = vcpu.settle().slice.unwrap();
+    let mut log = vec![];
+    for i in 0..4_000u64 {
+        // Bursts at full speed, each after idling for anything between nothing and 40 ms.
+        let idle = if i % 13 == 0 { i * 7_919 % 40_000_000 } else { 0 };
+        log.push((vcpu.now + idle, slice));
+        slice = vcpu.turn(slice, idle + 600 * u64::from(slice)).unwrap();
+    }
+    for window in [100_000_000, SECOND] {
+        let allowed = u64::from(limit) * (window + BURST + SLICE) / SECOND + 1;
+        for (i, (start, _)) in log.iter().enumerate() {
+            let pages: u64 =
+                log[i..].iter().take_while(|(at, _)| *at < start + window).map(|(_, n)| u64::from(*n)).sum();
+            assert!(pages <= allowed, "{pages} pages in {window} ns, not {allowed}");
+        }
+    }
+}
+
+#[test]
+fn a_writer_below_its_limit_never_pauses() {
+    let mut vcpu = Vcpu::new(pace(25_600));
+    assert!(vcpu.run(39_100, SECOND) >= SECOND / 39_100);
+    assert_eq!(vcpu.longest, 0);
+}
+
+#[test]
+fn a_debt_is_paid_in_bounded_pauses_page_by_page() {
+    let mut vcpu = Vcpu::new(pace(5_120));
+    vcpu.settle();
+    let start = vcpu.now;
+    assert_eq!(vcpu.turn(4032, 2_000_000), Some(1)); // 787 ms: a drained ring
+    while vcpu.turn(1, 600) == Some(1) {}
+    let owed = (4032 + (vcpu.now - start).div_ceil(10_000_000)) * SECOND / 5_120;
+    assert!((vcpu.now - start).abs_diff(owed) < 20_000_000, "{} ns", vcpu.now - start);
+    assert_eq!(vcpu.longest, 10_000_000);
+}
+
+#[test]
+fn no_debt_is_longer_than_a_second() {
+    let mut vcpu = Vcpu::new(pace(1));
+    vcpu.settle();
+    vcpu.turn(u32::MAX, 1);
+    assert!(vcpu.pacer.due - vcpu.now < MAX_DEBT);
+}
+
+#[test]
+fn pages_from_before_the_limit_are_forgiven_once() {
+    let mut vcpu = Vcpu::new(None);
+    assert_eq!(vcpu.turn(4032, 1000), None);
+    vcpu.cell.set(Penalty::new(pace(256).unwrap()));
+    assert_eq!(vcpu.turn(4032, 1000), Some(1));
+    assert_eq!(vcpu.longest, 0);
+    vcpu.turn(2, 1000);
+    assert!(vcpu.longest > 0);
+}
+
+#[test]
+fn an_early_end_of_a_pause_leaves_the_rest_owed() {
+    let mut vcpu = Vcpu::new(pace(25_600));
+    vcpu.settle();
+    vcpu.report.add_pages(102, 102);
+    assert!(vcpu.pacer.owes(&vcpu.report));
+    let until = vcpu.settle().until;
+    for step in 1..4 {
+        vcpu.now += 500_000;
+        assert!(vcpu.pacer.owes(&vcpu.report));
+        assert_eq!(vcpu.settle().until, until, "interrupted {step} times");
+    }
+    vcpu.now = until;
+    vcpu.settle();
+    assert!(!vcpu.pacer.owes(&vcpu.report));
+}
+
+#[test]
+fn sleep_is_on_top_of_running() {
+    let mut vcpu = Vcpu::new(Some(Terms::Sleep(Price::from_nanos(10_000))));
+    vcpu.settle();
+    vcpu.turn(100, SECOND); // no credit for the second
+    assert_eq!(vcpu.longest, 1_000_000);
+}
+
+#[test]
+fn a_lapsed_lease_frees_the_vcpu_and_its_renewal_forgives() {
+    let mut vcpu = Vcpu::new(pace(256));
+    vcpu.settle();
+    vcpu.report.add_pages(100, 100);
+    vcpu.now += 2 * VmCell::LEASE;
+    let turn = vcpu.pacer.settle(vcpu.now, &vcpu.vm, &vcpu.cell, &vcpu.report);
+    assert_eq!(turn, Turn { until: vcpu.now, slice: None });
+    assert_eq!(vcpu.turn(4032, 1000), Some(1));
+    assert_eq!(vcpu.longest, 0);
+}

@@ -1,0 +1,195 @@
+//! SET PENALTY and the wait-free half of ACCEPT PENALTY: what the controller tells a vCPU, and what the vCPU tells back.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::rate::{Nanos, Price};
+use crate::sync::{Atomic, Ordering, const_fn};
+
+/// What a vCPU owes for each page that it dirties, in one 32-bit word.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct Penalty(u32);
+
+/// What the price of a page buys.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Terms {
+    /// Time, run or paused: the vCPU pauses until it has spent `price` on each page. Holds a rate by itself.
+    Pace(Price),
+    /// Sleep on top of the time that the page took. Holds a rate only if somebody steers the price.
+    Sleep(Price),
+}
+
+impl Penalty {
+    /// The vCPU is not limited.
+    pub const NONE: Self = Self(0);
+    const SLEEP: u32 = Price::BITS + 1;
+
+    /// The penalty with `terms`; free pages are no penalty.
+    pub const fn new(terms: Terms) -> Self {
+        match terms {
+            Terms::Pace(price) => Self(price.bits()),
+            Terms::Sleep(price) if price.bits() == 0 => Self::NONE,
+            Terms::Sleep(price) => Self(Self::SLEEP | price.bits()),
+        }
+    }
+
+    /// Its terms; `None` where the vCPU is not limited.
+    pub const fn terms(self) -> Option<Terms> {
+        let price = Price::from_bits(self.0);
+        match self.0 {
+            0 => None,
+            word if word & Self::SLEEP == 0 => Some(Terms::Pace(price)),
+            _ => Some(Terms::Sleep(price)),
+        }
+    }
+}
+
+impl core::fmt::Debug for Penalty {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        self.terms().fmt(f)
+    }
+}
+
+/// The controller's word to one vCPU, on a cache line of its own. Wait-free on both sides: one store, one load.
+#[derive(Debug)]
+#[repr(align(64))]
+pub struct PenaltyCell(Atomic<Penalty>);
+
+impl PenaltyCell {
+    const_fn! {
+        /// No penalty.
+        pub fn new() -> Self {
+            Self(Atomic::new(Penalty::NONE))
+        }
+    }
+
+    /// SET PENALTY: one store, by the controller alone (under its lock, so that the last call wins).
+    pub fn set(&self, penalty: Penalty) {
+        // Release: pairs with the acquire in `accept`, so that whoever sees the penalty sees the lease renewed before it.
+        self.0.store(penalty, Ordering::Release);
+    }
+
+    /// ACCEPT PENALTY: one load, from any thread; never older than one already seen.
+    #[inline]
+    pub fn accept(&self) -> Penalty {
+        // Acquire: pairs with the release in `set`.
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+impl Default for PenaltyCell {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The controller's words to all vCPUs of a VM, on a cache line of their own: its lease, and how to pause.
+#[derive(Debug)]
+#[repr(align(64))]
+pub struct VmCell {
+    /// Time of the last tick, in units of 2²⁶ ns (67 ms; wraps in nine years). Written by `tick` alone.
+    renewed: Atomic<u32>,
+    /// The longest pause, in µs; 1 and up. Written by the control plane.
+    max_pause: Atomic<u32>,
+}
+
+impl VmCell {
+    /// Penalties lapse when no tick has come for so long: a dead controller cannot hold a guest.
+    pub const LEASE: Nanos = 5 * crate::rate::SECOND;
+    const UNIT_BITS: u32 = 26;
+    /// 10 ms, in µs.
+    const DEFAULT_MAX_PAUSE: u32 = 10_000;
+
+    const_fn! {
+        /// No lease yet; pauses of at most 10 ms.
+        pub fn new() -> Self {
+            Self { renewed: Atomic::new(0), max_pause: Atomic::new(Self::DEFAULT_MAX_PAUSE) }
+        }
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "compared modulo 2^32")]
+    const fn stamp(now: Nanos) -> u32 {
+        (now >> Self::UNIT_BITS) as u32
+    }
+
+    /// Every penalty holds for [`VmCell::LEASE`] from `now` on.
+    pub(crate) fn renew(&self, now: Nanos) {
+        // Relaxed: published by the release in `PenaltyCell::set`; for an older penalty a late view only lets it lapse
+        // and be renewed.
+        self.renewed.store(Self::stamp(now), Ordering::Relaxed);
+    }
+
+    /// Whether the last tick is recent enough at `now`; a clock some ticks behind the controller's counts as recent.
+    pub fn is_leased(&self, now: Nanos) -> bool {
+        // Relaxed: the acquire in `PenaltyCell::accept`, before this, pairs with the release after `renew`.
+        let age = Self::stamp(now).wrapping_sub(self.renewed.load(Ordering::Relaxed));
+        let term = Self::stamp(Self::LEASE) + 1; // stamps are rounded down
+        age <= term || age.wrapping_neg() <= term
+    }
+
+    /// The longest single pause.
+    pub fn max_pause(&self) -> Nanos {
+        // Relaxed: a value by itself.
+        Nanos::from(self.max_pause.load(Ordering::Relaxed)) * 1000
+    }
+
+    /// Sets the longest single pause, rounded to 1 µs, from 100 µs to 1 s.
+    pub fn set_max_pause(&self, pause: Nanos) {
+        let micros = (pause / 1000).clamp(100, 1_000_000) as u32;
+        // Relaxed: a value by itself.
+        self.max_pause.store(micros, Ordering::Relaxed);
+    }
+}
+
+impl Default for VmCell {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rate::{PageRate, SECOND};
+
+    #[test]
+    fn a_penalty_keeps_its_terms() {
+        for rate in [1, 256, 25_600, 10_485_760, u32::MAX] {
+            let price = PageRate::from_pages_per_sec(rate).price();
+            for terms in [Terms::Pace(price), Terms::Sleep(price)] {
+                assert_eq!(Penalty::new(terms).terms(), Some(terms));
+            }
+        }
+        assert_eq!(Penalty::new(Terms::Sleep(Price::FREE)), Penalty::NONE);
+        assert_eq!(Penalty::new(Terms::Pace(Price::FREE)).terms(), None);
+    }
+
+    #[test]
+    fn the_two_directions_do_not_share_a_line() {
+        assert_eq!((size_of::<PenaltyCell>(), align_of::<PenaltyCell>()), (64, 64));
+        assert_eq!((size_of::<VmCell>(), align_of::<VmCell>()), (64, 64));
+    }
+
+    #[test]
+    fn a_lease_lapses_and_is_renewed_across_the_wrap() {
+        for start in [SECOND, (1 << (32 + VmCell::UNIT_BITS)) - SECOND, Nanos::MAX - 20 * SECOND] {
+            let vm = VmCell::new();
+            vm.renew(start);
+            assert!(vm.is_leased(start) && vm.is_leased(start + VmCell::LEASE));
+            assert!(vm.is_leased(start - SECOND), "a vCPU may have read its clock before the tick");
+            assert!(!vm.is_leased(start + VmCell::LEASE + SECOND));
+            vm.renew(start + VmCell::LEASE + SECOND);
+            assert!(vm.is_leased(start + VmCell::LEASE + SECOND));
+        }
+    }
+
+    #[test]
+    fn a_pause_has_bounds() {
+        let vm = VmCell::new();
+        assert_eq!(vm.max_pause(), 10_000_000);
+        for (asked, got) in [(0, 100_000), (2_000_500, 2_000_000), (Nanos::MAX, SECOND)] {
+            vm.set_max_pause(asked);
+            assert_eq!(vm.max_pause(), got);
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! CALCULATE: from what a vCPU did and may do to what it pays.
+
+mod paced;
+mod stepped;
+
+pub use paced::Paced;
+pub use stepped::{Stepped, SteppedState};
+
+use crate::meter::Reading;
+use crate::penalty::Penalty;
+use crate::rate::PageRate;
+
+/// Turns a vCPU's reading and limit into its penalty. Write your own, or take [`Paced`] or [`Stepped`].
+///
+/// Called by the controller under its lock: once a tick for each limited vCPU, and with an empty reading when the limit
+/// changes, so that a policy which needs no measurement applies at once. It must not block.
+pub trait Policy {
+    /// What the policy remembers of one vCPU; its default is a vCPU just limited.
+    type State: Default + core::fmt::Debug;
+
+    /// The penalty from now on, given the one in force.
+    fn penalty(&self, state: &mut Self::State, reading: &Reading, limit: PageRate, current: Penalty) -> Penalty;
+}
+
+/// One of the policies that ship, chosen while running.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Shipped {
+    /// [`Paced`].
+    Paced(Paced),
+    /// [`Stepped`].
+    Stepped(Stepped),
+}
+
+impl Default for Shipped {
+    fn default() -> Self {
+        Self::Paced(Paced)
+    }
+}
+
+impl Policy for Shipped {
+    type State = SteppedState;
+
+    fn penalty(&self, state: &mut SteppedState, reading: &Reading, limit: PageRate, current: Penalty) -> Penalty {
+        match self {
+            Self::Paced(paced) => paced.penalty(&mut (), reading, limit, current),
+            Self::Stepped(stepped) => stepped.penalty(state, reading, limit, current),
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! The consumer's side of a vCPU's dirty ring: *meter* entries by peeking at them, *collect* the oldest, *reclaim* what
+//! reset gave back.
+//!
+//! ```text
+//!        reset          collected              metered        (the kernel's dirty_index)
+//!  free    │ awaiting reset │ held back, unpublished │ not yet seen │  free
+//!          └──────────────── occupied ───────────────┘
+//! ```
+//! An entry is metered where it lies (no ioctl, no write fault for the guest) and leaves only through reset, oldest
+//! first. The vCPU exits when `dirty_index − reset` reaches the soft limit, so holding entries back decides how many
+//! more pages it may dirty: see [`Ring::to_collect`]. A collected page is still writable: it may be published only after
+//! the reset that re-protects it (`kvm_dirty_ring_reset`, virt/kvm/dirty_ring.c).
+
+use crate::sync::{Atomic, Ordering, const_fn};
+
+/// A page of guest memory, as the ring names it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Page {
+    /// `address space << 16 | slot`.
+    pub slot: u32,
+    /// In host pages from the slot's start. Whoever indexes with it checks it against the slot first.
+    pub offset: u64,
+}
+
+/// One entry, laid out as the kernel's `struct kvm_dirty_gfn`.
+#[derive(Debug)]
+#[repr(C, align(8))]
+pub struct Entry {
+    flags: Atomic<u32>,
+    slot: Atomic<u32>,
+    /// The offset's two words: 32-bit machines have no lock-free 64-bit atomic.
+    first: Atomic<u32>,
+    second: Atomic<u32>,
+}
+
+const _: () = assert!(size_of::<Entry>() == 16);
+
+const EMPTY: u32 = 0;
+const DIRTY: u32 = 1;
+const COLLECTED: u32 = 2;
+
+impl Entry {
+    const_fn! {
+        /// An empty entry, for rings that are not the kernel's.
+        pub fn new() -> Self {
+            Self { flags: Atomic::new(EMPTY), slot: Atomic::new(0), first: Atomic::new(0), second: Atomic::new(0) }
+        }
+    }
+
+    /// The low and the high word of the offset.
+    fn offset(&self) -> (&Atomic<u32>, &Atomic<u32>) {
+        if cfg!(target_endian = "little") { (&self.first, &self.second) } else { (&self.second, &self.first) }
+    }
+
+    fn page(&self) -> Page {
+        let (low, high) = self.offset();
+        // Relaxed: ordered by the acquire in `peek`; the kernel leaves a dirty entry alone until it is reset.
+        let load = |word: &Atomic<u32>| word.load(Ordering::Relaxed);
+        Page { slot: load(&self.slot), offset: u64::from(load(high)) << 32 | u64::from(load(low)) }
+    }
+
+    /// The page, where the entry is dirty.
+    #[inline]
+    fn peek(&self) -> Option<Page> {
+        // Acquire: pairs with the kernel's release in `kvm_dirty_gfn_set_dirtied` (here: `Entry::push`), so that slot
+        // and offset are those of this entry.
+        (self.flags.load(Ordering::Acquire) == DIRTY).then(|| self.page())
+    }
+
+    fn collect(&self) {
+        // Release: pairs with the kernel's acquire in `kvm_dirty_gfn_harvested` (here: `Entry::reset`), so that our
+        // reads of the page come before the kernel writes another one.
+        self.flags.store(COLLECTED, Ordering::Release);
+    }
+
+    /// Whether the kernel has reset the entry since it was collected.
+    fn is_given_back(&self) -> bool {
+        // Acquire: pairs with the store in the kernel's reset (here: `Entry::reset`). Dirty counts too: reset, then used
+        // again.
+        self.flags.load(Ordering::Acquire) != COLLECTED
+    }
+
+    /// The *kernel's* side, for simulations and models: logs `page`.
+    pub fn push(&self, page: Page) {
+        #[expect(clippy::cast_possible_truncation, reason = "the two halves")]
+        let (low, high) = (page.offset as u32, (page.offset >> 32) as u32);
+        // Relaxed: ordered by the release below.
+        let store = |word: &Atomic<u32>, value| word.store(value, Ordering::Relaxed);
+        store(&self.slot, page.slot);
+        store(self.offset().0, low);
+        store(self.offset().1, high);
+        // Release: pairs with the acquire in `Entry::peek`.
+        self.flags.store(DIRTY, Ordering::Release);
+    }
+
+    /// The *kernel's* side, for simulations and models: empties a collected entry and returns its page to re-protect.
+    pub fn reset(&self) -> Option<Page> {
+        // Acquire: pairs with the release in `Entry::collect`.
+        if self.flags.load(Ordering::Acquire) != COLLECTED {
+            return None;
+        }
+        let page = self.page();
+        // Release: pairs with the acquire in `Entry::is_given_back`.
+        self.flags.store(EMPTY, Ordering::Release);
+        Some(page)
+    }
+}
+
+impl Default for Entry {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Why a ring cannot be consumed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BadRingSize {
+    /// The number of entries; it must be a power of two above [`RESERVED`], at most 2³¹.
+    pub entries: usize,
+}
+
+impl core::fmt::Display for BadRingSize {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "a dirty ring of {} entries: the number must be a power of two above {RESERVED}", self.entries)
+    }
+}
+
+impl core::error::Error for BadRingSize {}
+
+/// Entries that the kernel keeps free above the soft limit (`KVM_DIRTY_RING_RSVD_ENTRIES`).
+pub const RESERVED: u32 = 64;
+/// The most that a CPU's page modification log adds to them: Intel's PML.
+pub const PML: u32 = 512;
+
+/// The consumer of one ring, wherever its entries live: a mapping, a static, a vector.
+///
+/// One owner at a time: every method that moves takes `&mut self`. No method waits; each loop runs over the ring at most
+/// once.
+#[derive(Debug)]
+pub struct Ring<E> {
+    entries: E,
+    size: u32,
+    /// Entries from here to `collected` are marked and wait for reset. Counters run freely and wrap.
+    reset: u32,
+    /// Entries from here to `metered` are held back.
+    collected: u32,
+    /// The first entry not yet seen.
+    metered: u32,
+    soft: u32,
+}
+
+impl<E: AsRef<[Entry]>> Ring<E> {
+    /// The consumer of a ring that the kernel has not written to yet.
+    ///
+    /// # Errors
+    /// Where the number of entries is not a power of two above [`RESERVED`].
+    pub fn new(entries: E) -> Result<Self, BadRingSize> {
+        Self::starting_at(entries, 0)
+    }
+
+    /// As [`Ring::new`], with the counters at `start` (modulo the size, the kernel's own).
+    ///
+    /// # Errors
+    /// As [`Ring::new`].
+    pub fn starting_at(entries: E, start: u32) -> Result<Self, BadRingSize> {
+        let count = entries.as_ref().len();
+        match u32::try_from(count) {
+            Ok(size) if size.is_power_of_two() && size > RESERVED => {
+                Ok(Self { entries, size, reset: start, collected: start, metered: start, soft: size - RESERVED })
+            }
+            _ => Err(BadRingSize { entries: count }),
+        }
+    }
+
+    /// The entries `from..from + count`, in order, as the two runs that a ring lays them in.
+    fn span(&self, from: u32, count: u32) -> impl Iterator<Item = &Entry> {
+        let entries = self.entries.as_ref();
+        let start = (from & (self.size - 1)) as usize;
+        let (early, late) = (entries.get(..start).unwrap_or(&[]), entries.get(start..).unwrap_or(&[]));
+        late.iter().chain(early).take(count as usize)
+    }
+
+    /// Peeks at every entry logged since the last call and passes its page to `each`; returns how many. Marks nothing.
+    pub fn meter(&mut self, mut each: impl FnMut(Page)) -> u32 {
+        let room = self.size.saturating_sub(self.occupied());
+        let mut seen = 0;
+        for entry in self.span(self.metered, room) {
+            let Some(page) = entry.peek() else { break };
+            each(page);
+            seen += 1;
+        }
+        self.metered = self.metered.wrapping_add(seen);
+        seen
+    }
+
+    /// Marks up to `count` of the oldest held-back entries for reset and passes their pages to `each`, which must not
+    /// publish them before that reset; returns how many.
+    pub fn collect(&mut self, count: u32, mut each: impl FnMut(Page)) -> u32 {
+        let count = count.min(self.held_back());
+        for entry in self.span(self.collected, count) {
+            each(entry.page());
+            entry.collect();
+        }
+        self.collected = self.collected.wrapping_add(count);
+        count
+    }
+
+    /// Passes the pages of the held-back entries to `each`, oldest first.
+    pub fn for_each_held_back(&self, mut each: impl FnMut(Page)) {
+        self.span(self.collected, self.held_back()).for_each(|entry| each(entry.page()));
+    }
+
+    /// Takes note of the entries that reset has given back; returns how many. The rest still wait for one.
+    pub fn reclaim(&mut self) -> u32 {
+        let given = self.span(self.reset, self.awaiting_reset()).take_while(|entry| entry.is_given_back()).count();
+        #[expect(clippy::cast_possible_truncation, reason = "at most awaiting_reset()")]
+        let given = given as u32;
+        self.reset = self.reset.wrapping_add(given);
+        given
+    }
+
+    /// Entries in the ring as far as metered; what counts against the soft limit.
+    pub fn occupied(&self) -> u32 {
+        self.metered.wrapping_sub(self.reset)
+    }
+
+    /// Metered entries that were not collected: their pages are dirty, unprotected and unpublished.
+    pub fn held_back(&self) -> u32 {
+        self.metered.wrapping_sub(self.collected)
+    }
+
+    /// Collected entries that reset has not given back.
+    pub fn awaiting_reset(&self) -> u32 {
+        self.collected.wrapping_sub(self.reset)
+    }
+
+    /// The number of entries.
+    pub fn size(&self) -> u32 {
+        self.size
+    }
+
+    /// The occupancy at which the vCPU exits, as far as known: the size less [`RESERVED`] until
+    /// [`Ring::learn_soft_limit`].
+    pub fn soft_limit(&self) -> u32 {
+        self.soft
+    }
+
+    /// After a full exit, everything metered: the kernel does not tell its soft limit, but this is it. An occupancy that
+    /// no kernel calls full (a stale exit reason) teaches nothing.
+    pub fn learn_soft_limit(&mut self) {
+        let highest = self.size - RESERVED;
+        let lowest = highest.saturating_sub(PML).max(1);
+        if self.occupied() >= lowest {
+            self.soft = self.occupied().min(highest);
+        }
+    }
+
+    /// How many of the held-back entries to collect so that, after the reset, the vCPU exits again when it has dirtied
+    /// `slice` more pages (at least one; all of the ring for more than that). With PML exact to ±512 pages.
+    pub fn to_collect(&self, slice: u32) -> u32 {
+        let held = self.held_back();
+        (slice.clamp(1, self.soft) + held).saturating_sub(self.soft).min(held)
+    }
+}
+
+#[cfg(test)]
+mod tests;

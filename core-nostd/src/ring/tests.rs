@@ -1,0 +1,159 @@
+use super::*;
+use proptest::prelude::*;
+use std::collections::VecDeque;
+use std::prelude::v1::*;
+
+fn entries(count: usize) -> Vec<Entry> {
+    (0..count).map(|_| Entry::new()).collect()
+}
+
+#[test]
+fn an_entry_has_the_kernels_layout() {
+    let entry = Entry::new();
+    entry.push(Page { slot: 0x0001_0002, offset: 0x1122_3344_5566_7788 });
+    // SAFETY-free check of the layout: through the fields' own order, as `repr(C)` lays them.
+    assert_eq!(core::mem::offset_of!(Entry, flags), 0);
+    assert_eq!(core::mem::offset_of!(Entry, slot), 4);
+    assert_eq!(core::mem::offset_of!(Entry, first), 8);
+    assert_eq!(entry.peek(), Some(Page { slot: 0x0001_0002, offset: 0x1122_3344_5566_7788 }));
+    if cfg!(target_endian = "little") {
+        assert_eq!(entry.first.load(Ordering::Relaxed), 0x5566_7788);
+    }
+}
+
+#[test]
+fn bad_sizes_are_refused() {
+    for count in [0, 1, 64, 100, 127, 4095] {
+        let error = Ring::new(entries(count)).unwrap_err();
+        assert_eq!(error, BadRingSize { entries: count });
+        assert!(error.to_string().contains("power of two above 64"), "{error}");
+    }
+    assert!(Ring::new(entries(128)).is_ok());
+}
+
+#[test]
+fn the_soft_limit_is_learned_from_full_exits_alone() {
+    let memory = entries(1024);
+    let mut ring = Ring::new(memory.as_slice()).unwrap();
+    assert_eq!(ring.soft_limit(), 960);
+    let fill = |ring: &mut Ring<_>, to: u32| {
+        while ring.occupied() < to {
+            memory[ring.occupied() as usize].push(Page { slot: 0, offset: 0 });
+            ring.meter(|_| ());
+        }
+        ring.learn_soft_limit();
+        ring.soft_limit()
+    };
+    assert_eq!(fill(&mut ring, 300), 960, "a stale exit reason");
+    assert_eq!(fill(&mut ring, 448), 448, "PML");
+    assert_eq!(fill(&mut ring, 960), 960);
+    assert_eq!(fill(&mut ring, 1024), 960, "never above");
+}
+
+#[test]
+fn holding_back_leaves_exactly_a_slice() {
+    let memory = entries(1024);
+    let mut ring = Ring::starting_at(memory.as_slice(), u32::MAX - 500).unwrap();
+    let mut next = u32::MAX - 500;
+    let mut push = |count: u32| {
+        for _ in 0..count {
+            memory[(next & 1023) as usize].push(Page { slot: 0, offset: next.into() });
+            next = next.wrapping_add(1);
+        }
+    };
+    push(960);
+    for slice in [1, 17, 959, 960, 5000, 0, 300] {
+        ring.meter(|_| ());
+        assert_eq!(ring.occupied(), 960);
+        let count = ring.to_collect(slice);
+        assert_eq!(count, slice.clamp(1, 960));
+        assert_eq!(ring.collect(count, |_| ()), count);
+        assert_eq!(ring.reclaim(), 0, "not reset yet");
+        assert_eq!(ring.to_collect(slice), 0, "asked twice, collected once");
+        assert_eq!(memory.iter().filter_map(Entry::reset).count(), count as usize);
+        assert_eq!(ring.reclaim(), count);
+        push(count);
+    }
+}
+
+/// The kernel and an obviously correct consumer: three lists.
+#[derive(Default)]
+struct Oracle {
+    unseen: VecDeque<Page>,
+    held: VecDeque<Page>,
+    waiting: VecDeque<Page>,
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Push(u32),
+    Meter,
+    Collect(u32),
+    Reset(u32),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        (1u32..200).prop_map(Step::Push),
+        Just(Step::Meter),
+        (0u32..200).prop_map(Step::Collect),
+        (0u32..200).prop_map(Step::Reset),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn the_consumer_agrees_with_three_lists(
+        start in prop_oneof![Just(0u32), Just(u32::MAX - 300), any::<u32>()],
+        steps in prop::collection::vec(step(), 1..200),
+    ) {
+        let memory = entries(128);
+        let at = |i: u32| &memory[(i & 127) as usize];
+        let mut ring = Ring::starting_at(memory.as_slice(), start).unwrap();
+        let (mut dirty, mut reset) = (start, start);
+        let mut oracle = Oracle::default();
+        let mut serial = 0;
+        for step in steps {
+            match step {
+                Step::Push(count) => for _ in 0..count {
+                    if dirty.wrapping_sub(reset) == 128 { break }
+                    serial += 1;
+                    let page = Page { slot: serial & 7, offset: u64::from(serial) << 20 };
+                    at(dirty).push(page);
+                    dirty = dirty.wrapping_add(1);
+                    oracle.unseen.push_back(page);
+                },
+                Step::Meter => {
+                    let mut seen = vec![];
+                    // The ring knows of room only as far as it has reclaimed.
+                    let known = ring.awaiting_reset() as usize - oracle.waiting.len();
+                    let room = 128 - ring.occupied() as usize;
+                    ring.meter(|page| seen.push(page));
+                    let expected: Vec<_> = oracle.unseen.drain(..oracle.unseen.len().min(room)).collect();
+                    prop_assert_eq!(&seen, &expected, "{} given back unseen", known);
+                    oracle.held.extend(expected);
+                }
+                Step::Collect(count) => {
+                    let mut seen = vec![];
+                    ring.collect(count, |page| seen.push(page));
+                    let expected: Vec<_> = oracle.held.drain(..oracle.held.len().min(count as usize)).collect();
+                    prop_assert_eq!(&seen, &expected);
+                    oracle.waiting.extend(expected);
+                }
+                Step::Reset(count) => {
+                    for _ in 0..count {
+                        let Some(page) = at(reset).reset() else { break };
+                        reset = reset.wrapping_add(1);
+                        prop_assert_eq!(Some(page), oracle.waiting.pop_front());
+                    }
+                    ring.reclaim();
+                }
+            }
+            let mut held = VecDeque::new();
+            ring.for_each_held_back(|page| held.push_back(page));
+            prop_assert_eq!(&held, &oracle.held);
+            prop_assert_eq!(ring.held_back() as usize, oracle.held.len());
+            prop_assert_eq!(ring.awaiting_reset() as usize, oracle.waiting.len());
+        }
+    }
+}

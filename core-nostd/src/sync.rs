@@ -1,0 +1,19 @@
+//! The only place that names an atomic or a lock.
+//!
+//! `dirtylimit-loom` compiles the modules beside this one against its own `sync`, made of loom's types; so they take
+//! everything concurrent from here, and build their `const` constructors with [`const_fn`], which loom's cannot be.
+
+pub(crate) use atomic::{Atomic, Ordering};
+pub(crate) use spin::Mutex;
+
+/// A `const fn` here, a plain `fn` in the models.
+macro_rules! const_fn {
+    ($(#[$attribute:meta])* $visibility:vis fn $($rest:tt)*) => {
+        $(#[$attribute])* $visibility const fn $($rest)*
+    };
+}
+pub(crate) use const_fn;
+
+// The `atomic` crate falls back to a lock where the machine has no atomic of the size: never on our hot paths.
+const _: () = assert!(Atomic::<u32>::is_lock_free(), "dirtylimit needs lock-free 32-bit atomics");
+const _: () = assert!(Atomic::<crate::penalty::Penalty>::is_lock_free(), "a penalty must be set by one store");
