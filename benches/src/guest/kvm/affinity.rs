@@ -1,0 +1,40 @@
+//! Which CPU a thread runs on.
+
+use std::io;
+use std::mem;
+
+/// The CPUs that this process may use, in order; at least one.
+///
+/// # Errors
+/// What `sched_getaffinity` says.
+pub fn allowed_cpus() -> io::Result<Vec<usize>> {
+    // SAFETY: a CPU set is plain bits, all of which may be 0.
+    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
+    // SAFETY: the kernel fills at most the size given, which is the set's.
+    if unsafe { libc::sched_getaffinity(0, mem::size_of_val(&set), &raw mut set) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: every index is below the set's size.
+    Ok((0..libc::CPU_SETSIZE.unsigned_abs() as usize).filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) }).collect())
+}
+
+/// Keeps the calling thread, and threads that it starts later, on these CPUs.
+///
+/// # Errors
+/// What `sched_setaffinity` says; no CPU at all is an invalid argument.
+pub fn pin(cpus: &[usize]) -> io::Result<()> {
+    // SAFETY: as above.
+    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
+    for &cpu in cpus {
+        if cpu >= libc::CPU_SETSIZE.unsigned_abs() as usize {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the index is below the set's size.
+        unsafe { libc::CPU_SET(cpu, &mut set) };
+    }
+    // SAFETY: the kernel reads the set and keeps nothing of it.
+    if unsafe { libc::sched_setaffinity(0, mem::size_of_val(&set), &raw const set) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

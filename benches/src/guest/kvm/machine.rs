@@ -1,0 +1,282 @@
+//! A virtual machine of CPL-3 loops: its memory and its layout. It knows nothing of any limiter, so that tests can put
+//! one, or none, on it.
+//!
+//! ```no_run
+//! use dirtylimit_bench::guest::kvm::{Exit, Load, Machine};
+//! use dirtylimit_bench::payload::{self, Mode};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let machine = Machine::new(&[Load::new(Mode::Write, 64 << 20)], payload::image())?;
+//! // Here, before memory and vCPUs, is the place to enable a dirty ring on `machine.vm()`.
+//! machine.plug_memory(true)?;
+//! let mut cpu = machine.vcpu(0)?;
+//! cpu.bind_to_this_thread();
+//! while cpu.run()? != Exit::Interrupted {}
+//! println!("{} accesses", machine.stats(0).accesses());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Guest-physical layout, one memslot (id 0) for all of it:
+//!
+//! | from | what |
+//! |---|---|
+//! | 0x1000 | page tables, accessed and dirty bits set already, so that nothing writes them |
+//! | 0x100000 | the image, at most 1 MiB |
+//! | 0x200000 | stats pages, one per vCPU |
+//! | 0x280000 | parameter blocks, one page per vCPU |
+//! | 0x300000 | stacks, 16 KiB per vCPU |
+//! | 0x1000000 | workload memory, each vCPU's from the next multiple of 2 MiB |
+//! | end of RAM | 2 MiB that are mapped for the guest but have no memory: the doorbell |
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+
+use super::cpu::{self, GuestCpu};
+use super::memory::GuestMemory;
+use crate::payload::{self, IMAGE_ADDRESS, Mode, Parameters, WORKLOAD_ADDRESS, stats};
+use crate::units::PAGE_SIZE;
+
+/// The most vCPUs that the layout has room for.
+pub const MAX_VCPUS: usize = 64;
+/// The id of the one memslot.
+pub const SLOT: u32 = 0;
+
+/// Guest-physical address of the top page table.
+pub(super) const PAGE_TABLES: u64 = 0x1000;
+/// Bytes of the doorbell, a huge page.
+pub(super) const DOORBELL_BYTES: u64 = HUGE_PAGE;
+
+const STATS: u64 = 0x20_0000;
+const PARAMETERS: u64 = 0x28_0000;
+const STACKS: u64 = 0x30_0000;
+const STACK_BYTES: u64 = 0x4000;
+const HUGE_PAGE: u64 = 2 << 20;
+/// The page directories must end below the image: one page of them maps 1 GiB.
+const MAX_RAM: u64 = 64 << 30;
+const _: () = assert!(PAGE_TABLES + (2 + MAX_RAM / (1 << 30)) * PAGE_SIZE as u64 <= IMAGE_ADDRESS);
+const _: () = assert!(STACKS + MAX_VCPUS as u64 * STACK_BYTES <= WORKLOAD_ADDRESS);
+
+/// What one vCPU works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// What it does.
+    pub mode: Mode,
+    /// Bytes of its memory, in whole pages; a power of two for [`Mode::Random`], and may be 0 for [`Mode::Idle`] only.
+    pub bytes: u64,
+    /// Empty loop turns after each access.
+    pub delay: u64,
+    /// A gap between two TSC reads that is longer counts as a stall.
+    pub stall: Duration,
+    /// How long a [`Mode::Burst`] writes, and how long it rests.
+    pub half_period: Duration,
+}
+
+impl Load {
+    /// `mode` on `bytes` of memory at full speed, with stalls counted from 50 µs and bursts of 100 ms.
+    pub const fn new(mode: Mode, bytes: u64) -> Self {
+        Self { mode, bytes, delay: 0, stall: Duration::from_micros(50), half_period: Duration::from_millis(100) }
+    }
+
+    fn check(&self) -> Result<()> {
+        let Self { mode, bytes, .. } = *self;
+        let page = u64::from(PAGE_SIZE);
+        ensure!(bytes % page == 0, "{bytes} bytes of memory: it must be whole pages of {page}");
+        ensure!(bytes > 0 || mode == Mode::Idle, "no memory: {mode:?} needs at least one page of {page} bytes");
+        ensure!(
+            mode != Mode::Random || bytes.is_power_of_two(),
+            "{bytes} bytes of memory: Random needs a power of two"
+        );
+        Ok(())
+    }
+}
+
+/// A VM with its memory, whose vCPUs are made one by one.
+#[derive(Debug)]
+pub struct Machine {
+    vm: VmFd,
+    cpuid: CpuId,
+    memory: Arc<GuestMemory>,
+    loads: Vec<(Load, u64)>,
+}
+
+impl Machine {
+    /// A VM with a vCPU's memory for each load, and the image in it; no memslot and no vCPU yet.
+    ///
+    /// # Errors
+    /// No usable KVM, an impossible load, an image that does not fit, more vCPUs or memory than there is room for.
+    pub fn new(loads: &[Load], image: &[u8]) -> Result<Self> {
+        let kvm = cpu::open()?;
+        let most = MAX_VCPUS.min(kvm.get_max_vcpus());
+        ensure!((1..=most).contains(&loads.len()), "{} vCPUs: this machine's guest has 1 to {most}", loads.len());
+        payload::check(image)?;
+        let mut end = WORKLOAD_ADDRESS;
+        let mut placed = Vec::with_capacity(loads.len());
+        for (index, load) in loads.iter().enumerate() {
+            load.check().with_context(|| format!("vCPU {index}"))?;
+            placed.push((*load, end));
+            end = end
+                .checked_add(load.bytes)
+                .map(|end| end.next_multiple_of(HUGE_PAGE))
+                .filter(|&end| end <= MAX_RAM - DOORBELL_BYTES)
+                .with_context(|| format!("vCPU {index}: a guest has less than {} GiB of memory", MAX_RAM >> 30))?;
+        }
+        let memory = GuestMemory::new(usize::try_from(end)?)?;
+        write_page_tables(&memory);
+        memory.write_bytes(IMAGE_ADDRESS, image);
+        let vm = kvm.create_vm().context("KVM_CREATE_VM")?;
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
+        Ok(Self { vm, cpuid, memory: Arc::new(memory), loads: placed })
+    }
+
+    /// The VM's descriptor.
+    pub fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
+    /// The guest's RAM.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// Guest-physical range of the memory that vCPU `index` works on.
+    ///
+    /// # Panics
+    /// If there is no load of that index.
+    pub fn workload(&self, index: usize) -> std::ops::Range<u64> {
+        let (load, start) = self.loads[index];
+        start..start + load.bytes
+    }
+
+    /// Gives the VM its memory as slot [`SLOT`]; again, to switch its dirty logging on or off.
+    ///
+    /// # Errors
+    /// What KVM answers.
+    pub fn plug_memory(&self, logged: bool) -> Result<()> {
+        let flags = if logged { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        self.set_region(self.memory.bytes() as u64, flags).context("cannot give the VM its memory")
+    }
+
+    /// Takes the memory away again, as a VMM that unplugs it does.
+    ///
+    /// # Errors
+    /// What KVM answers.
+    pub fn unplug_memory(&self) -> Result<()> {
+        self.set_region(0, 0).context("cannot take the VM's memory away")
+    }
+
+    fn set_region(&self, memory_size: u64, flags: u32) -> Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot: SLOT,
+            flags,
+            guest_phys_addr: 0,
+            memory_size,
+            userspace_addr: self.memory.host_address(),
+        };
+        // SAFETY: the region is the mapping of `memory`, which outlives every vCPU: each holds a reference to it.
+        Ok(unsafe { self.vm.set_user_memory_region(region) }?)
+    }
+
+    /// Makes vCPU `index` in its start state; `KVM_CREATE_VCPU` allows it once for each.
+    ///
+    /// # Errors
+    /// What KVM answers.
+    ///
+    /// # Panics
+    /// If there is no load of that index.
+    pub fn vcpu(&self, index: usize) -> Result<GuestCpu> {
+        let (load, start) = self.loads[index];
+        let id = index as u64;
+        let fd = self.vm.create_vcpu(id).with_context(|| format!("cannot create vCPU {index}"))?;
+        fd.set_cpuid2(&self.cpuid).with_context(|| format!("vCPU {index}: KVM refused the CPUID that it offered"))?;
+        let page = u64::from(PAGE_SIZE);
+        let parameters = PARAMETERS + id * page;
+        let at = (STATS + id * page, parameters, STACKS + (id + 1) * STACK_BYTES);
+        let cpu = GuestCpu::new(fd, index, at, &self.memory)?;
+        let ticks = |time: Duration| {
+            u64::try_from(time.as_nanos() * u128::from(cpu.tsc_hz()) / 1_000_000_000).unwrap_or(u64::MAX)
+        };
+        let block = Parameters {
+            start,
+            end: start + load.bytes,
+            stride: if load.mode == Mode::Random { load.bytes / page - 1 } else { page },
+            delay: load.delay,
+            mode: load.mode,
+            stall_ticks: ticks(load.stall),
+            index: id,
+            half_period: ticks(load.half_period),
+            doorbell: self.memory.bytes() as u64,
+        };
+        self.memory.write(parameters, &block.words());
+        Ok(cpu)
+    }
+
+    /// What vCPU `index` counts.
+    ///
+    /// # Panics
+    /// If there is no load of that index.
+    pub fn stats(&self, index: usize) -> StatsPage<'_> {
+        assert!(index < self.loads.len(), "no vCPU {index}");
+        let number = usize::try_from(STATS / u64::from(PAGE_SIZE)).expect("the layout fits usize") + index;
+        StatsPage { number, words: self.memory.page(number) }
+    }
+}
+
+/// A vCPU's stats page, which the guest may be writing.
+#[derive(Clone, Copy, Debug)]
+pub struct StatsPage<'a> {
+    number: usize,
+    words: &'a [AtomicU64],
+}
+
+impl StatsPage<'_> {
+    /// The page's number, counted from the start of the memory.
+    pub fn number(&self) -> usize {
+        self.number
+    }
+
+    /// Accesses since the guest started.
+    pub fn accesses(&self) -> u64 {
+        self.words[stats::ACCESSES].load(Relaxed)
+    }
+
+    /// The longest gap since the start or [`begin_phase`](Self::begin_phase), in TSC ticks.
+    pub fn longest(&self) -> u64 {
+        self.words[stats::LONGEST].load(Relaxed)
+    }
+
+    /// Gaps over the threshold since then, by highest set bit.
+    pub fn histogram(&self) -> [u64; stats::HISTOGRAM_WORDS] {
+        std::array::from_fn(|bit| self.words[stats::HISTOGRAM + bit].load(Relaxed))
+    }
+
+    /// Forgets the gaps so far. KVM logs no write of the host, so whoever copies the guest must copy this page again.
+    pub fn begin_phase(&self) {
+        let histogram = stats::HISTOGRAM..stats::HISTOGRAM + stats::HISTOGRAM_WORDS;
+        for word in [stats::LONGEST, stats::GAPS, stats::GAPS_SUM].into_iter().chain(histogram) {
+            self.words[word].store(0, Relaxed);
+        }
+    }
+}
+
+/// Identity-maps all memory and the doorbell behind it, for CPL 3, by 2 MiB pages.
+fn write_page_tables(memory: &GuestMemory) {
+    const PRESENT_WRITABLE_USER_ACCESSED: u64 = 0x27;
+    const DIRTY_HUGE: u64 = 0xc0;
+    let page = u64::from(PAGE_SIZE);
+    let (level3, level2) = (PAGE_TABLES + page, PAGE_TABLES + 2 * page);
+    memory.write(PAGE_TABLES, &[level3 | PRESENT_WRITABLE_USER_ACCESSED]);
+    let huge_pages = (memory.bytes() as u64 + DOORBELL_BYTES) / HUGE_PAGE;
+    for directory in 0..huge_pages.div_ceil(512) {
+        memory.write(level3 + directory * 8, &[(level2 + directory * page) | PRESENT_WRITABLE_USER_ACCESSED]);
+    }
+    for number in 0..huge_pages {
+        // The directories lie one behind the other, so they are one table of all huge pages.
+        memory.write(level2 + number * 8, &[(number * HUGE_PAGE) | PRESENT_WRITABLE_USER_ACCESSED | DIRTY_HUGE]);
+    }
+}

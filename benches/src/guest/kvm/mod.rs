@@ -1,0 +1,45 @@
+//! The real guest: a small VM whose vCPUs run the [payload](crate::payload) at CPL 3.
+
+pub mod affinity;
+mod cpu;
+mod machine;
+mod memory;
+pub mod raw_ring;
+
+use std::io::Write;
+use std::panic::Location;
+
+pub use cpu::{Exit, GuestCpu, Kicker, open};
+pub use machine::{Load, MAX_VCPUS, Machine, SLOT, StatsPage};
+pub use memory::GuestMemory;
+
+/// For tests: whether `/dev/kvm` opens. Where it does not, the test must return, and this says so on stderr.
+///
+/// Where it does, the test's name is added to the file that the environment variable `DIRTYLIMIT_KVM_TESTS_RAN` names,
+/// so that a script can tell a test that passed from one that was skipped.
+///
+/// # Panics
+/// If that file cannot be written.
+#[track_caller]
+pub fn kvm_or_skip() -> bool {
+    let thread = std::thread::current();
+    let at = Location::caller();
+    let name = format!("{} ({}:{})", thread.name().unwrap_or("unnamed"), at.file(), at.line());
+    if let Err(error) = open() {
+        // The raw descriptor: the test runner does not capture it, so the skip shows without --nocapture.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: /dev/kvm cannot be used by {name}: {error:#}");
+        return false;
+    }
+    if let Some(path) = std::env::var_os("DIRTYLIMIT_KVM_TESTS_RAN") {
+        std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .and_then(|mut file| writeln!(file, "{name}"))
+            .unwrap_or_else(|error| panic!("DIRTYLIMIT_KVM_TESTS_RAN={}: {error}", path.to_string_lossy()));
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests;
