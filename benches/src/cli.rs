@@ -1,0 +1,272 @@
+//! The command line. What clap cannot check one by one is checked by [`Run::plan`].
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use dirtylimit_core::PageRate;
+
+use crate::plan::{Plan, Step, VcpuPlan};
+use crate::record::{GuestKind, PolicyKind};
+use crate::units::{parse_duration, parse_limit, parse_seconds};
+use crate::workload::Workload;
+
+/// The most vCPUs that the limiter takes.
+const MAX_VCPUS: usize = 1024;
+/// The smallest ring that leaves room above the entries that KVM reserves, and the largest that KVM offers.
+const RING: std::ops::RangeInclusive<u32> = 1024..=65_536;
+
+/// Runs guests under a dirty page rate limit and measures what became of them
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a guest, let it run free, limit it, report
+    Run(Box<Run>),
+    /// Print what this host's KVM offers
+    Probe,
+}
+
+/// Start a guest, let it run free, limit it, report
+///
+/// Sizes and rates take KiB, MiB, GiB; plain numbers are pages (per second). Ctrl-C ends the run and reports what there is.
+///
+/// Exit status: 0 done, 1 the run failed, 2 bad usage, 3 pages were lost.
+#[derive(Clone, Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub struct Run {
+    /// Where the workload runs: under KVM, or simulated in virtual time [default: kvm where usable, else sim]
+    #[arg(long, value_enum, value_name = "GUEST")]
+    pub guest: Option<GuestKind>,
+
+    /// What a vCPU does, once for all or one per vCPU: write:SIZE, random:SIZE, read:SIZE, slow:SIZE (a writer with work
+    /// between writes), burst:SIZE (100 ms on, 100 ms off) or idle
+    #[arg(long, value_name = "W", value_delimiter = ',', default_value = "write:224MiB")]
+    pub workload: Vec<Workload>,
+
+    /// Number of vCPUs, 1 to 1024 [default: number of workloads]
+    #[arg(long, value_name = "N")]
+    pub vcpus: Option<usize>,
+
+    /// Limit, once for all vCPUs or one per vCPU; `none` is no limit
+    #[arg(long, value_name = "RATE", value_delimiter = ',', value_parser = limit, default_value = "100MiB/s")]
+    pub limit: Vec<Limit>,
+
+    /// Budget of the whole VM
+    #[arg(long, value_name = "RATE", value_parser = limit, default_value = "none")]
+    pub vm_limit: Limit,
+
+    /// How a rate and a limit become a penalty
+    #[arg(long, value_enum, default_value_t = PolicyKind::Paced)]
+    pub policy: PolicyKind,
+
+    /// Entries of each vCPU's dirty ring: a power of two, 1024 to 65536
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    pub ring: u32,
+
+    /// The longest single pause, 100us to 1s
+    #[arg(long, value_name = "T", value_parser = parse_duration, default_value = "10ms")]
+    pub max_pause: Duration,
+
+    /// Interval between two collections of the dirty log, as a migration's passes would; 10ms to 60s
+    #[arg(long, value_name = "T", value_parser = parse_duration, default_value = "1s")]
+    pub pass: Duration,
+
+    /// How long the guest runs free first, in seconds
+    #[arg(long, value_name = "S", value_parser = parse_seconds, default_value = "1")]
+    pub free_seconds: Duration,
+
+    /// How long it runs limited, in seconds
+    #[arg(long, value_name = "S", value_parser = parse_seconds, default_value = "8")]
+    pub seconds: Duration,
+
+    /// Change every vCPU's limit while it runs, each T counted from the first limit: 30MiB/s@2s,300MiB/s@5s
+    #[arg(long, value_name = "RATE@T", value_delimiter = ',', value_parser = step)]
+    pub steps: Vec<Step>,
+
+    /// A guest image that keeps the guest ABI (flat binary) [default: built in]
+    #[arg(long, value_name = "FILE")]
+    pub payload: Option<PathBuf>,
+
+    /// Write the report as JSON; `-` is standard output, and nothing else goes there then
+    #[arg(long, value_name = "FILE|-")]
+    pub json: Option<PathBuf>,
+
+    /// Draw the rate against the limit over time
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+}
+
+/// An optional rate. A type of its own, because clap gives `Option` a meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit(pub Option<PageRate>);
+
+fn limit(text: &str) -> Result<Limit, String> {
+    parse_limit(text).map(Limit)
+}
+
+fn step(text: &str) -> Result<Step, String> {
+    let (limit, after) =
+        text.split_once('@').ok_or_else(|| format!("`{text}` lacks its time: a step is RATE@T, as in 30MiB/s@2s"))?;
+    Ok(Step { limit: parse_limit(limit)?, after: parse_duration(after)? })
+}
+
+impl Run {
+    /// The run that was asked for.
+    ///
+    /// # Errors
+    /// Options that contradict each other or are out of range; the message names the option and what is allowed.
+    pub fn plan(&self) -> Result<Plan, String> {
+        let count = self.vcpus.unwrap_or(self.workload.len());
+        if !(1..=MAX_VCPUS).contains(&count) {
+            return Err(format!("--vcpus {count}: 1 to {MAX_VCPUS} vCPUs are possible"));
+        }
+        let workloads = per_vcpu("--workload", &self.workload, count)?;
+        let limits = per_vcpu("--limit", &self.limit, count)?;
+        if !self.ring.is_power_of_two() || !RING.contains(&self.ring) {
+            return Err(format!(
+                "--ring {}: a ring has a power of two of entries, {} to {}",
+                self.ring,
+                RING.start(),
+                RING.end()
+            ));
+        }
+        let (us, ms, s) = (Duration::from_micros, Duration::from_millis, Duration::from_secs);
+        within("--max-pause", self.max_pause, us(100), s(1))?;
+        within("--pass", self.pass, ms(10), s(60))?;
+        within("--free-seconds", self.free_seconds, s(0), s(3600))?;
+        within("--seconds", self.seconds, ms(200), s(3600))?;
+        let mut last = Duration::ZERO;
+        for step in &self.steps {
+            if step.after <= last || step.after >= self.seconds {
+                return Err(format!(
+                    "--steps: a step at {:?} must come after {last:?} and before the end at {:?} (--seconds)",
+                    step.after, self.seconds
+                ));
+            }
+            last = step.after;
+        }
+        Ok(Plan {
+            vcpus: workloads
+                .into_iter()
+                .zip(limits)
+                .map(|(workload, limit)| VcpuPlan { workload, limit: limit.0 })
+                .collect(),
+            vm_limit: self.vm_limit.0,
+            policy: self.policy,
+            ring: self.ring,
+            max_pause: self.max_pause,
+            pass: self.pass,
+            free: self.free_seconds,
+            limited: self.seconds,
+            steps: self.steps.clone(),
+            payload: self.payload.clone(),
+        })
+    }
+}
+
+/// `values` as one per vCPU: as many as there are vCPUs, or one for all.
+fn per_vcpu<T: Copy>(option: &str, values: &[T], vcpus: usize) -> Result<Vec<T>, String> {
+    match values {
+        [one] => Ok(vec![*one; vcpus]),
+        _ if values.len() == vcpus => Ok(values.to_vec()),
+        _ => Err(format!(
+            "{option} is given {} times for {vcpus} vCPU{}: give it once for all, or once per vCPU (--vcpus N)",
+            values.len(),
+            if vcpus == 1 { "" } else { "s" },
+        )),
+    }
+}
+
+fn within(option: &str, value: Duration, least: Duration, most: Duration) -> Result<(), String> {
+    if (least..=most).contains(&value) {
+        Ok(())
+    } else {
+        Err(format!("{option} {value:?}: {least:?} to {most:?} is allowed"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn plan(line: &str) -> Result<Plan, String> {
+        let line = ["dirtylimit-bench", "run"].into_iter().chain(line.split_whitespace());
+        match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
+            Command::Run(run) => run.plan(),
+            Command::Probe => unreachable!("`run` was given"),
+        }
+    }
+
+    #[test]
+    fn clap_finds_no_fault_with_the_definition() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_manual() {
+        let plan = plan("").unwrap();
+        assert_eq!(plan.vcpus.len(), 1);
+        assert_eq!(plan.vcpus[0].workload, Workload::Write(224 << 20));
+        assert_eq!(plan.vcpus[0].limit, Some(PageRate::from_pages_per_sec(25_600)));
+        assert_eq!((plan.vm_limit, plan.policy, plan.ring), (None, PolicyKind::Paced, 4096));
+        assert_eq!((plan.max_pause, plan.pass), (Duration::from_millis(10), Duration::from_secs(1)));
+        assert_eq!((plan.free, plan.limited), (Duration::from_secs(1), Duration::from_secs(8)));
+        assert!(plan.steps.is_empty() && plan.payload.is_none());
+    }
+
+    #[test]
+    fn workloads_and_limits_are_given_once_or_per_vcpu() {
+        let two = plan("--workload write:4MiB --workload read:8MiB --limit none --limit 256").unwrap();
+        assert_eq!(two.vcpus[1].workload, Workload::Read(8 << 20));
+        assert_eq!(two.vcpus[0].limit, None);
+        assert_eq!(two.vcpus[1].limit, Some(PageRate::from_pages_per_sec(256)));
+        assert_eq!(plan("--workload idle,idle --limit 1MiB/s").unwrap().vcpus.len(), 2);
+        assert_eq!(plan("--vcpus 1024").unwrap().vcpus.len(), 1024);
+        let three = plan("--vcpus 3 --limit 1,2,3").unwrap();
+        assert_eq!(three.vcpus[2].limit, Some(PageRate::from_pages_per_sec(3)));
+        let steps = plan("--steps 30MiB/s@2s,none@5s").unwrap().steps;
+        assert_eq!(steps[1], Step { after: Duration::from_secs(5), limit: None });
+    }
+
+    #[test]
+    fn bad_usage_names_the_option_and_what_is_allowed() {
+        for (line, told) in [
+            ("--vcpus 0", "1 to 1024"),
+            ("--vcpus 1025", "1 to 1024"),
+            ("--limit 1 --limit 2", "given 2 times for 1 vCPU:"),
+            ("--vcpus 3 --workload idle,idle", "--workload is given 2 times for 3 vCPUs"),
+            ("--ring 0", "power of two"),
+            ("--ring 3000", "power of two"),
+            ("--ring 512", "1024 to 65536"),
+            ("--ring 131072", "1024 to 65536"),
+            ("--max-pause 0ms", "100µs to 1s"),
+            ("--max-pause 2s", "100µs to 1s"),
+            ("--pass 1ms", "10ms to 60s"),
+            ("--seconds 0", "200ms to 3600s"),
+            ("--free-seconds 3601", "0ns to 3600s"),
+            ("--steps 1@0s", "after 0ns"),
+            ("--steps 1@8s", "before the end at 8s"),
+            ("--steps 1@3s,2@2s", "after 3s"),
+            ("--steps 1MiB/s", "lacks its time"),
+            ("--steps 1XiB/s@1s", "KiB/s, MiB/s, GiB/s"),
+            ("--limit 1e400MiB/s", "unknown unit"),
+            ("--limit 0", "`none`"),
+            ("--vm-limit -1", "unexpected argument"),
+            ("--workload wirte:1MiB", "write:SIZE"),
+            ("--guest xen", "[possible values: kvm, sim]"),
+            ("--policy fast", "[possible values: paced, stepped]"),
+        ] {
+            let error = plan(line).unwrap_err();
+            assert!(error.contains(told), "{line}: {error}");
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! The measures of a recording.
+//!
+//! - *Settled rate*: the mean of the net dirty page rate over the second half of the limited phase; where the limit was
+//!   changed meanwhile, over the second half of the last step. *Error*: (settled − limit) ÷ limit.
+//! - *Window*: 100 ms of net rate. Windows start every 10 ms from the instant the limit was set, so they overlap.
+//! - *Settle time*: from the limit being set to the start of the first window from which on every window is within
+//!   ±10 % of the limit.
+//! - *Worst window*: how far the worst window after settling is from the limit, without its sign.
+//! - *Stall*: a gap between two TSC reads in the guest's loop that reached the stall threshold. The longest is exact; a
+//!   percentile is over those gaps alone and interpolated, see [`Stalls::percentile_ms`].
+//! - *Work kept*: the guest's own accesses per second, limited over free.
+//!
+//! Counters are read about every 10 ms, not exactly: between two readings they are interpolated, and beyond the last one
+//! nothing is said.
+
+use std::time::Duration;
+
+use dirtylimit_core::PageRate;
+
+use crate::record::{Recording, Sample, Stalls, VcpuRecording};
+use crate::units::mib_per_sec;
+
+/// Length of a window.
+pub const WINDOW: Duration = Duration::from_millis(100);
+/// Distance between the starts of two windows.
+const STRIDE: Duration = Duration::from_millis(10);
+/// How far a settled window may be from the limit, in percent.
+pub const TOLERANCE_PCT: f64 = 10.0;
+
+/// What one vCPU did between two changes of its limit.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepMeasures {
+    /// When its limit was set, since the start of the recording.
+    pub from: Duration,
+    /// When it ended.
+    pub to: Duration,
+    /// The limit in MiB/s; `None` is no limit.
+    pub limit_mib_s: Option<f64>,
+    /// Mean rate over its second half.
+    pub settled_mib_s: Option<f64>,
+    /// `None` without a limit, or where the workload does not write.
+    pub error_pct: Option<f64>,
+    /// `None` where the rate never settled, and as `error_pct`.
+    pub settle_ms: Option<f64>,
+    /// As `settle_ms`.
+    pub worst_window_error_pct: Option<f64>,
+}
+
+/// The measures of one vCPU.
+#[derive(Clone, Debug)]
+pub struct Measures {
+    /// Net rate of the free phase.
+    pub free_mib_s: Option<f64>,
+    /// Every limit in turn; never empty, and the last one is what the run is judged by.
+    pub steps: Vec<StepMeasures>,
+    /// `None` where the guest reported no stall.
+    pub stall_p99_ms: Option<f64>,
+    /// As `stall_p99_ms`.
+    pub stall_p999_ms: Option<f64>,
+    /// The longest gap; `None` where the guest measured none.
+    pub stall_max_ms: Option<f64>,
+    /// `None` where the guest counted no access in the free phase.
+    pub work_kept_pct: Option<f64>,
+    /// Share of the limited phase spent in penalty pauses.
+    pub paused_pct: Option<f64>,
+}
+
+impl Measures {
+    /// Measures one vCPU of a recording.
+    pub fn of(recording: &Recording, vcpu: &VcpuRecording) -> Self {
+        let series = Series { samples: &vcpu.samples, page_size: recording.page_size };
+        let nothing = [(recording.limited_at, None)];
+        let limits = if vcpu.limits.is_empty() { &nothing[..] } else { &vcpu.limits };
+        let ends = limits[1..].iter().map(|&(from, _)| from).chain([recording.end]);
+        let steps = limits
+            .iter()
+            .zip(ends)
+            .map(|(&(from, limit), to)| series.step(from, to, limit, vcpu.workload.writes()))
+            .collect();
+        let work = |accesses: u64, time: Duration| ratio(accesses as f64, time.as_secs_f64());
+        let kept = ratio(
+            work(vcpu.limited_accesses, vcpu.limited_time).unwrap_or(f64::NAN),
+            work(vcpu.free_accesses, vcpu.free_time).unwrap_or(f64::NAN),
+        );
+        let limited = recording.end.saturating_sub(recording.limited_at);
+        Self {
+            free_mib_s: series.mean_mib_s(Duration::ZERO, recording.limited_at),
+            steps,
+            stall_p99_ms: vcpu.stalls.percentile_ms(99.0),
+            stall_p999_ms: vcpu.stalls.percentile_ms(99.9),
+            stall_max_ms: vcpu.stalls.longest_ms(),
+            work_kept_pct: kept.map(|kept| 100.0 * kept),
+            paused_pct: ratio(100.0 * vcpu.paused.as_secs_f64(), limited.as_secs_f64()),
+        }
+    }
+
+    /// The last step, by which the run is judged.
+    pub fn last(&self) -> &StepMeasures {
+        self.steps.last().expect("`of` makes at least one step")
+    }
+}
+
+/// What the whole VM did against its own budget.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VmMeasures {
+    /// The budget in MiB/s.
+    pub limit_mib_s: f64,
+    /// All vCPUs together over the second half of the limited phase.
+    pub settled_mib_s: Option<f64>,
+    /// (settled − limit) ÷ limit.
+    pub error_pct: Option<f64>,
+}
+
+impl VmMeasures {
+    /// Measures the VM; `None` where it had no budget.
+    pub fn of(recording: &Recording) -> Option<Self> {
+        let limit_mib_s = mib_per_sec(recording.vm_limit?, recording.page_size);
+        let from = middle(recording.limited_at, recording.end);
+        let settled_mib_s = recording
+            .vcpus
+            .iter()
+            .map(|vcpu| {
+                Series { samples: &vcpu.samples, page_size: recording.page_size }.mean_mib_s(from, recording.end)
+            })
+            .sum::<Option<f64>>();
+        let error_pct = settled_mib_s.and_then(|settled| error_pct(settled, limit_mib_s));
+        Some(Self { limit_mib_s, settled_mib_s, error_pct })
+    }
+}
+
+/// The samples of one vCPU as a function of time.
+#[derive(Clone, Copy, Debug)]
+pub struct Series<'a> {
+    /// In order of time.
+    pub samples: &'a [Sample],
+    /// Bytes of a page.
+    pub page_size: u32,
+}
+
+impl Series<'_> {
+    /// A cumulative counter at `at`, interpolated; `None` outside the samples. Before the first sample all counters are 0.
+    fn at(&self, at: Duration, counter: impl Fn(&Sample) -> f64) -> Option<f64> {
+        let next = self.samples.partition_point(|sample| sample.at < at);
+        let right = self.samples.get(next)?;
+        let left = next.checked_sub(1).map_or(Sample::default(), |before| self.samples[before]);
+        let (from, to) = (counter(&left), counter(right));
+        let share = ratio((at - left.at).as_secs_f64(), (right.at - left.at).as_secs_f64()).unwrap_or(1.0);
+        Some(from + (to - from) * share)
+    }
+
+    /// Growth of a counter per second from `from` to `to`, or to the last sample where that is earlier.
+    fn mean(&self, from: Duration, to: Duration, counter: impl Fn(&Sample) -> f64) -> Option<f64> {
+        let to = to.min(self.samples.last()?.at);
+        let time = to.checked_sub(from)?;
+        ratio(self.at(to, &counter)? - self.at(from, &counter)?, time.as_secs_f64())
+    }
+
+    /// Mean net rate in MiB/s.
+    pub fn mean_mib_s(&self, from: Duration, to: Duration) -> Option<f64> {
+        let page = f64::from(self.page_size) / f64::from(1 << 20);
+        self.mean(from, to, |sample| sample.net as f64).map(|pages| pages * page)
+    }
+
+    /// Share of the time spent in penalty pauses, in percent.
+    pub fn paused_pct(&self, from: Duration, to: Duration) -> Option<f64> {
+        self.mean(from, to, |sample| sample.paused.as_secs_f64()).map(|share| 100.0 * share)
+    }
+
+    fn step(&self, from: Duration, to: Duration, limit: Option<PageRate>, writes: bool) -> StepMeasures {
+        let limit_mib_s = limit.map(|limit| mib_per_sec(limit, self.page_size));
+        let settled_mib_s = self.mean_mib_s(middle(from, to), to);
+        let judged = limit_mib_s.filter(|_| writes);
+        let error_pct = judged.zip(settled_mib_s).and_then(|(limit, settled)| error_pct(settled, limit));
+        let (settle_ms, worst_window_error_pct) = judged.and_then(|limit| self.settle(from, to, limit)).unzip();
+        StepMeasures { from, to, limit_mib_s, settled_mib_s, error_pct, settle_ms, worst_window_error_pct }
+    }
+
+    /// Settle time in ms and the worst window's error after it; `None` where the rate never settled.
+    fn settle(&self, from: Duration, to: Duration, limit: f64) -> Option<(f64, f64)> {
+        let last = to.min(self.samples.last()?.at).checked_sub(WINDOW)?;
+        let mut settled: Option<(Duration, f64)> = None;
+        let mut start = from;
+        while start <= last {
+            // A millionth of a percent, so that rounding does not decide over a window on the boundary.
+            let error = error_pct(self.mean_mib_s(start, start + WINDOW)?, limit)?.abs();
+            settled = match settled {
+                _ if error > TOLERANCE_PCT + 1e-6 => None,
+                Some((since, worst)) => Some((since, worst.max(error))),
+                None => Some((start, error)),
+            };
+            start += STRIDE;
+        }
+        settled.map(|(since, worst)| ((since - from).as_secs_f64() * 1e3, worst))
+    }
+}
+
+impl Stalls {
+    /// The longest gap in ms, exact; `None` where the guest measured none.
+    pub fn longest_ms(&self) -> Option<f64> {
+        if self.longest_ticks == 0 { None } else { self.ms(self.longest_ticks as f64) }
+    }
+
+    /// The gap in ms that `percent` of the stalls do not exceed; `None` where there was no stall.
+    ///
+    /// The histogram tells only between which two powers of two a gap lies (the lowest is cut at the threshold, the
+    /// highest at the longest gap), so within one bucket gaps are taken to be spread evenly: the answer is in the right
+    /// bucket and less than a factor of two off, and never above the longest gap.
+    pub fn percentile_ms(&self, percent: f64) -> Option<f64> {
+        let count: u64 = self.histogram.iter().fold(0, |sum, &gaps| sum.saturating_add(gaps));
+        if count == 0 {
+            return None;
+        }
+        let rank = count as f64 * percent / 100.0;
+        let mut below = 0.0;
+        for (bit, &gaps) in (0i32..).zip(&self.histogram) {
+            let gaps = gaps as f64;
+            if gaps > 0.0 && below + gaps >= rank {
+                let longest = self.longest_ticks as f64;
+                let low = 2f64.powi(bit).max(self.threshold_ticks as f64).min(longest);
+                let high = 2f64.powi(bit + 1).min(longest);
+                return self.ms(low + (high - low).max(0.0) * (rank - below).max(0.0) / gaps);
+            }
+            below += gaps;
+        }
+        self.longest_ms()
+    }
+
+    fn ms(&self, ticks: f64) -> Option<f64> {
+        ratio(ticks * 1e3, self.tsc_hz as f64)
+    }
+}
+
+fn middle(from: Duration, to: Duration) -> Duration {
+    from + to.saturating_sub(from) / 2
+}
+
+fn error_pct(rate: f64, limit: f64) -> Option<f64> {
+    ratio(100.0 * (rate - limit), limit)
+}
+
+/// `of ÷ by`; `None` where that is no number.
+fn ratio(of: f64, by: f64) -> Option<f64> {
+    Some(of / by).filter(|ratio| ratio.is_finite())
+}
+
+#[cfg(test)]
+mod tests;
