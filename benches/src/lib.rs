@@ -1,10 +1,13 @@
 //! The harness of dirtylimit: guests that write memory, and the measures of what a limit did to them.
 
+pub mod cli;
 pub mod guest;
+pub mod measure;
 pub mod payload;
 pub mod plan;
 pub mod probe;
 pub mod record;
+pub mod report;
 pub mod shadow;
 pub mod units;
 pub mod workload;

@@ -20,7 +20,6 @@ const MAX_SECONDS: f64 = 86_400.0;
 const RATE_QUANTUM: f64 = PAGE_SIZE as f64 / 1024.0;
 
 /// Bytes per second as MiB/s.
-#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
 pub fn mib_per_sec(rate: PageRate, page_size: u32) -> f64 {
     rate.bytes_per_sec(page_size) as f64 / MIB
 }
@@ -29,7 +28,7 @@ pub fn mib_per_sec(rate: PageRate, page_size: u32) -> f64 {
 ///
 /// # Errors
 /// Not a number, an unknown unit, no whole pages, out of range.
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "in range and whole, checked first")]
+#[expect(clippy::cast_possible_truncation, reason = "in range and whole, checked first")]
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let allowed = "a size is pages (57344) or KiB, MiB, GiB (224MiB)";
     let (number, unit) = split(text).ok_or_else(|| format!("`{text}` does not start with a number: {allowed}"))?;
@@ -62,7 +61,7 @@ impl fmt::Display for Size {
 ///
 /// # Errors
 /// Not a number, an unknown unit, out of range.
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "in range, checked first")]
+#[expect(clippy::cast_possible_truncation, reason = "in range, checked first")]
 pub fn parse_rate(text: &str) -> Result<PageRate, String> {
     let allowed = "a rate is pages per second (25600) or KiB/s, MiB/s, GiB/s (100MiB/s)";
     let (number, unit) = split(text).ok_or_else(|| format!("`{text}` does not start with a number: {allowed}"))?;
@@ -166,7 +165,7 @@ fn scale(unit: &str) -> Option<f64> {
 pub fn significant(value: f64, digits: usize) -> String {
     // Digits before the point, negative for zeros after it; far out of range only for values that nobody has.
     let before = if value == 0.0 { 1.0 } else { value.abs().log10().floor() + 1.0 };
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 0..=20")]
+    #[expect(clippy::cast_possible_truncation, reason = "clamped to 0..=20")]
     let decimals = (digits as f64 - before).clamp(0.0, 20.0) as usize;
     let text = format!("{value:.decimals$}");
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }

@@ -1,0 +1,178 @@
+//! The report for people: a table that fits 80 columns and a few lines below it.
+
+use std::fmt::{self, Write as _};
+use std::time::Duration;
+
+use crate::measure::{Measures, VmMeasures};
+use crate::record::{GuestKind, PolicyKind, Recording};
+use crate::units::significant;
+
+/// A recording, written as a table.
+#[derive(Clone, Copy, Debug)]
+pub struct Table<'a>(pub &'a Recording);
+
+impl fmt::Display for Table<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(recording) = self;
+        let measures: Vec<_> = recording.vcpus.iter().map(|vcpu| Measures::of(recording, vcpu)).collect();
+        write!(f, "{}, {}, ring {}, ", guest(recording.guest), policy(recording.policy), recording.ring)?;
+        write!(f, "pauses up to {:?}, ", recording.max_pause)?;
+        let limited = recording.end.saturating_sub(recording.limited_at);
+        writeln!(f, "limited for {:.1} s", limited.as_secs_f64())?;
+        writeln!(f)?;
+        writeln!(f, "                     limit   free settled  error settle window    stall ms  work")?;
+        writeln!(f, "vCPU workload        MiB/s  MiB/s   MiB/s      %     ms  max %   p99   max kept%")?;
+        for (vcpu, measures) in recording.vcpus.iter().zip(&measures) {
+            let last = measures.last();
+            let limit = last.limit_mib_s.map_or("none".to_owned(), |limit| significant(limit, 4));
+            write!(f, "{:>4} {:<14}{:>7}", vcpu.index, short(&vcpu.workload.to_string(), 14), limit)?;
+            write!(f, "{:>7}{:>8}", number(measures.free_mib_s), number(last.settled_mib_s))?;
+            write!(f, "{:>7}{:>7}", signed(last.error_pct), whole(last.settle_ms))?;
+            write!(f, "{:>7}", number(last.worst_window_error_pct))?;
+            write!(f, "{:>6}{:>6}", number(measures.stall_p99_ms), number(measures.stall_max_ms))?;
+            writeln!(f, "{:>6}", number(measures.work_kept_pct))?;
+        }
+        writeln!(f)?;
+        for (vcpu, measures) in recording.vcpus.iter().zip(&measures).filter(|(_, measures)| measures.steps.len() > 1) {
+            for step in &measures.steps {
+                let from = step.from.saturating_sub(recording.limited_at).as_secs_f64();
+                write!(f, "vCPU {} from {from:.1} s: limit ", vcpu.index)?;
+                f.write_str(&step.limit_mib_s.map_or("none".to_owned(), |limit| significant(limit, 4)))?;
+                write!(f, ", settled {} MiB/s", number(step.settled_mib_s))?;
+                match (step.error_pct, step.settle_ms) {
+                    (Some(error), Some(ms)) => writeln!(f, " ({error:+.1} %) in {ms:.0} ms")?,
+                    (Some(error), None) => writeln!(f, " ({error:+.1} %), never settled")?,
+                    _ => writeln!(f)?,
+                }
+            }
+        }
+        if let Some(vm) = VmMeasures::of(recording) {
+            write!(f, "VM: {} MiB/s of {} MiB/s", number(vm.settled_mib_s), significant(vm.limit_mib_s, 4))?;
+            writeln!(f, " ({} %)", signed(vm.error_pct))?;
+        }
+        let rate = recording.reset_calls as f64 / limited.max(Duration::from_millis(1)).as_secs_f64();
+        writeln!(f, "resets: {} ({rate:.0}/s), {} pages given back", recording.reset_calls, recording.reset_pages)?;
+        match recording.lost_pages {
+            Some(0) => writeln!(f, "lost pages: 0 (a copy made from the dirty log equals the guest's memory)")?,
+            Some(lost) => writeln!(f, "LOST PAGES: {lost} (a copy made from the dirty log is wrong there)")?,
+            None => writeln!(f, "lost pages: not checked")?,
+        }
+        writeln!(f, "{}", verdict(recording, &measures)?)
+    }
+}
+
+/// The run in one sentence.
+fn verdict(recording: &Recording, measures: &[Measures]) -> Result<String, fmt::Error> {
+    let mut text = String::from(if recording.interrupted { "interrupted: " } else { "verdict: " });
+    if let Some(lost @ 1..) = recording.lost_pages {
+        write!(text, "{lost} pages lost; ")?;
+    }
+    let judged = || measures.iter().filter(|measures| measures.last().error_pct.is_some());
+    let unsettled = judged().filter(|measures| measures.last().settle_ms.is_none()).count();
+    let worst = judged().filter_map(|measures| measures.last().error_pct).max_by(|a, b| a.abs().total_cmp(&b.abs()));
+    match worst {
+        None => text.push_str("no vCPU that writes was limited long enough to judge"),
+        Some(error) if unsettled == 0 => {
+            let ms = judged().filter_map(|measures| measures.last().settle_ms).fold(0.0, f64::max);
+            write!(text, "held to {error:+.1} % of the limit at worst, settled within {ms:.0} ms")?;
+        }
+        Some(error) => write!(
+            text,
+            "{unsettled} of {} vCPUs did not stay within 10 % of the limit ({error:+.1} % at worst)",
+            judged().count()
+        )?,
+    }
+    Ok(text)
+}
+
+const fn guest(kind: GuestKind) -> &'static str {
+    match kind {
+        GuestKind::Kvm => "KVM guest",
+        GuestKind::Sim => "simulated guest",
+    }
+}
+
+const fn policy(kind: PolicyKind) -> &'static str {
+    match kind {
+        PolicyKind::Paced => "paced",
+        PolicyKind::Stepped => "stepped",
+    }
+}
+
+/// One decimal, none from 1,000 on, so that it fits five columns; `-` where there is none.
+fn number(value: Option<f64>) -> String {
+    value.map_or(
+        "-".to_owned(),
+        |value| if value.abs() < 999.95 { format!("{value:.1}") } else { format!("{value:.0}") },
+    )
+}
+
+fn signed(value: Option<f64>) -> String {
+    // Rounded first, so that nothing prints as -0.0.
+    let tenth = |value: f64| (value * 10.0).round() / 10.0 + 0.0;
+    value.map_or("-".to_owned(), |value| {
+        if value.abs() < 999.95 { format!("{:+.1}", tenth(value)) } else { format!("{value:+.0}") }
+    })
+}
+
+fn whole(value: Option<f64>) -> String {
+    value.map_or("-".to_owned(), |value| format!("{value:.0}"))
+}
+
+/// At most `width` characters of `text`.
+fn short(text: &str, width: usize) -> String {
+    if text.chars().count() <= width { text.to_owned() } else { text.chars().take(width - 1).chain(['…']).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::example;
+    use crate::workload::Workload;
+
+    #[test]
+    fn it_fits_eighty_columns_whatever_the_figures() {
+        let mut recording = example::stepped();
+        recording.vcpus[0].workload = Workload::Random((1 << 44) - 4096);
+        recording.vcpus[0].index = 1023;
+        recording.vcpus[0].stalls.tsc_hz = 2_000_000;
+        for sample in &mut recording.vcpus[0].samples {
+            sample.net *= 60;
+        }
+        for text in [Table(&recording).to_string(), Table(&example::recording()).to_string()] {
+            let widest = text.lines().map(|line| line.chars().count()).max();
+            assert!(widest <= Some(80), "{widest:?} columns:\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_good_run_says_so() {
+        let text = Table(&example::recording()).to_string();
+        let row: Vec<_> = text.lines().find(|line| line.contains("write:224MiB")).unwrap().split_whitespace().collect();
+        assert_eq!(row, ["0", "write:224MiB", "100", "1500", "100.0", "+0.0", "50", "0.0", "11.0", "11.0", "6.7"]);
+        assert!(text.contains("lost pages: 0 "), "{text}");
+        assert!(text.contains("resets: 812 (102/s)"), "{text}");
+        assert!(text.contains("verdict: held to +0.0 % of the limit at worst"), "{text}");
+    }
+
+    #[test]
+    fn a_bad_run_says_so() {
+        let mut recording = example::recording();
+        recording.lost_pages = Some(7);
+        recording.vcpus[0].limits[0].1 = recording.vcpus[0].limits[0].1.map(|_| dirtylimit_core::PageRate::MIN_LIMIT);
+        let text = Table(&recording).to_string();
+        assert!(text.contains("LOST PAGES: 7"), "{text}");
+        assert!(text.contains("verdict: 7 pages lost; 1 of 1 vCPUs did not stay within 10 %"), "{text}");
+        recording.lost_pages = None;
+        recording.interrupted = true;
+        let text = Table(&recording).to_string();
+        assert!(text.contains("not checked") && text.contains("interrupted: "), "{text}");
+    }
+
+    #[test]
+    fn steps_have_their_lines() {
+        let text = Table(&example::stepped()).to_string();
+        assert!(text.contains("vCPU 0 from 0.0 s: limit 100, settled 99.8 MiB/s (-0.2 %) in 0 ms"), "{text}");
+        assert!(text.contains("vCPU 0 from 4.0 s: limit 300, settled 299.8 MiB/s (-0.1 %) in 810 ms"), "{text}");
+    }
+}
