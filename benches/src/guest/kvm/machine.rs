@@ -245,6 +245,12 @@ impl StatsPage<'_> {
         self.words[stats::ACCESSES].load(Relaxed)
     }
 
+    /// TSC ticks from the guest's start to its last access.
+    pub fn running(&self) -> u64 {
+        let [last, start] = [stats::LAST_TSC, stats::START_TSC].map(|word| self.words[word].load(Relaxed));
+        last.saturating_sub(start)
+    }
+
     /// The longest gap since the start or [`begin_phase`](Self::begin_phase), in TSC ticks.
     pub fn longest(&self) -> u64 {
         self.words[stats::LONGEST].load(Relaxed)

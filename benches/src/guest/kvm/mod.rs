@@ -35,7 +35,8 @@ pub fn kvm_or_skip() -> bool {
             .create(true)
             .append(true)
             .open(&path)
-            .and_then(|mut file| writeln!(file, "{name}"))
+            // One write, so that the lines of tests that run at once do not mix.
+            .and_then(|mut file| file.write_all(format!("{name}\n").as_bytes()))
             .unwrap_or_else(|error| panic!("DIRTYLIMIT_KVM_TESTS_RAN={}: {error}", path.to_string_lossy()));
     }
     true
