@@ -7,7 +7,7 @@ use crate::penalty::{Penalty, PenaltyCell, Terms, VmCell};
 use crate::policy::Policy;
 use crate::rate::{Nanos, PageRate};
 use crate::share::{Claim, level, share};
-use crate::sync::{Mutex, const_fn};
+use crate::sync::{Mutex, array_of, const_fn};
 
 /// The words between the controller and one vCPU: two cache lines, each written from one side.
 #[derive(Debug, Default)]
@@ -141,7 +141,7 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
         pub fn new(policy: P) -> Self {
             const { assert!(0 < N && N <= 1 << 16, "a limiter has room for 1 to 65,536 vCPUs") };
             let table = Table { policy, rows: Vec::new(), limit: None, budget: None, level: None, ticked: None };
-            Self { vm: VmCell::new(), cells: [const { VcpuCell::new() }; N], table: Mutex::new(table) }
+            Self { vm: VmCell::new(), cells: array_of![VcpuCell::new(); N], table: Mutex::new(table) }
         }
     }
 

@@ -11,6 +11,7 @@
 //! more pages it may dirty: see [`Ring::to_collect`]. A collected page is still writable: it may be published only after
 //! the reset that re-protects it (`kvm_dirty_ring_reset`, virt/kvm/dirty_ring.c).
 
+pub use crate::sync::RESERVED;
 use crate::sync::{Atomic, Ordering, const_fn};
 
 /// A page of guest memory, as the ring names it.
@@ -32,8 +33,6 @@ pub struct Entry {
     first: Atomic<u32>,
     second: Atomic<u32>,
 }
-
-const _: () = assert!(size_of::<Entry>() == 16);
 
 const EMPTY: u32 = 0;
 const DIRTY: u32 = 1;
@@ -75,9 +74,9 @@ impl Entry {
 
     /// Whether the kernel has reset the entry since it was collected.
     fn is_given_back(&self) -> bool {
-        // Acquire: pairs with the store in the kernel's reset (here: `Entry::reset`). Dirty counts too: reset, then used
-        // again.
-        self.flags.load(Ordering::Acquire) != COLLECTED
+        // Relaxed: the kernel empties an entry before it re-protects the page, so nothing may be published for this; it
+        // only makes room. Dirty counts too: reset, then used again.
+        self.flags.load(Ordering::Relaxed) != COLLECTED
     }
 
     /// The *kernel's* side, for simulations and models: logs `page`.
@@ -93,15 +92,16 @@ impl Entry {
         self.flags.store(DIRTY, Ordering::Release);
     }
 
-    /// The *kernel's* side, for simulations and models: empties a collected entry and returns its page to re-protect.
+    /// The *kernel's* side, for simulations and models: empties a collected entry and returns its page, to re-protect
+    /// before the reset returns.
     pub fn reset(&self) -> Option<Page> {
         // Acquire: pairs with the release in `Entry::collect`.
         if self.flags.load(Ordering::Acquire) != COLLECTED {
             return None;
         }
         let page = self.page();
-        // Release: pairs with the acquire in `Entry::is_given_back`.
-        self.flags.store(EMPTY, Ordering::Release);
+        // Relaxed: publishes nothing, see `Entry::is_given_back`. (The kernel's own is a release.)
+        self.flags.store(EMPTY, Ordering::Relaxed);
         Some(page)
     }
 }
@@ -127,8 +127,6 @@ impl core::fmt::Display for BadRingSize {
 
 impl core::error::Error for BadRingSize {}
 
-/// Entries that the kernel keeps free above the soft limit (`KVM_DIRTY_RING_RSVD_ENTRIES`).
-pub const RESERVED: u32 = 64;
 /// The most that a CPU's page modification log adds to them: Intel's PML.
 pub const PML: u32 = 512;
 
@@ -211,6 +209,9 @@ impl<E: AsRef<[Entry]>> Ring<E> {
     }
 
     /// Takes note of the entries that reset has given back; returns how many. The rest still wait for one.
+    ///
+    /// It only makes room: a page may be published when a reset *begun after* it was collected has *returned*. While
+    /// another thread's reset runs, entries are given back whose pages are not yet re-protected.
     pub fn reclaim(&mut self) -> u32 {
         let given = self.span(self.reset, self.awaiting_reset()).take_while(|entry| entry.is_given_back()).count();
         #[expect(clippy::cast_possible_truncation, reason = "at most awaiting_reset()")]

@@ -1,7 +1,8 @@
 //! The only place that names an atomic or a lock.
 //!
 //! `dirtylimit-loom` compiles the modules beside this one against its own `sync`, made of loom's types; so they take
-//! everything concurrent from here, and build their `const` constructors with [`const_fn`], which loom's cannot be.
+//! everything concurrent from here, and build their `const` constructors with [`const_fn`] and [`array_of`], which loom's
+//! cannot be.
 
 pub(crate) use atomic::{Atomic, Ordering};
 pub(crate) use spin::Mutex;
@@ -13,6 +14,20 @@ macro_rules! const_fn {
     };
 }
 pub(crate) use const_fn;
+
+/// An array of the given length, each element from the same constant expression; the models evaluate it each time.
+macro_rules! array_of {
+    ($element:expr; $length:expr) => {
+        [const { $element }; $length]
+    };
+}
+pub(crate) use array_of;
+
+/// Entries that the kernel keeps free above the soft limit (`KVM_DIRTY_RING_RSVD_ENTRIES`). Less in the models, so that a
+/// ring has few entries.
+pub const RESERVED: u32 = 64;
+
+const _: () = assert!(size_of::<crate::ring::Entry>() == 16, "an entry must lie as the kernel's does");
 
 // The `atomic` crate falls back to a lock where the machine has no atomic of the size: never on our hot paths.
 const _: () = assert!(Atomic::<u32>::is_lock_free(), "dirtylimit needs lock-free 32-bit atomics");
