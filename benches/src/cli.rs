@@ -157,7 +157,7 @@ impl Run {
             vcpus: workloads
                 .into_iter()
                 .zip(limits)
-                .map(|(workload, limit)| VcpuPlan { workload, limit: limit.0 })
+                .map(|(workload, limit)| VcpuPlan { workload: workload.maskable(), limit: limit.0 })
                 .collect(),
             vm_limit: self.vm_limit.0,
             policy: self.policy,
@@ -230,6 +230,7 @@ mod tests {
         assert_eq!(two.vcpus[0].limit, None);
         assert_eq!(two.vcpus[1].limit, Some(PageRate::from_pages_per_sec(256)));
         assert_eq!(plan("--workload idle,idle --limit 1MiB/s").unwrap().vcpus.len(), 2);
+        assert_eq!(plan("--workload random:3").unwrap().vcpus[0].workload, Workload::Random(2 * 4096));
         assert_eq!(plan("--vcpus 1024").unwrap().vcpus.len(), 1024);
         let three = plan("--vcpus 3 --limit 1,2,3").unwrap();
         assert_eq!(three.vcpus[2].limit, Some(PageRate::from_pages_per_sec(3)));

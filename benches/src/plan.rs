@@ -36,7 +36,7 @@ pub struct Plan {
 /// What one vCPU runs, and its limit.
 #[derive(Clone, Debug)]
 pub struct VcpuPlan {
-    /// What it runs.
+    /// What it runs; a random writer's size is a power of two.
     pub workload: Workload,
     /// Its limit from the start of the limited phase; `None` is no limit.
     pub limit: Option<PageRate>,

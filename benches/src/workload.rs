@@ -9,13 +9,12 @@ use crate::units::{Size, parse_size};
 
 /// What a vCPU of the guest does; sizes are bytes, in whole pages of [`units::PAGE_SIZE`](crate::units::PAGE_SIZE).
 ///
-/// Its text is `write:224MiB`, or `idle`; [`FromStr`] and [`Display`](fmt::Display) are each other's inverse, but for
-/// `random`, whose size is rounded down to a power of two.
+/// Its text is `write:224MiB`, or `idle`; [`FromStr`] and [`Display`](fmt::Display) are each other's inverse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Workload {
     /// Writes one word in each page, over and over.
     Write(u64),
-    /// Writes pages in random order; the size is a power of two, because the guest masks its page index.
+    /// Writes pages in random order; a guest needs a power of two, see [`Workload::maskable`].
     Random(u64),
     /// Reads one word in each page, over and over.
     Read(u64),
@@ -39,6 +38,14 @@ impl Workload {
     /// Whether it writes memory, so that a limit can concern it.
     pub const fn writes(self) -> bool {
         !matches!(self, Self::Read(_) | Self::Idle)
+    }
+
+    /// The same, but a random writer's size rounded down to a power of two: the guest ABI has it mask its page index.
+    pub const fn maskable(self) -> Self {
+        match self {
+            Self::Random(size) if size != 0 => Self::Random(1 << size.ilog2()),
+            other => other,
+        }
     }
 
     const fn name(self) -> &'static str {
@@ -79,7 +86,7 @@ impl FromStr for Workload {
         };
         let workload: fn(u64) -> Self = match name {
             "write" => Self::Write,
-            "random" => |size| Self::Random(1 << size.ilog2()),
+            "random" => Self::Random,
             "read" => Self::Read,
             "slow" => Self::Slow,
             "burst" => Self::Burst,
@@ -88,7 +95,6 @@ impl FromStr for Workload {
             _ => return Err(format!("unknown workload `{name}`: {ALLOWED}")),
         };
         let size = size.ok_or_else(|| format!("`{name}` lacks its size: {ALLOWED}"))?;
-        // A size is at least one page, so its logarithm exists.
         parse_size(size).map(workload)
     }
 }
@@ -102,7 +108,10 @@ mod tests {
         for text in ["write:224MiB", "random:256MiB", "read:32MiB", "slow:1GiB", "burst:28KiB", "idle"] {
             assert_eq!(text.parse::<Workload>().unwrap().to_string(), text);
         }
-        assert_eq!("random:224MiB".parse(), Ok(Workload::Random(128 << 20)));
+        assert_eq!("random:224MiB".parse(), Ok(Workload::Random(224 << 20)));
+        assert_eq!(Workload::Random(224 << 20).maskable(), Workload::Random(128 << 20));
+        assert_eq!(Workload::Random(256 << 20).maskable(), Workload::Random(256 << 20));
+        assert_eq!(Workload::Write(224 << 20).maskable(), Workload::Write(224 << 20));
         assert_eq!("write:1".parse(), Ok(Workload::Write(4096)));
     }
 
