@@ -3,7 +3,7 @@
 use std::fmt::{self, Write as _};
 use std::time::Duration;
 
-use crate::measure::{Measures, VmMeasures};
+use crate::measure::{Measures, TOLERANCE_PCT, VmMeasures};
 use crate::record::{GuestKind, PolicyKind, Recording};
 use crate::units::significant;
 
@@ -67,20 +67,29 @@ fn verdict(recording: &Recording, measures: &[Measures]) -> Result<String, fmt::
     if let Some(lost @ 1..) = recording.lost_pages {
         write!(text, "{lost} pages lost; ")?;
     }
-    let judged = || measures.iter().filter(|measures| measures.last().error_pct.is_some());
+    // With a budget of the VM, a vCPU's share may be anything below its own limit: the VM is judged.
+    if let Some(error) = VmMeasures::of(recording).and_then(|vm| vm.error_pct) {
+        write!(text, "the VM was held to {} % of its budget", signed(Some(error)))?;
+        return Ok(text);
+    }
+    let limited = || measures.iter().filter(|measures| measures.last().error_pct.is_some());
+    // A vCPU that was hardly ever paused and is below its limit would be there without one too.
+    let below =
+        |measures: &&Measures| measures.paused_pct < Some(1.0) && measures.last().error_pct < Some(-TOLERANCE_PCT);
+    let judged = || limited().filter(|measures| !below(measures));
     let unsettled = judged().filter(|measures| measures.last().settle_ms.is_none()).count();
     let worst = judged().filter_map(|measures| measures.last().error_pct).max_by(|a, b| a.abs().total_cmp(&b.abs()));
     match worst {
+        None if limited().next().is_some() => text.push_str("below the limit without being paused"),
         None => text.push_str("no vCPU that writes was limited long enough to judge"),
         Some(error) if unsettled == 0 => {
             let ms = judged().filter_map(|measures| measures.last().settle_ms).fold(0.0, f64::max);
-            write!(text, "held to {error:+.1} % of the limit at worst, settled within {ms:.0} ms")?;
+            write!(text, "held to {} % of the limit at worst, settled within {ms:.0} ms", signed(Some(error)))?;
         }
-        Some(error) => write!(
-            text,
-            "{unsettled} of {} vCPUs did not stay within 10 % of the limit ({error:+.1} % at worst)",
-            judged().count()
-        )?,
+        Some(error) => {
+            let (all, error) = (judged().count(), signed(Some(error)));
+            write!(text, "{unsettled} of {all} vCPUs did not stay within 10 % of the limit ({error} % at worst)")?;
+        }
     }
     Ok(text)
 }
@@ -167,6 +176,26 @@ mod tests {
         recording.interrupted = true;
         let text = Table(&recording).to_string();
         assert!(text.contains("not checked") && text.contains("interrupted: "), "{text}");
+    }
+
+    #[test]
+    fn who_could_not_reach_the_limit_is_not_blamed() {
+        let mut recording = example::recording();
+        recording.vcpus[0].limits[0].1 = Some(dirtylimit_core::PageRate::from_pages_per_sec(256_000));
+        let text = Table(&recording).to_string();
+        assert!(text.contains("1 of 1 vCPUs did not stay"), "paused and too slow is a fault: {text}");
+        recording.vcpus[0].paused = Duration::ZERO;
+        let text = Table(&recording).to_string();
+        assert!(text.contains("verdict: below the limit without being paused"), "{text}");
+    }
+
+    #[test]
+    fn a_budget_is_judged_for_the_vm() {
+        let mut recording = example::recording();
+        recording.vm_limit = Some(dirtylimit_core::PageRate::from_pages_per_sec(12_800));
+        let text = Table(&recording).to_string();
+        assert!(text.contains("VM: 100.0 MiB/s of 50 MiB/s (+100.0 %)"), "{text}");
+        assert!(text.contains("verdict: the VM was held to +100.0 % of its budget"), "{text}");
     }
 
     #[test]
