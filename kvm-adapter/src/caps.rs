@@ -1,0 +1,99 @@
+//! Enabling the dirty ring on a VM.
+
+use std::time::Duration;
+
+use dirtylimit_core::{Entry, Nanos, RESERVED, Shipped};
+
+use crate::Error;
+use crate::error::system;
+use crate::sys::{self, Kernel};
+
+const KVM_CAP_DIRTY_LOG_RING: u32 = 192;
+const KVM_CAP_DIRTY_LOG_RING_ACQ_REL: u32 = 223;
+const KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: u32 = 225;
+
+/// How to limit a VM.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub(crate) ring_entries: u32,
+    pub(crate) max_pause: Nanos,
+    pub(crate) policy: Shipped,
+}
+
+impl Default for Config {
+    /// Rings of 4,096 entries, pauses of at most 10 ms, paced.
+    fn default() -> Self {
+        Self { ring_entries: 4096, max_pause: 10_000_000, policy: Shipped::default() }
+    }
+}
+
+impl Config {
+    /// The default.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Entries in each vCPU's ring: a power of two, 256 (of 4 KiB pages) to 65,536 on most hosts. A small ring is exact
+    /// sooner after it was emptied; a large one costs an unlimited guest fewer exits.
+    #[must_use]
+    pub fn ring_entries(self, entries: u32) -> Self {
+        Self { ring_entries: entries, ..self }
+    }
+
+    /// The longest single pause of a vCPU, from 100 µs to 1 s (clamped).
+    #[must_use]
+    pub fn max_pause(self, pause: Duration) -> Self {
+        Self { max_pause: Nanos::try_from(pause.as_nanos()).unwrap_or(Nanos::MAX), ..self }
+    }
+
+    /// How penalties are found.
+    #[must_use]
+    pub fn policy(self, policy: Shipped) -> Self {
+        Self { policy, ..self }
+    }
+}
+
+/// The dirty ring as a VM's KVM offers it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Caps {
+    /// With acquire and release semantics spelled out (`KVM_CAP_DIRTY_LOG_RING_ACQ_REL`); without, x86's own order serves.
+    pub acq_rel: bool,
+    /// Pages dirtied outside a vCPU go to a bitmap beside the ring (`KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`, arm64).
+    pub bitmap: bool,
+    /// The most entries that a ring may have.
+    pub max_entries: u32,
+}
+
+impl Caps {
+    /// Asks the VM.
+    pub(crate) fn of(vm: &dyn Kernel) -> Result<Self, Error> {
+        let check = |capability| vm.check(capability).map_err(system("KVM_CHECK_EXTENSION on the VM's descriptor"));
+        let acq_rel = check(KVM_CAP_DIRTY_LOG_RING_ACQ_REL)?;
+        // Without the acquire and release of the newer one only a machine with total store order can follow the ring.
+        let plain = if cfg!(target_arch = "x86_64") { check(KVM_CAP_DIRTY_LOG_RING)? } else { 0 };
+        let bytes = if acq_rel > 0 { acq_rel } else { plain };
+        if bytes == 0 {
+            return Err(Error::Unsupported);
+        }
+        let max_entries = bytes / ENTRY;
+        Ok(Self { acq_rel: acq_rel > 0, bitmap: check(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP)? > 0, max_entries })
+    }
+
+    /// Enables rings of `entries` entries, then the bitmap where there is one: KVM wants this order.
+    pub(crate) fn enable(&self, vm: &dyn Kernel, entries: u32) -> Result<(), Error> {
+        let min = (sys::page_size() / ENTRY).max((RESERVED + 1).next_power_of_two());
+        let max = self.max_entries;
+        if !entries.is_power_of_two() || entries < min || entries > max {
+            return Err(Error::RingSize { entries, min, max });
+        }
+        let ring = if self.acq_rel { KVM_CAP_DIRTY_LOG_RING_ACQ_REL } else { KVM_CAP_DIRTY_LOG_RING };
+        vm.enable(ring, u64::from(entries) * u64::from(ENTRY)).map_err(|source| Error::Enable { entries, source })?;
+        if self.bitmap {
+            vm.enable(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, 0).map_err(Error::EnableBitmap)?;
+        }
+        Ok(())
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "16 bytes")]
+const ENTRY: u32 = size_of::<Entry>() as u32;

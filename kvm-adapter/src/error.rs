@@ -1,0 +1,124 @@
+//! What can go wrong, and what to do about it.
+
+use std::io;
+
+/// Why a call on the adapter failed. Nothing is lost by any of them: pages that were collected stay dirty.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The VM has no dirty ring of a kind that this machine can use.
+    #[error(
+        "this KVM offers no dirty ring (KVM_CAP_DIRTY_LOG_RING_ACQ_REL, 223{}): it needs Linux 5.11 or later on x86, \
+         6.1 or later on arm64, and a descriptor of a VM",
+        if cfg!(target_arch = "x86_64") { ", or KVM_CAP_DIRTY_LOG_RING, 192" } else { "" }
+    )]
+    Unsupported,
+    /// The ring's size is not one that KVM takes.
+    #[error("a dirty ring of {entries} entries: the number must be a power of two from {min} to {max} on this host")]
+    RingSize {
+        /// What was asked for.
+        entries: u32,
+        /// The smallest on this host: a page, and more than the reserved entries.
+        min: u32,
+        /// The largest, by `KVM_CHECK_EXTENSION`.
+        max: u32,
+    },
+    /// KVM refused to enable the ring.
+    #[error(
+        "KVM refused a dirty ring of {entries} entries: {source}; enable it once, right after KVM_CREATE_VM and before \
+         the first vCPU, with more entries than KVM keeps in reserve (64, and 512 with Intel's PML)"
+    )]
+    Enable {
+        /// What was asked for.
+        entries: u32,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// KVM refused the backup bitmap.
+    #[error("KVM refused KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: {0}; enable the dirty ring before the first memory slot")]
+    EnableBitmap(io::Error),
+    /// A call of the system failed.
+    #[error("{call}: {source}")]
+    System {
+        /// Which, and on what.
+        call: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The slot is known already.
+    #[error("memory slot {0:#x} is added already: remove it before it is reused")]
+    SlotExists(u32),
+    /// No such slot.
+    #[error("no memory slot {0:#x}: add it (address space << 16 | slot) before it is created in KVM")]
+    NoSlot(u32),
+    /// A slot of no pages, or of more than KVM can have.
+    #[error("memory slot {slot:#x} of {pages} pages: it must have 1 to 2^31 - 1")]
+    SlotSize {
+        /// Which.
+        slot: u32,
+        /// Its size as given.
+        pages: u64,
+    },
+    /// The vCPU's handle is still held by somebody.
+    #[error("vCPU {0} has a handle already: drop it before the vCPU is added again")]
+    VcpuBusy(u32),
+    /// No such vCPU.
+    #[error("no vCPU {0}: add it first")]
+    NoVcpu(u32),
+    /// No room for another vCPU.
+    #[error("vCPU {id}: {source}")]
+    TooManyVcpus {
+        /// Which.
+        id: u32,
+        /// How many there is room for.
+        source: dirtylimit_core::Full,
+    },
+    /// The kernel says that the ring is full, and there is nothing in it to collect or to reset.
+    #[error(
+        "the dirty ring of vCPU {id} is wedged: KVM_RUN returned full {exits} times in a row with nothing to collect and \
+         nothing for reset to take (KVM has written past its reserved entries, or somebody else consumes this ring); its \
+         dirty pages are unknown, so every page of this VM must be sent again"
+    )]
+    Wedged {
+        /// Which vCPU.
+        id: u32,
+        /// How often it came back.
+        exits: u32,
+    },
+    /// Resets went on to return less than was collected.
+    #[error(
+        "KVM_RESET_DIRTY_RINGS gave back {given} of {expected} collected entries, tried {tries} times: the pages stay \
+         unpublished until a later reset takes them"
+    )]
+    ShortReset {
+        /// Entries given back.
+        given: u32,
+        /// Entries collected.
+        expected: u32,
+        /// How often it was called.
+        tries: u32,
+    },
+}
+
+impl Error {
+    /// The `errno` closest to it, for C interfaces and VMMs that speak in them.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::Unsupported => libc::EOPNOTSUPP,
+            Self::RingSize { .. } | Self::SlotSize { .. } => libc::EINVAL,
+            Self::Enable { source, .. } | Self::EnableBitmap(source) | Self::System { source, .. } => {
+                source.raw_os_error().unwrap_or(libc::EIO)
+            }
+            Self::SlotExists(_) => libc::EEXIST,
+            Self::NoSlot(_) | Self::NoVcpu(_) => libc::ENOENT,
+            Self::VcpuBusy(_) => libc::EBUSY,
+            Self::TooManyVcpus { .. } => libc::ENOSPC,
+            Self::Wedged { .. } | Self::ShortReset { .. } => libc::EIO,
+        }
+    }
+}
+
+/// Names the call of a system error.
+pub(crate) fn system(call: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::System { call, source }
+}

@@ -1,0 +1,184 @@
+//! The one way out of a ring: *collect → reset → publish*, under one lock for the whole VM.
+//!
+//! Reset covers all rings at once (KVM.md, rule 2), so what is collected, what was given back and what may be published
+//! are facts of the VM, and one lock owns them all. vCPU threads only ever try it: a thread that does not get it has a
+//! pause to spend, or a reset to wait for anyway.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use dirtylimit_core::{Nanos, Page, Ring};
+
+use crate::Error;
+use crate::error::system;
+use crate::seat::{Seat, VmLimiter};
+use crate::slots::{Seen, Slots};
+use crate::sys::{self, Kernel, Reset, RingPages};
+
+/// At most so many entries are collected for one reset, so that nobody waits for longer than a fraction of a
+/// millisecond; the largest ring of today's kernels takes sixteen.
+pub(crate) const BATCH: u32 = 4096;
+/// A short reset is repeated so often before it is an error.
+const TRIES: u32 = 16;
+
+/// What was done so far.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Stats {
+    /// Entries given back by resets.
+    pub resets: u64,
+    /// `KVM_RESET_DIRTY_RINGS` calls.
+    pub reset_calls: u64,
+    /// Resets that may have left pages unprotected, because they were short or the thread was stopped on the way.
+    pub suspect_resets: u64,
+    /// Pages that are therefore handed out as dirty by every take, now.
+    pub suspect_pages: u64,
+    /// Collected entries that named no slot, or a page beyond its end.
+    pub dropped: u64,
+    /// The soft limit of the rings as far as learned, the lowest of them; 0 before the first vCPU.
+    pub soft_limit: u32,
+}
+
+/// A vCPU's ring and who it belongs to.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) ring: Ring<RingPages>,
+    /// The slice that the vCPU was last given; `None` while it is not limited.
+    pub(crate) slice: Option<u32>,
+    pub(crate) seat: Arc<Seat>,
+}
+
+/// Everything the lock owns.
+#[derive(Debug)]
+pub(crate) struct Harvest {
+    pub(crate) places: BTreeMap<u32, Place>,
+    pub(crate) slots: Slots,
+    /// Collected, not yet published.
+    batch: Vec<Page>,
+    /// A reset since the batch was last empty may have left pages unprotected.
+    suspect: bool,
+    pub(crate) last_reset: Nanos,
+    stats: Stats,
+}
+
+impl Harvest {
+    pub(crate) fn new() -> Self {
+        Self {
+            places: BTreeMap::new(),
+            slots: Slots::default(),
+            batch: Vec::with_capacity(BATCH as usize),
+            suspect: false,
+            last_reset: 0,
+            stats: Stats::default(),
+        }
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let soft_limit = self.places.values().map(|place| place.ring.soft_limit()).min().unwrap_or(0);
+        Stats { dropped: self.slots.dropped, suspect_pages: self.slots.suspects(), soft_limit, ..self.stats }
+    }
+
+    /// Meters the ring of `id` and passes its place on, with the number of new entries; `None` if there is none.
+    pub(crate) fn meter(&mut self, id: u32, limiter: &VmLimiter) -> Option<(&mut Place, u32)> {
+        let place = self.places.get_mut(&id)?;
+        let entries = meter(place, &mut self.slots, limiter);
+        Some((place, entries))
+    }
+
+    /// Meters every ring.
+    pub(crate) fn meter_all(&mut self, limiter: &VmLimiter) {
+        for place in self.places.values_mut() {
+            meter(place, &mut self.slots, limiter);
+        }
+    }
+
+    /// Frees the slices that vCPUs wait for, all by one reset.
+    pub(crate) fn serve(&mut self, kernel: &dyn Kernel) -> Result<(), Error> {
+        // Relaxed: written under this lock.
+        let wanted = |place: &Place| match place.seat.want.load(Ordering::Relaxed) {
+            0 => 0,
+            slice => place.ring.to_collect(slice),
+        };
+        self.collect(kernel, |_, place, _| wanted(place))?;
+        for place in self.places.values().filter(|place| wanted(place) == 0) {
+            // Release: pairs with the acquire in `Vcpu::free`: who reads 0 comes after the reset.
+            place.seat.want.store(0, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Collects the oldest entries of each ring, resets, and publishes them; returns how many. `choose` says how many of
+    /// a vCPU's ring, given how many there is room for in the batch.
+    pub(crate) fn collect(
+        &mut self,
+        kernel: &dyn Kernel,
+        mut choose: impl FnMut(u32, &Place, u32) -> u32,
+    ) -> Result<u32, Error> {
+        let Self { places, batch, .. } = self;
+        let mut collected = 0;
+        for (id, place) in places {
+            let room = BATCH.saturating_sub(u32::try_from(batch.len()).unwrap_or(BATCH));
+            let count = choose(*id, place, room).min(room);
+            collected += place.ring.collect(count, |page| batch.push(page));
+        }
+        self.reset(kernel)?;
+        for page in self.batch.drain(..) {
+            self.slots.publish(page, self.suspect);
+        }
+        self.suspect = false;
+        Ok(collected)
+    }
+
+    /// Resets until nothing that was collected waits for it. What the entries say counts, not what the call returns,
+    /// which others may have a part in (KVM.md, rule 2).
+    fn reset(&mut self, kernel: &dyn Kernel) -> Result<(), Error> {
+        let waiting =
+            |places: &BTreeMap<u32, Place>| -> u32 { places.values().map(|place| place.ring.awaiting_reset()).sum() };
+        let expected = waiting(&self.places);
+        let mut left = expected;
+        for _ in 0..TRIES {
+            if left == 0 {
+                break;
+            }
+            let reset = kernel.reset().map_err(system("KVM_RESET_DIRTY_RINGS"));
+            // Even a call that failed may have taken entries and left their pages unprotected.
+            self.stats.resets += self.places.values_mut().map(|place| u64::from(place.ring.reclaim())).sum::<u64>();
+            self.stats.reset_calls += 1;
+            self.last_reset = sys::now();
+            left = waiting(&self.places);
+            if left > 0 || !matches!(reset, Ok(Reset { disturbed: false, .. })) {
+                self.stats.suspect_resets += 1;
+                self.suspect = true;
+            }
+            reset?;
+        }
+        if left > 0 {
+            return Err(Error::ShortReset { given: expected - left, expected, tries: TRIES });
+        }
+        Ok(())
+    }
+
+    /// Hands out a slot's published pages. Those of them that lie in a ring again are to be sent again: they count anew.
+    pub(crate) fn take(&mut self, slot: u32, limiter: &VmLimiter) -> Result<Vec<u64>, Error> {
+        let taken = self.slots.take(slot)?;
+        for place in self.places.values() {
+            let mut net = 0;
+            place.ring.for_each_held_back(|page| {
+                net += u32::from(page.slot == slot && self.slots.meter(page) == Seen::New);
+            });
+            if net > 0 {
+                place.seat.cell(limiter).report.add_pages(net, 0);
+            }
+        }
+        Ok(taken)
+    }
+}
+
+fn meter(place: &mut Place, slots: &mut Slots, limiter: &VmLimiter) -> u32 {
+    let mut net = 0;
+    let gross = place.ring.meter(|page| net += u32::from(slots.meter(page) == Seen::New));
+    if gross > 0 {
+        place.seat.cell(limiter).report.add_pages(net, gross);
+    }
+    gross
+}

@@ -1,0 +1,121 @@
+//! A vCPU's place in the VM: what outlives its thread, and what others use to reach it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use dirtylimit_core::{Limiter, Nanos, Penalty, Shipped, VcpuCell, VcpuIndex};
+
+use crate::sys::{self, RunPage, Wait};
+
+/// As many vCPUs as KVM's x86 allows in most builds.
+pub(crate) type VmLimiter = Limiter<Shipped, 1024>;
+
+/// The longest single wait: flags that no futex wakes (`immediate_exit`, a `stop` closure) are looked at so often.
+const LOOK: Nanos = 10_000_000;
+
+/// What a vCPU's thread shares with everybody else, without a lock.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    pub(crate) id: u32,
+    pub(crate) index: VcpuIndex,
+    run: RunPage,
+    /// Whether a [`crate::Vcpu`] exists.
+    pub(crate) taken: AtomicBool,
+    /// Slice to free at the next reset, in pages; 0 when it is free. Raised by the vCPU's thread, lowered by who resets.
+    pub(crate) want: AtomicU32,
+    /// Futex: changes whenever the vCPU's thread shall look up from a pause.
+    wake: AtomicU32,
+    /// Calls of [`Interrupter::interrupt`].
+    interrupts: AtomicU32,
+}
+
+/// Why a pause ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Ended {
+    /// Its time was over.
+    Due,
+    /// The penalty is another.
+    Changed,
+    /// A signal, the interrupter, `immediate_exit` or `stop`: the VMM wants its thread back.
+    Wanted,
+}
+
+impl Seat {
+    pub(crate) fn new(id: u32, index: VcpuIndex, run: RunPage) -> Self {
+        Self {
+            id,
+            index,
+            run,
+            taken: AtomicBool::new(true),
+            want: AtomicU32::new(0),
+            wake: AtomicU32::new(0),
+            interrupts: AtomicU32::new(0),
+        }
+    }
+
+    /// The vCPU's words in the limiter. Its index came from there.
+    pub(crate) fn cell<'a>(&self, limiter: &'a VmLimiter) -> &'a VcpuCell {
+        limiter.cell(self.index).expect("a seat's index is one of its limiter's")
+    }
+
+    /// Makes a pausing thread look again.
+    pub(crate) fn poke(&self) {
+        // Release: pairs with the acquire in `pause`, so that what was changed before is seen after.
+        self.wake.fetch_add(1, Ordering::Release);
+        sys::wake(&self.wake);
+    }
+
+    /// Interrupts so far.
+    pub(crate) fn interrupts(&self) -> u32 {
+        // Acquire: pairs with the release in `interrupt`.
+        self.interrupts.load(Ordering::Acquire)
+    }
+
+    /// Whether the VMM wants the thread to enter and leave KVM_RUN at once.
+    pub(crate) fn immediate_exit(&self) -> bool {
+        self.run.immediate_exit()
+    }
+
+    /// Pauses until `until` while `penalty` is in force, and `interrupts()` is `known`.
+    pub(crate) fn pause(
+        &self,
+        until: Nanos,
+        cell: &VcpuCell,
+        penalty: Penalty,
+        known: u32,
+        stop: &mut dyn FnMut() -> bool,
+    ) -> Ended {
+        loop {
+            // Acquire: pairs with the release in `poke`. Read before the conditions: a poke after one was looked at
+            // changes the word, and the futex does not sleep.
+            let word = self.wake.load(Ordering::Acquire);
+            let now = sys::now();
+            if self.interrupts() != known || self.immediate_exit() || stop() {
+                return Ended::Wanted;
+            }
+            if now >= until {
+                return Ended::Due;
+            }
+            if cell.penalty.accept() != penalty {
+                return Ended::Changed;
+            }
+            if sys::wait(&self.wake, word, until.min(now + LOOK)) == Wait::Signal {
+                return Ended::Wanted;
+            }
+        }
+    }
+}
+
+/// Ends the current or else the next pause of a vCPU: from any thread, or from a signal handler.
+#[derive(Clone, Debug)]
+pub struct Interrupter(pub(crate) Arc<Seat>);
+
+impl Interrupter {
+    /// Makes [`crate::Vcpu::before_run`] return at once; what is owed stays owed. Async-signal-safe: two atomic
+    /// additions and a futex wake (which may change `errno`, as any system call in a handler).
+    pub fn interrupt(&self) {
+        // Release: pairs with the acquire in `Seat::interrupts`.
+        self.0.interrupts.fetch_add(1, Ordering::Release);
+        self.0.poke();
+    }
+}

@@ -1,0 +1,87 @@
+//! Mappings of a vCPU's descriptor: its dirty ring, and the page that KVM shares with its owner.
+
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::RawFd;
+use std::ptr::NonNull;
+use std::slice;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use dirtylimit_core::Entry;
+use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_run};
+
+/// A shared mapping, unmapped when dropped.
+#[derive(Debug)]
+struct Mapping {
+    start: NonNull<libc::c_void>,
+    bytes: usize,
+}
+
+// SAFETY: a mapping belongs to the process, not to a thread; what lies in it is read and written by atomics alone.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(fd: RawFd, page: u32, bytes: usize, protection: i32) -> io::Result<Self> {
+        let offset = i64::from(page) * i64::from(super::page_size());
+        // SAFETY: a new mapping at an address of the kernel's choice touches none of ours.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED, fd, offset) };
+        match NonNull::new(start) {
+            Some(start) if start.as_ptr() != libc::MAP_FAILED => Ok(Self { start, bytes }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, which nobody borrows any more.
+        unsafe { libc::munmap(self.start.as_ptr(), self.bytes) };
+    }
+}
+
+/// A vCPU's dirty ring.
+#[derive(Debug)]
+pub(crate) struct RingPages {
+    mapping: Mapping,
+    entries: usize,
+}
+
+impl RingPages {
+    /// Maps the ring of `entries` entries. It holds the vCPU's file, so the descriptor may be closed.
+    pub(crate) fn map(vcpu: RawFd, entries: u32) -> io::Result<Self> {
+        let entries = entries as usize;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let mapping = Mapping::new(vcpu, KVM_DIRTY_LOG_PAGE_OFFSET, entries * size_of::<Entry>(), protection)?;
+        Ok(Self { mapping, entries })
+    }
+}
+
+impl AsRef<[Entry]> for RingPages {
+    fn as_ref(&self) -> &[Entry] {
+        // SAFETY: the mapping is page-aligned, holds `entries` entries in the kernel's layout (asserted in the core),
+        // zeroed by the kernel, and lives as long as `self`. The kernel writes to it while we look, and every field is
+        // an atomic.
+        unsafe { slice::from_raw_parts(self.mapping.start.as_ptr().cast(), self.entries) }
+    }
+}
+
+/// The vCPU's `kvm_run` page, read-only.
+#[derive(Debug)]
+pub(crate) struct RunPage(Mapping);
+
+impl RunPage {
+    pub(crate) fn map(vcpu: RawFd) -> io::Result<Self> {
+        Mapping::new(vcpu, 0, super::page_size() as usize, libc::PROT_READ).map(Self)
+    }
+
+    /// Whether the next `KVM_RUN` shall return at once: set by a VMM's signal handler, or to complete pending I/O.
+    pub(crate) fn immediate_exit(&self) -> bool {
+        // SAFETY: the byte lies in the page, which lives as long as `self`; others write it while we look.
+        let byte =
+            unsafe { AtomicU8::from_ptr(self.0.start.as_ptr().cast::<u8>().add(offset_of!(kvm_run, immediate_exit))) };
+        // Acquire: pairs with whatever release the VMM's handler makes; a flag by itself otherwise.
+        byte.load(Ordering::Acquire) != 0
+    }
+}

@@ -1,0 +1,64 @@
+//! The ready-made throttle thread, for VMMs without an event loop.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use dirtylimit_core::Nanos;
+
+use crate::error::system;
+use crate::sys::{self, SignalsBlocked};
+use crate::vm::Vm;
+use crate::{DirtyLimit, Error};
+
+/// Ticks until it is dropped, or until nobody else holds the VM. All signals are blocked in it.
+#[derive(Debug)]
+pub struct ThrottleThread {
+    stop: Arc<AtomicU32>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ThrottleThread {
+    pub(crate) fn spawn(vm: Weak<Vm>, period: Duration) -> Result<Self, Error> {
+        // Penalties lapse when ticks are further apart than the lease.
+        let period = period.clamp(Duration::from_millis(1), Duration::from_secs(1));
+        let period = Nanos::try_from(period.as_nanos()).unwrap_or(Nanos::MAX);
+        let stop = Arc::new(AtomicU32::new(0));
+        let word = stop.clone();
+        // The thread inherits the mask, so that it has no moment with signals open.
+        let _blocked = SignalsBlocked::new();
+        let thread = thread::Builder::new()
+            .name("dirtylimit".into())
+            .spawn(move || run(&vm, &word, period))
+            .map_err(system("starting the throttle thread"))?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+fn run(vm: &Weak<Vm>, stop: &AtomicU32, period: Nanos) {
+    let mut next = sys::now();
+    // Acquire: pairs with the release in `drop`.
+    while stop.load(Ordering::Acquire) == 0 {
+        let now = sys::now();
+        if now < next {
+            sys::wait(stop, 0, next);
+            continue;
+        }
+        let Some(vm) = vm.upgrade() else { return };
+        DirtyLimit::from(vm).tick();
+        next = next.max(now - period.min(now)) + period; // no burst of ticks after a suspend
+    }
+}
+
+impl Drop for ThrottleThread {
+    fn drop(&mut self) {
+        // Release: pairs with the acquire in `run`.
+        self.stop.store(1, Ordering::Release);
+        sys::wake(&self.stop);
+        if let Some(thread) = self.thread.take() {
+            // The thread may be the one that drops the VM's last handle; it has nothing to say in any case.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! The vCPU's thread: serve a full exit, and ACCEPT PENALTY before KVM_RUN.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use dirtylimit_core::{Nanos, Pacer, Turn};
+
+use crate::Error;
+use crate::harvest::BATCH;
+use crate::seat::{Ended, Interrupter, Seat};
+use crate::sys;
+use crate::vm::Vm;
+
+/// Resets are at least so far apart (at most 476 a second), unless a vCPU that is below its limit or whose slice is as
+/// large as its ring waits for one.
+const RESET_GAP: Nanos = 2_100_000;
+/// How soon a thread that did not get the lock tries again.
+const RETRY: Nanos = 50_000;
+/// So many full exits in a row with nothing to do are a wedged ring.
+const WEDGED: u32 = 64;
+/// Such exits are in a row while no more than this lies between them; each waits up to a millisecond.
+const IN_A_ROW: Nanos = 10_000_000;
+
+/// What [`Vcpu::before_run`] did.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Paid {
+    /// How long it paused.
+    pub paused: Duration,
+    /// A signal, the [`Interrupter`], `immediate_exit` or `stop` ended it: the thread is wanted elsewhere. What is owed
+    /// stays owed.
+    pub interrupted: bool,
+}
+
+/// One vCPU, as its thread sees it: a field beside the VMM's own handle.
+///
+/// All methods are for the vCPU's thread of the moment. Dropping it leaves the ring, and what is dirty in it, with the VM:
+/// [`crate::DirtyLimit::add_vcpu`] takes up from there.
+#[derive(Debug)]
+pub struct Vcpu {
+    vm: Arc<Vm>,
+    seat: Arc<Seat>,
+    pacer: Pacer,
+    /// A full exit has not been served.
+    full: bool,
+    /// Interrupts that were answered.
+    answered: u32,
+    /// Full exits in a row with nothing to do, and when the last one was.
+    idle_exits: u32,
+    idle_at: Nanos,
+}
+
+impl Vcpu {
+    pub(crate) fn new(vm: Arc<Vm>, seat: Arc<Seat>) -> Self {
+        let pacer = Pacer::new(&seat.cell(&vm.limiter).report);
+        let answered = seat.interrupts();
+        Self { vm, seat, pacer, full: false, answered, idle_exits: 0, idle_at: 0 }
+    }
+
+    /// What ends this vCPU's pauses.
+    pub fn interrupter(&self) -> Interrupter {
+        Interrupter(self.seat.clone())
+    }
+
+    /// To be called when KVM_RUN returned [`crate::EXIT_DIRTY_RING_FULL`] (kvm-ioctls: `VcpuExit::Unsupported(31)`). The
+    /// work is done by [`Vcpu::before_run`]; calling it twice, or for a stale exit reason, does no harm.
+    pub fn ring_full(&mut self) {
+        self.seat.cell(&self.vm.limiter).report.add_full_exit();
+        self.full = true;
+    }
+
+    /// To be called before each KVM_RUN: pays what is owed and frees room in a full ring. One load when there is neither.
+    ///
+    /// Pauses at most `max_pause` and the time until the next reset (2 ms) a call. KVM_RUN may follow in any case: a ring
+    /// that is still full exits again at once.
+    ///
+    /// # Errors
+    /// [`Error::Wedged`], and what a reset may answer.
+    #[inline]
+    pub fn before_run(&mut self) -> Result<Paid, Error> {
+        self.before_run_unless(|| false)
+    }
+
+    /// As [`Vcpu::before_run`], for VMMs that block their kick signal outside KVM_RUN: a pause ends within 10 ms of `stop`
+    /// returning true (`sigpending`, say).
+    ///
+    /// # Errors
+    /// As [`Vcpu::before_run`].
+    #[inline]
+    pub fn before_run_unless(&mut self, mut stop: impl FnMut() -> bool) -> Result<Paid, Error> {
+        if !self.full && !self.pacer.owes(&self.seat.cell(&self.vm.limiter).report) {
+            return Ok(Paid::default());
+        }
+        self.pay(&mut stop)
+    }
+
+    #[cold]
+    fn pay(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Paid, Error> {
+        let start = sys::now();
+        let mut paid = Paid::default();
+        let patience = start.saturating_add(self.vm.limiter.vm().max_pause()).saturating_add(RESET_GAP);
+        let mut turn = self.settle(start)?;
+        let mut until = turn.map_or(start + RETRY, |turn| turn.until);
+        loop {
+            let now = sys::now();
+            let cell = self.seat.cell(&self.vm.limiter);
+            let ended = self.seat.pause(until, cell, cell.penalty.accept(), self.answered, stop);
+            let after = sys::now();
+            if until > now && turn.is_some_and(|turn| turn.slice.is_some()) {
+                cell.report.add_pause(after - now);
+                paid.paused += Duration::from_nanos(after - now);
+            }
+            if ended == Ended::Wanted {
+                self.answered = self.seat.interrupts();
+                paid.interrupted = true;
+                return Ok(paid);
+            }
+            if ended == Ended::Changed || turn.is_none() {
+                turn = self.settle(after)?;
+                until = turn.map_or(after + RETRY, |turn| turn.until);
+            } else if let Some(at) = turn.and_then(|turn| self.free(&turn, start, after).transpose()) {
+                until = at?;
+            } else {
+                return Ok(paid);
+            }
+            if after >= patience {
+                return Ok(paid);
+            }
+        }
+    }
+
+    /// Meters a full ring, charges what was metered, and asks for the next slice. `None` where somebody else harvests.
+    fn settle(&mut self, now: Nanos) -> Result<Option<Turn>, Error> {
+        let Self { vm, seat, pacer, .. } = self;
+        let cell = seat.cell(&vm.limiter);
+        if !self.full {
+            return Ok(Some(pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report)));
+        }
+        let Some(mut harvest) = vm.try_lock() else { return Ok(None) };
+        let (place, entries) = harvest.meter(seat.id, &vm.limiter).ok_or(Error::NoVcpu(seat.id))?;
+        place.ring.learn_soft_limit();
+        let mut turn = pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report);
+        place.slice = turn.slice;
+        let slice = turn.slice.unwrap_or(BATCH);
+        let nothing_to_do = entries == 0 && place.ring.occupied() == 0;
+        let wanted = place.ring.to_collect(slice) > 0 || place.ring.awaiting_reset() > 0;
+        // Relaxed: only this thread raises it, and the lock orders it before the reset that lowers it.
+        seat.want.store(if wanted { slice } else { 0 }, Ordering::Relaxed);
+        drop(harvest);
+        self.idle_exits = match self.idle_exits {
+            _ if !nothing_to_do => 0,
+            exits if now.saturating_sub(self.idle_at) < IN_A_ROW => exits + 1,
+            _ => 1,
+        };
+        if nothing_to_do {
+            self.idle_at = now;
+            turn.until = turn.until.max(now + (1000 << self.idle_exits.min(10)));
+        }
+        if self.idle_exits >= WEDGED {
+            return Err(Error::Wedged { id: self.seat.id, exits: self.idle_exits });
+        }
+        Ok(Some(turn))
+    }
+
+    /// After the pause: makes sure that a reset has freed the slice. `Some` is when to try again.
+    fn free(&mut self, turn: &Turn, start: Nanos, now: Nanos) -> Result<Option<Nanos>, Error> {
+        // Acquire: pairs with the release in `Harvest::serve`.
+        if !self.full || self.seat.want.load(Ordering::Acquire) == 0 {
+            self.full = false;
+            return Ok(None);
+        }
+        let Some(mut harvest) = self.vm.try_lock() else { return Ok(Some(now + RETRY)) };
+        let next_reset = harvest.last_reset.saturating_add(RESET_GAP);
+        let patient = turn.until > start && turn.slice.is_some_and(|slice| slice < self.vm.ring_entries / 2);
+        if patient && now < next_reset {
+            return Ok(Some(next_reset));
+        }
+        harvest.serve(&*self.vm.kernel)?;
+        drop(harvest);
+        // Relaxed: this thread did the reset. A want that is left over is for the next full exit.
+        self.full = self.seat.want.load(Ordering::Relaxed) != 0;
+        Ok(self.full.then_some(now + RETRY))
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        // Release: pairs with the acquire in `DirtyLimit::add_vcpu`, for the next owner's thread.
+        self.seat.taken.store(false, Ordering::Release);
+    }
+}
