@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Checks that every Rust file is formatted as rustfmt.toml says.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+echo "format: the workspace and fuzz/"
+cargo fmt --all --check
+cargo fmt --manifest-path fuzz/Cargo.toml --check

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Checks that the two libraries build with the Rust that Cargo.toml declares (rust-version), dependencies included.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+echo "msrv: cargo check of dirtylimit-core and dirtylimit-kvm with the declared $(grep '^rust-version' Cargo.toml)"
+ci/debian-cargo.sh check --locked -p dirtylimit-core -p dirtylimit-kvm
