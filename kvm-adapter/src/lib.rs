@@ -1,5 +1,48 @@
-//! Keeps each vCPU's dirty page rate under a limit, by KVM's dirty ring.
-pub use dirtylimit_core as core;
+//! Keeps each virtual CPU's dirty page rate under a limit, by KVM's dirty ring, so that a live migration converges while
+//! vCPUs that only read keep their full speed.
+//!
+//! [`dirtylimit_core`] decides; this crate is its hands on Linux: it enables and maps the rings, harvests them, pauses
+//! vCPUs, and offers the dirty log in the place of `KVM_GET_DIRTY_LOG`.
+//!
+//! # What a VMM adds
+//! | where | what |
+//! |---|---|
+//! | after `KVM_CREATE_VM` | [`DirtyLimit::enable`] |
+//! | before a memory slot is created, deleted | [`DirtyLimit::add_slot`], [`DirtyLimit::remove_slot`] |
+//! | after `KVM_CREATE_VCPU` | [`DirtyLimit::add_vcpu`]: a [`Vcpu`] beside the VMM's own handle |
+//! | before each `KVM_RUN` | [`Vcpu::before_run`] |
+//! | at exit 31 | [`Vcpu::ring_full`], from the first instruction on, limit or not |
+//! | instead of `KVM_GET_DIRTY_LOG` | [`DirtyLimit::pass`] and [`DirtyLimit::take_published`] while it runs, [`DirtyLimit::take_dirty_log`] at the end |
+//! | where vCPUs are kicked | [`Interrupter::interrupt`], if the kick is not a signal to the thread |
+//! | control plane | [`DirtyLimit::set_limit`], [`DirtyLimit::cancel`], [`DirtyLimit::set_vm_limit`], [`DirtyLimit::query`] |
+//! | event loop, or once | [`DirtyLimit::tick`], or [`DirtyLimit::throttle_thread`] |
+//!
+//! `examples/unikernel.rs` is a whole VMM with it, in under 200 lines.
+//!
+//! # How it keeps its promises
+//! - **No dirty page is lost.** An entry leaves a ring by one path, under one lock: *collect → reset → publish*
+//!   (`harvest.rs`). Resets run with every signal blocked; the pages of one that was disturbed all the same (the process
+//!   was stopped, traced, frozen) stay dirty until they are known to be protected again. When a call fails, what was
+//!   collected stays for the next.
+//! - **No stall above `max_pause`.** A limited vCPU runs in slices of pages: entries are held back in its ring so that it
+//!   exits when the slice is used up, pauses for its price, and gets the next. No timer, no signal. What one pause does not
+//!   cover stays owed.
+//! - **A pause ends at once** when the limit is lifted or changed, when a signal reaches the thread, or when the
+//!   [`Interrupter`] is called; within 10 ms when `immediate_exit` is set or `stop` returns true. Penalties lapse 5 s after
+//!   the last tick, so that a dead control plane cannot hold a guest.
+//! - **vCPU threads never wait for a lock**, allocate nothing, and run their critical sections with signals blocked: the
+//!   pause may sit in a signal handler.
+//!
+//! # Seccomp
+//! vCPU threads need `ioctl` 0xaec7 (`KVM_RESET_DIRTY_RINGS`), `futex` (WAIT_BITSET and WAKE, private), `rt_sigprocmask`,
+//! `getrusage`, and `clock_gettime` where there is no vDSO; whoever takes the dirty log needs the same. The throttle
+//! thread, which starts with a `clone`, is not required: [`DirtyLimit::tick`] serves an event loop.
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("KVM is Linux's");
+
+pub use dirtylimit_core;
+
 mod caps;
 mod error;
 mod harvest;
@@ -12,7 +55,7 @@ mod vcpu;
 mod vm;
 
 pub use caps::{Caps, Config};
-pub use dirtylimit_core::{PageRate, Shipped, Status, Stepped};
+pub use dirtylimit_core::{Paced, PageRate, Shipped, Status, Stepped};
 pub use error::Error;
 pub use harvest::Stats;
 pub use limit::{DirtyLimit, Pass};
@@ -22,4 +65,9 @@ pub use vcpu::{Paid, Vcpu};
 
 /// The exit reason of a full dirty ring (`KVM_EXIT_DIRTY_RING_FULL`); kvm-ioctls hands it over as
 /// `VcpuExit::Unsupported(31)`.
-pub const EXIT_DIRTY_RING_FULL: u32 = 31;
+pub const EXIT_DIRTY_RING_FULL: u32 = kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
+
+/// The README's Rust compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
