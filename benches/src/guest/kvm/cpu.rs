@@ -73,6 +73,11 @@ impl GuestCpu {
         self.tsc_hz
     }
 
+    /// `time` in TSC ticks, rounded down.
+    pub fn ticks(&self, time: Duration) -> u64 {
+        u64::try_from(time.as_nanos() * u128::from(self.tsc_hz) / 1_000_000_000).unwrap_or(u64::MAX)
+    }
+
     /// What gets this vCPU out of the guest, for other threads.
     pub fn kicker(&self) -> Kicker {
         self.kicker.clone()

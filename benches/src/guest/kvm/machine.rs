@@ -198,18 +198,15 @@ impl Machine {
         let parameters = PARAMETERS + id * page;
         let at = (STATS + id * page, parameters, STACKS + (id + 1) * STACK_BYTES);
         let cpu = GuestCpu::new(fd, index, at, &self.memory)?;
-        let ticks = |time: Duration| {
-            u64::try_from(time.as_nanos() * u128::from(cpu.tsc_hz()) / 1_000_000_000).unwrap_or(u64::MAX)
-        };
         let block = Parameters {
             start,
             end: start + load.bytes,
             stride: if load.mode == Mode::Random { load.bytes / page - 1 } else { page },
             delay: load.delay,
             mode: load.mode,
-            stall_ticks: ticks(load.stall),
+            stall_ticks: cpu.ticks(load.stall),
             index: id,
-            half_period: ticks(load.half_period),
+            half_period: cpu.ticks(load.half_period),
             doorbell: self.memory.bytes() as u64,
         };
         self.memory.write(parameters, &block.words());

@@ -5,6 +5,8 @@ mod cpu;
 mod machine;
 mod memory;
 pub mod raw_ring;
+mod run;
+mod threads;
 
 use std::io::Write;
 use std::panic::Location;
@@ -12,6 +14,7 @@ use std::panic::Location;
 pub use cpu::{Exit, GuestCpu, Kicker, open};
 pub use machine::{Load, MAX_VCPUS, Machine, SLOT, StatsPage};
 pub use memory::GuestMemory;
+pub use run::run;
 
 /// For tests: whether `/dev/kvm` opens. Where it does not, the test must return, and this says so on stderr.
 ///
@@ -42,5 +45,7 @@ pub fn kvm_or_skip() -> bool {
     true
 }
 
+#[cfg(test)]
+mod run_tests;
 #[cfg(test)]
 mod tests;

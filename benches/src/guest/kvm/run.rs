@@ -1,0 +1,351 @@
+//! One run: free, then limited, then the proof that nothing was lost.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use dirtylimit_core::{PageRate, Totals};
+use dirtylimit_kvm::{Config, DirtyLimit, Shipped, Stepped, ThrottleThread};
+
+use super::threads::{Copier, Limited, Vcpus};
+use super::{GuestCpu, Load, Machine, SLOT, affinity};
+use crate::guest::{Phase, Progress, VcpuNow};
+use crate::payload::{self, Mode};
+use crate::plan::Plan;
+use crate::probe;
+use crate::record::{GuestKind, PolicyKind, Recording, Sample, Stalls, VcpuRecording};
+use crate::shadow::Shadow;
+use crate::units::PAGE_SIZE;
+use crate::workload::Workload;
+
+/// Distance between two samples.
+const SAMPLE: Duration = Duration::from_millis(10);
+/// Samples over which the rate shown to the user is taken: 250 ms.
+const SHOWN: usize = 25;
+/// Interval of the throttle thread.
+const TICK: Duration = Duration::from_millis(50);
+/// Empty loop turns between the writes of [`Workload::Slow`]: about 10 µs.
+const SLOW_DELAY: u64 = 20_000;
+/// Memory that must stay free for everybody else.
+const SPARE: u64 = 128 << 20;
+
+/// Runs `plan` on KVM and records it. The caller's thread samples, and is kept on certain CPUs meanwhile.
+///
+/// # Errors
+/// No usable KVM; a plan that this host has no room for; a payload that cannot be loaded or faults; whatever the limiter
+/// reports. All vCPUs are stopped by then. Lost pages are no error but in the recording.
+pub fn run(plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
+    let image = plan.payload.as_deref().map(payload::load).transpose()?;
+    let loads: Vec<Load> = plan.vcpus.iter().map(|vcpu| load(vcpu.workload)).collect();
+    let machine = Machine::new(&loads, image.as_deref().unwrap_or(payload::image()))?;
+    check_memory(machine.memory().bytes() as u64)?;
+
+    let policy = match plan.policy {
+        PolicyKind::Paced => Shipped::default(),
+        PolicyKind::Stepped => Shipped::Stepped(Stepped::default()),
+    };
+    let config = Config::new().ring_entries(plan.ring).max_pause(plan.max_pause).policy(policy);
+    let limit = DirtyLimit::enable(machine.vm(), &config).context("cannot enable the limiter")?;
+    limit.add_slot(SLOT, machine.memory().pages() as u64).context("cannot add the guest's memory to the limiter")?;
+    machine.plug_memory(true)?;
+    let vcpus = (0..loads.len())
+        .map(|index| {
+            let cpu = machine.vcpu(index)?;
+            let vcpu = limit.add_vcpu(id(index), cpu.fd()).with_context(|| format!("cannot add vCPU {index}"))?;
+            Ok((cpu, vcpu))
+        })
+        .collect::<Result<Vec<Limited>>>()?;
+    let recorded = std::iter::zip(&plan.vcpus, &loads)
+        .zip(&vcpus)
+        .map(|((planned, load), (cpu, _))| recorded(planned.workload, load, cpu))
+        .collect();
+    let shadow = Shadow::new(machine.memory().clone())?;
+    machine.memory().populate(0..machine.memory().bytes());
+
+    let placement = Placement::new(plan);
+    let throttle = limit.throttle_thread(TICK).context("cannot start the throttle thread")?;
+    let copier = Copier::start(limit.clone(), shadow, plan.pass)?;
+    let vcpus = Vcpus::start(vcpus, placement.vcpus.as_deref())?;
+    let recording = Recording {
+        guest: GuestKind::Kvm,
+        policy: plan.policy,
+        ring: plan.ring,
+        max_pause: plan.max_pause,
+        page_size: PAGE_SIZE,
+        host: probe::host(true, None),
+        vm_limit: plan.vm_limit,
+        limited_at: Duration::ZERO,
+        end: Duration::ZERO,
+        interrupted: false,
+        lost_pages: None,
+        reset_pages: 0,
+        reset_calls: 0,
+        vcpus: recorded,
+    };
+    let start = Instant::now();
+    Run { plan, progress, machine: &machine, limit, vcpus, copier, _throttle: throttle, start, next: SAMPLE, recording }
+        .all()
+}
+
+/// A run that goes on.
+struct Run<'a> {
+    plan: &'a Plan,
+    progress: &'a mut dyn Progress,
+    machine: &'a Machine,
+    // Fields drop in this order: first the vCPUs stop, then the copier ends, last the throttle thread.
+    vcpus: Vcpus,
+    copier: Copier,
+    _throttle: ThrottleThread,
+    limit: DirtyLimit,
+    start: Instant,
+    /// When the next sample is due.
+    next: Duration,
+    recording: Recording,
+}
+
+impl Run<'_> {
+    fn all(mut self) -> Result<Recording> {
+        self.free()?;
+        self.limited()?;
+        self.check()
+    }
+
+    /// The guest unlimited. Its first quarter is not counted: the guest touches its memory for the first time there.
+    fn free(&mut self) -> Result<()> {
+        self.until(self.plan.free / 4, Phase::Free)?;
+        let (counted, before) = (self.start.elapsed(), self.accesses());
+        self.until(self.plan.free, Phase::Free)?;
+        let time = self.start.elapsed() - counted;
+        for (index, accesses) in self.accesses().into_iter().enumerate() {
+            let vcpu = &mut self.recording.vcpus[index];
+            (vcpu.free_accesses, vcpu.free_time) = (accesses - before[index], time);
+        }
+        Ok(())
+    }
+
+    fn limited(&mut self) -> Result<()> {
+        for index in 0..self.plan.vcpus.len() {
+            let stats = self.machine.stats(index);
+            stats.begin_phase();
+            self.copier.host_wrote(stats.number());
+        }
+        self.sample(Phase::Limited)?;
+        let (before, stats) = (self.accesses(), self.limit.stats());
+        let first: Vec<_> = (0..self.plan.vcpus.len()).map(|index| self.totals(index)).collect::<Result<_>>()?;
+        let began = self.start.elapsed();
+        self.recording.limited_at = began;
+        if !self.recording.interrupted {
+            self.limit.set_vm_limit(self.plan.vm_limit);
+            for index in 0..self.plan.vcpus.len() {
+                self.set_limit(index, self.plan.vcpus[index].limit, began)?;
+            }
+            for step in &self.plan.steps {
+                self.until(began + step.after, Phase::Limited)?;
+                if self.recording.interrupted {
+                    break;
+                }
+                let now = self.start.elapsed();
+                for index in 0..self.plan.vcpus.len() {
+                    self.set_limit(index, step.limit, now)?;
+                }
+            }
+            self.until(began + self.plan.limited, Phase::Limited)?;
+        }
+        self.sample(Phase::Limited)?;
+        self.recording.end = self.start.elapsed();
+        let (after, resets) = (self.accesses(), self.limit.stats());
+        self.recording.reset_pages = resets.resets - stats.resets;
+        self.recording.reset_calls = resets.reset_calls - stats.reset_calls;
+        for (index, first) in first.into_iter().enumerate() {
+            let last = self.totals(index)?;
+            if last.full_exits > 0 {
+                // Before the first full exit it is no more than an assumption.
+                self.recording.host.soft_limit = Some(resets.soft_limit);
+            }
+            let stats = self.machine.stats(index);
+            let time = self.recording.end - began;
+            let vcpu = &mut self.recording.vcpus[index];
+            (vcpu.limited_accesses, vcpu.limited_time) = (after[index] - before[index], time);
+            (vcpu.stalls.longest_ticks, vcpu.stalls.histogram) = (stats.longest(), stats.histogram());
+            vcpu.full_exits = last.full_exits - first.full_exits;
+            vcpu.paused = Duration::from_micros(last.paused_us - first.paused_us);
+            vcpu.net_pages = last.net_pages - first.net_pages;
+            vcpu.gross_pages = last.gross_pages - first.gross_pages;
+        }
+        Ok(())
+    }
+
+    /// Stops the guest, makes the last complete sync, and compares the copy with the guest.
+    fn check(mut self) -> Result<Recording> {
+        self.show(Phase::Checking);
+        let Self { vcpus, copier, limit, mut recording, .. } = self;
+        let stopped = vcpus.stop()?;
+        let mut shadow = copier.finish()?;
+        let log = limit.take_dirty_log(SLOT).context("the last sync of the dirty log")?;
+        shadow.copy(&log)?;
+        recording.lost_pages = Some(shadow.lost().len() as u64);
+        drop(stopped);
+        Ok(recording)
+    }
+
+    /// Samples until `until`, or until the user has enough.
+    fn until(&mut self, until: Duration, phase: Phase) -> Result<()> {
+        while !self.recording.interrupted {
+            let now = self.start.elapsed();
+            if now >= until {
+                return Ok(());
+            }
+            std::thread::sleep(self.next.min(until).saturating_sub(now));
+            if self.start.elapsed() >= self.next {
+                self.sample(phase)?;
+                self.recording.interrupted = self.progress.interrupted();
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads every vCPU's counters, shows them, and sees whether all threads are well.
+    fn sample(&mut self, phase: Phase) -> Result<()> {
+        self.vcpus.check()?;
+        self.copier.check()?;
+        self.limit.meter();
+        for index in 0..self.plan.vcpus.len() {
+            let Totals { net_pages: net, gross_pages: gross, paused_us, .. } = self.totals(index)?;
+            let (at, paused) = (self.start.elapsed(), Duration::from_micros(paused_us));
+            self.recording.vcpus[index].samples.push(Sample { at, net, gross, paused });
+        }
+        // A sample that is late is not made up for: the next one stands where it would have stood anyway.
+        let now = self.start.elapsed();
+        while self.next <= now {
+            self.next += SAMPLE;
+        }
+        self.show(phase);
+        Ok(())
+    }
+    fn show(&mut self, phase: Phase) {
+        let now: Vec<VcpuNow> = self.recording.vcpus.iter().map(now).collect();
+        self.progress.sample(self.start.elapsed(), phase, &now);
+    }
+
+    /// Sets or lifts a vCPU's limit, and records it as of `at`.
+    fn set_limit(&mut self, index: usize, limit: Option<PageRate>, at: Duration) -> Result<()> {
+        match limit {
+            Some(rate) => self.limit.set_limit(id(index), rate),
+            None => self.limit.cancel(id(index)),
+        }
+        .with_context(|| format!("cannot set the limit of vCPU {index}"))?;
+        self.recording.vcpus[index].limits.push((at, limit));
+        Ok(())
+    }
+
+    fn totals(&self, index: usize) -> Result<Totals> {
+        Ok(self.limit.query(id(index)).with_context(|| format!("cannot query vCPU {index}"))?.totals)
+    }
+
+    fn accesses(&self) -> Vec<u64> {
+        (0..self.plan.vcpus.len()).map(|index| self.machine.stats(index).accesses()).collect()
+    }
+}
+
+/// How a vCPU did over the last samples.
+fn now(vcpu: &VcpuRecording) -> VcpuNow {
+    let limit = vcpu.limits.last().and_then(|&(_, limit)| limit);
+    let recent = &vcpu.samples[vcpu.samples.len().saturating_sub(SHOWN + 1)..];
+    let (Some(first), Some(last)) = (recent.first(), recent.last()) else {
+        return VcpuNow { rate: PageRate::ZERO, limit, paused_share: 0.0 };
+    };
+    let time = last.at - first.at;
+    let rate = PageRate::measured(
+        u32::try_from(last.net - first.net).unwrap_or(u32::MAX),
+        u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
+    );
+    let paused = last.paused.saturating_sub(first.paused);
+    let paused_share = if time.is_zero() { 0.0 } else { (paused.as_secs_f64() / time.as_secs_f64()).min(1.0) };
+    VcpuNow { rate, limit, paused_share }
+}
+
+/// The limiter's name of a vCPU.
+fn id(index: usize) -> u32 {
+    u32::try_from(index).expect("the machine has at most 64 vCPUs")
+}
+
+fn recorded(workload: Workload, load: &Load, cpu: &GuestCpu) -> VcpuRecording {
+    let stalls = Stalls { tsc_hz: cpu.tsc_hz(), threshold_ticks: cpu.ticks(load.stall), ..Stalls::default() };
+    VcpuRecording {
+        index: cpu.index(),
+        workload,
+        limits: Vec::new(),
+        samples: Vec::new(),
+        free_accesses: 0,
+        free_time: Duration::ZERO,
+        limited_accesses: 0,
+        limited_time: Duration::ZERO,
+        stalls,
+        full_exits: 0,
+        paused: Duration::ZERO,
+        net_pages: 0,
+        gross_pages: 0,
+    }
+}
+
+fn load(workload: Workload) -> Load {
+    let mode = match workload {
+        Workload::Write(_) | Workload::Slow(_) => Mode::Write,
+        Workload::Random(_) => Mode::Random,
+        Workload::Read(_) => Mode::Read,
+        Workload::Burst(_) => Mode::Burst,
+        Workload::Idle => Mode::Idle,
+    };
+    let delay = if matches!(workload, Workload::Slow(_)) { SLOW_DELAY } else { 0 };
+    Load { delay, ..Load::new(mode, workload.bytes()) }
+}
+
+/// The guest and its copy must fit into what is free: the kernel would end this process, or another, in mid-run.
+fn check_memory(guest: u64) -> Result<()> {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    // A system that does not tell is not judged.
+    let Some(available) = available.map(|kib| kib << 10) else { return Ok(()) };
+    let needed = 2 * guest + SPARE;
+    ensure!(
+        needed <= available,
+        "the guest and its copy need {} MiB of memory, and {} MiB are available: take fewer or smaller workloads",
+        needed >> 20,
+        available >> 20
+    );
+    Ok(())
+}
+
+/// Who runs where. Only where there are as many vCPUs as CPUs is the scheduler helped: each vCPU gets a CPU of its own,
+/// and sampling and copying share those of limited writers, so that they do not slow down the vCPUs that nothing limits.
+struct Placement {
+    vcpus: Option<Vec<usize>>,
+    before: Option<Vec<usize>>,
+}
+
+impl Placement {
+    /// Keeps the calling thread, and threads started from now on, off the CPUs of unlimited vCPUs.
+    fn new(plan: &Plan) -> Self {
+        let cpus = affinity::allowed_cpus().unwrap_or_default();
+        if cpus.len() != plan.vcpus.len() {
+            return Self { vcpus: None, before: None };
+        }
+        let writers: Vec<usize> = std::iter::zip(&plan.vcpus, &cpus)
+            .filter(|(vcpu, _)| vcpu.workload.writes() && (vcpu.limit.is_some() || plan.vm_limit.is_some()))
+            .map(|(_, &cpu)| cpu)
+            .collect();
+        let before = (!writers.is_empty() && affinity::pin(&writers).is_ok()).then(|| cpus.clone());
+        Self { vcpus: Some(cpus), before }
+    }
+}
+
+impl Drop for Placement {
+    fn drop(&mut self) {
+        if let Some(cpus) = &self.before {
+            // It has just been allowed, and nothing but speed hangs on it.
+            let _ = affinity::pin(cpus);
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Whole runs on real KVM: that they end, in an error or a recording that adds up. How well a limit is held is no test
+//! but a measurement.
+
+use std::time::Duration;
+
+use dirtylimit_core::PageRate;
+
+use super::{MAX_VCPUS, kvm_or_skip, run};
+use crate::guest::{Phase, Progress, VcpuNow};
+use crate::payload;
+use crate::plan::{Plan, Step, VcpuPlan};
+use crate::record::{PolicyKind, Recording};
+use crate::workload::Workload;
+
+const MIB: u64 = 1 << 20;
+
+/// Counts what it is shown, and wants to end the run after so many samples of a phase.
+struct Watcher {
+    seen: Vec<Phase>,
+    enough: Option<(Phase, usize)>,
+}
+
+impl Progress for Watcher {
+    fn sample(&mut self, _: Duration, phase: Phase, _: &[VcpuNow]) {
+        self.seen.push(phase);
+    }
+
+    fn interrupted(&self) -> bool {
+        self.enough.is_some_and(|(phase, count)| self.seen.iter().filter(|&&seen| seen == phase).count() >= count)
+    }
+}
+
+fn plan(workloads: &[Workload]) -> Plan {
+    let limit = Some(rate(50));
+    Plan {
+        vcpus: workloads.iter().map(|&workload| VcpuPlan { workload, limit }).collect(),
+        vm_limit: None,
+        policy: PolicyKind::Paced,
+        ring: 1024,
+        max_pause: Duration::from_millis(10),
+        pass: Duration::from_millis(100),
+        free: Duration::from_millis(300),
+        limited: Duration::from_millis(700),
+        steps: Vec::new(),
+        payload: None,
+    }
+}
+
+fn rate(mib: u64) -> PageRate {
+    PageRate::from_bytes_per_sec(mib * MIB, 4096)
+}
+
+fn watched(plan: &Plan, enough: Option<(Phase, usize)>) -> (anyhow::Result<Recording>, Vec<Phase>) {
+    let mut watcher = Watcher { seen: Vec::new(), enough };
+    let recording = run(plan, &mut watcher);
+    (recording, watcher.seen)
+}
+
+fn failure(plan: &Plan) -> String {
+    format!("{:#}", watched(plan, None).0.expect_err("the run must fail"))
+}
+
+#[test]
+fn every_workload_is_recorded_and_no_page_is_lost() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let workloads = [
+        Workload::Write(16 * MIB),
+        Workload::Random(8 * MIB),
+        Workload::Read(8 * MIB),
+        Workload::Slow(8 * MIB),
+        Workload::Burst(8 * MIB),
+        Workload::Idle,
+    ];
+    for policy in [PolicyKind::Paced, PolicyKind::Stepped] {
+        let (recording, seen) = watched(&Plan { policy, ..plan(&workloads) }, None);
+        let recording = recording.unwrap();
+        assert_eq!(recording.lost_pages, Some(0));
+        assert!(recording.limited_at < recording.end && !recording.interrupted);
+        assert!(recording.host.soft_limit.is_some_and(|soft| soft < 1024), "{:?}", recording.host.soft_limit);
+        assert_eq!(seen.last(), Some(&Phase::Checking));
+        for vcpu in &recording.vcpus {
+            assert!(vcpu.samples.windows(2).all(|pair| {
+                pair[0].at <= pair[1].at && pair[0].net <= pair[1].net && pair[0].gross <= pair[1].gross
+            }));
+            assert_eq!(vcpu.limits, [(recording.limited_at, Some(rate(50)))]);
+            assert!(vcpu.net_pages <= vcpu.gross_pages);
+            let touches = vcpu.workload != Workload::Idle;
+            assert_eq!(vcpu.free_accesses + vcpu.limited_accesses > 0, touches, "{:?}", vcpu.workload);
+        }
+    }
+}
+
+#[test]
+fn steps_change_every_limit_and_are_recorded() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let step = |after, limit| Step { after: Duration::from_millis(after), limit };
+    let workloads = [Workload::Write(8 * MIB), Workload::Write(8 * MIB)];
+    let plan = Plan {
+        steps: vec![step(200, Some(rate(200))), step(400, None)],
+        vm_limit: Some(rate(300)),
+        ..plan(&workloads)
+    };
+    let recording = watched(&plan, None).0.unwrap();
+    assert_eq!(recording.lost_pages, Some(0));
+    for vcpu in &recording.vcpus {
+        let limits: Vec<_> = vcpu.limits.iter().map(|&(_, limit)| limit).collect();
+        assert_eq!(limits, [Some(rate(50)), Some(rate(200)), None]);
+        assert!(vcpu.limits[2].0 >= recording.limited_at + Duration::from_millis(400));
+    }
+}
+
+#[test]
+fn a_run_that_is_interrupted_still_checks_its_copy() {
+    if !kvm_or_skip() {
+        return;
+    }
+    for phase in [Phase::Free, Phase::Limited] {
+        let long = Plan { limited: Duration::from_secs(600), ..plan(&[Workload::Write(8 * MIB)]) };
+        let (recording, seen) = watched(&long, Some((phase, 5)));
+        let recording = recording.unwrap();
+        assert!(recording.interrupted && recording.lost_pages == Some(0), "{phase:?}");
+        assert_eq!(recording.vcpus[0].limits.is_empty(), phase == Phase::Free);
+        assert_eq!(seen.last(), Some(&Phase::Checking));
+    }
+}
+
+#[test]
+fn a_payload_file_stands_in_for_the_built_in_one() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let path = std::env::temp_dir().join(format!("dirtylimit-payload-{}", std::process::id()));
+    let with = |image: &[u8]| {
+        std::fs::write(&path, image).unwrap();
+        Plan { payload: Some(path.clone()), ..plan(&[Workload::Write(8 * MIB)]) }
+    };
+    let same = watched(&with(payload::image()), None).0;
+    let faulty = failure(&with(&[0x0f, 0x0b]));
+    let silent = watched(&with(&[0xeb, 0xfe]), None).0;
+    let empty = failure(&with(&[]));
+    std::fs::remove_file(&path).unwrap();
+    let same = same.unwrap();
+    assert!(same.vcpus[0].limited_accesses > 0 && same.lost_pages == Some(0));
+    assert!(faulty.contains("vCPU 0") && faulty.contains("triple fault"), "{faulty}");
+    let silent = silent.unwrap();
+    assert!(silent.vcpus[0].limited_accesses == 0 && silent.lost_pages == Some(0), "a loop that touches nothing runs");
+    assert!(empty.contains("empty") && empty.contains("dirtylimit-payload"), "{empty}");
+    assert!(failure(&with_missing()).contains("/nowhere/payload"));
+}
+
+fn with_missing() -> Plan {
+    Plan { payload: Some("/nowhere/payload".into()), ..plan(&[Workload::Write(8 * MIB)]) }
+}
+
+#[test]
+fn a_plan_that_this_host_cannot_run_is_refused_before_it_starts() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let write = Workload::Write(MIB);
+    assert!(failure(&plan(&[write; MAX_VCPUS + 1])).contains("65 vCPUs"));
+    assert!(failure(&plan(&[])).contains("0 vCPUs"));
+    let ring = failure(&Plan { ring: 1000, ..plan(&[write]) });
+    assert!(ring.contains("1000") && ring.contains("power of two"), "{ring}");
+    let huge = failure(&plan(&[Workload::Write(63 << 30)]));
+    assert!(huge.contains("available") && huge.contains("MiB"), "{huge}");
+}
