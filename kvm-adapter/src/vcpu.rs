@@ -94,37 +94,42 @@ impl Vcpu {
         self.pay(&mut stop)
     }
 
+    /// Settle, pause, free; again from where it is due as long as patience lasts.
     #[cold]
     fn pay(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Paid, Error> {
+        let (vm, seat) = (self.vm.clone(), self.seat.clone());
+        let cell = seat.cell(&vm.limiter);
         let start = sys::now();
+        let patience = start.saturating_add(vm.limiter.vm().max_pause()).saturating_add(RESET_GAP);
         let mut paid = Paid::default();
-        let patience = start.saturating_add(self.vm.limiter.vm().max_pause()).saturating_add(RESET_GAP);
+        // What was settled, and under which penalty: read before, so that no change between the two goes unseen.
+        let mut penalty = cell.penalty.accept();
         let mut turn = self.settle(start)?;
         let mut until = turn.map_or(start + RETRY, |turn| turn.until);
         loop {
+            let from = sys::now();
+            let ended = seat.pause(until, cell, penalty, self.answered, stop);
             let now = sys::now();
-            let cell = self.seat.cell(&self.vm.limiter);
-            let ended = self.seat.pause(until, cell, cell.penalty.accept(), self.answered, stop);
-            let after = sys::now();
-            if until > now && turn.is_some_and(|turn| turn.slice.is_some()) {
-                cell.report.add_pause(after - now);
-                paid.paused += Duration::from_nanos(after - now);
+            if until > from && turn.is_some_and(|turn| turn.slice.is_some()) {
+                cell.report.add_pause(now - from);
+                paid.paused += Duration::from_nanos(now - from);
             }
             if ended == Ended::Wanted {
-                self.answered = self.seat.interrupts();
+                self.answered = seat.interrupts();
                 paid.interrupted = true;
                 return Ok(paid);
             }
-            if ended == Ended::Changed || turn.is_none() {
-                turn = self.settle(after)?;
-                until = turn.map_or(after + RETRY, |turn| turn.until);
-            } else if let Some(at) = turn.and_then(|turn| self.free(&turn, start, after).transpose()) {
-                until = at?;
-            } else {
-                return Ok(paid);
-            }
-            if after >= patience {
-                return Ok(paid);
+            let again = match turn {
+                Some(turn) if ended == Ended::Due => self.free(&turn, start, now)?,
+                _ => {
+                    penalty = cell.penalty.accept();
+                    turn = self.settle(now)?;
+                    Some(turn.map_or(now + RETRY, |turn| turn.until))
+                }
+            };
+            match again {
+                Some(at) if now < patience => until = at,
+                _ => return Ok(paid),
             }
         }
     }
@@ -189,3 +194,9 @@ impl Drop for Vcpu {
         self.seat.taken.store(false, Ordering::Release);
     }
 }
+
+/// VMMs keep it in a `Send + Sync` vCPU object.
+const _: fn() = || {
+    fn shared<T: Send + Sync>() {}
+    shared::<Vcpu>();
+};
