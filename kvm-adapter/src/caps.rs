@@ -18,12 +18,20 @@ pub struct Config {
     pub(crate) ring_entries: u32,
     pub(crate) max_pause: Nanos,
     pub(crate) policy: Shipped,
+    #[cfg(feature = "planted-bugs")]
+    pub(crate) planted_bug: Option<sys::PlantedBug>,
 }
 
 impl Default for Config {
     /// Rings of 4,096 entries, pauses of at most 10 ms, paced.
     fn default() -> Self {
-        Self { ring_entries: 4096, max_pause: 10_000_000, policy: Shipped::default() }
+        Self {
+            ring_entries: 4096,
+            max_pause: 10_000_000,
+            policy: Shipped::default(),
+            #[cfg(feature = "planted-bugs")]
+            planted_bug: None,
+        }
     }
 }
 
@@ -50,6 +58,14 @@ impl Config {
     #[must_use]
     pub fn policy(self, policy: Shipped) -> Self {
         Self { policy, ..self }
+    }
+
+    /// Makes a mistake, so that a test can show that it would notice.
+    #[cfg(feature = "planted-bugs")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn planted_bug(self, bug: sys::PlantedBug) -> Self {
+        Self { planted_bug: Some(bug), ..self }
     }
 }
 

@@ -60,6 +60,9 @@ pub use error::Error;
 pub use harvest::Stats;
 pub use limit::{DirtyLimit, Pass};
 pub use seat::Interrupter;
+#[cfg(feature = "planted-bugs")]
+#[doc(hidden)]
+pub use sys::PlantedBug;
 pub use throttle::ThrottleThread;
 pub use vcpu::{Paid, Vcpu};
 

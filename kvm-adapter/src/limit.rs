@@ -12,7 +12,7 @@ use crate::caps::{Caps, Config};
 use crate::error::{Error, system};
 use crate::harvest::{Place, Stats};
 use crate::seat::{Seat, VmLimiter};
-use crate::sys::{self, RingPages, RunPage, VmFd};
+use crate::sys::{self, Kernel, RingPages, RunPage, VmFd};
 use crate::throttle::ThrottleThread;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
@@ -45,11 +45,20 @@ impl DirtyLimit {
     /// Where KVM offers no ring, the size is not allowed, or KVM refuses: each says what to do.
     pub fn enable(vm: &impl AsRawFd, config: &Config) -> Result<Self, Error> {
         let kernel = VmFd::duplicate(vm).map_err(system("duplicating the VM's descriptor"))?;
-        let caps = Caps::of(&kernel)?;
-        caps.enable(&kernel, config.ring_entries)?;
+        #[cfg(feature = "planted-bugs")]
+        if let Some(bug) = config.planted_bug {
+            return Self::on(Box::new(sys::Planted::new(kernel, bug)), config);
+        }
+        Self::on(Box::new(kernel), config)
+    }
+
+    /// [`DirtyLimit::enable`] on whatever answers as a VM.
+    pub(crate) fn on(kernel: Box<dyn Kernel>, config: &Config) -> Result<Self, Error> {
+        let caps = Caps::of(&*kernel)?;
+        caps.enable(&*kernel, config.ring_entries)?;
         let limiter = VmLimiter::new(config.policy);
         limiter.vm().set_max_pause(config.max_pause);
-        Ok(Self(Arc::new(Vm::new(Box::new(kernel), caps, config.ring_entries, limiter))))
+        Ok(Self(Arc::new(Vm::new(kernel, caps, config.ring_entries, limiter))))
     }
 
     /// What KVM offered.

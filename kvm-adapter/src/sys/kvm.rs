@@ -63,6 +63,14 @@ impl VmFd {
         let result = unsafe { libc::ioctl(self.0.as_raw_fd(), request, argument) };
         u32::try_from(result).map_err(|_| io::Error::last_os_error())
     }
+
+    /// [`Kernel::reset`] with the signal mask that the thread has.
+    pub(super) fn reset_as_it_is(&self) -> io::Result<Reset> {
+        let before = context_switches();
+        // SAFETY: takes nothing.
+        let entries = unsafe { self.ioctl(KVM_RESET_DIRTY_RINGS, 0) }?;
+        Ok(Reset { entries, disturbed: context_switches() != before })
+    }
 }
 
 /// -1 is no descriptor, and must not be borrowed.
@@ -84,10 +92,7 @@ impl Kernel for VmFd {
 
     fn reset(&self) -> io::Result<Reset> {
         let _blocked = SignalsBlocked::new();
-        let before = context_switches();
-        // SAFETY: takes nothing.
-        let entries = unsafe { self.ioctl(KVM_RESET_DIRTY_RINGS, 0) }?;
-        Ok(Reset { entries, disturbed: context_switches() != before })
+        self.reset_as_it_is()
     }
 
     fn backup_log(&self, slot: u32, words: &mut [u64]) -> io::Result<()> {

@@ -3,11 +3,17 @@
 mod futex;
 mod kvm;
 mod mapping;
+#[cfg(feature = "planted-bugs")]
+mod planted;
 mod signals;
 
 pub(crate) use futex::{Wait, wait, wake};
 pub(crate) use kvm::{Kernel, Reset, VmFd};
 pub(crate) use mapping::{RingPages, RunPage};
+#[cfg(feature = "planted-bugs")]
+pub(crate) use planted::Planted;
+#[cfg(feature = "planted-bugs")]
+pub use planted::PlantedBug;
 pub(crate) use signals::SignalsBlocked;
 
 use dirtylimit_core::Nanos;
