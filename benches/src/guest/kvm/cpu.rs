@@ -286,6 +286,7 @@ pub fn open() -> Result<kvm_ioctls::Kvm> {
     })?;
     match kvm.get_api_version() {
         12 => Ok(kvm),
+        ..0 => bail!("/dev/kvm opens but does not answer as KVM does: it is another device"),
         other => bail!("/dev/kvm speaks version {other} of the KVM API; this program needs version 12"),
     }
 }

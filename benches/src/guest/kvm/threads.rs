@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, ensure};
-use dirtylimit_kvm::{DirtyLimit, Interrupter, Vcpu};
+use dirtylimit_kvm::{DirtyLimit, Vcpu};
 
 use super::{Exit, GuestCpu, Kicker, SLOT, affinity};
 use crate::shadow::Shadow;
@@ -32,7 +32,6 @@ struct VcpuThread {
     /// Gives the vCPU back, so that its ring is mapped until the last sync is done.
     handle: JoinHandle<Result<Limited>>,
     kicker: Kicker,
-    interrupter: Interrupter,
 }
 
 impl Vcpus {
@@ -40,14 +39,13 @@ impl Vcpus {
     pub(super) fn start(vcpus: Vec<Limited>, pins: Option<&[usize]>) -> Result<Self> {
         let mut started = Self { stop: Arc::default(), threads: Vec::with_capacity(vcpus.len()) };
         for (cpu, vcpu) in vcpus {
-            let (kicker, interrupter) = (cpu.kicker(), vcpu.interrupter());
-            let (index, stop) = (cpu.index(), started.stop.clone());
+            let (index, kicker, stop) = (cpu.index(), cpu.kicker(), started.stop.clone());
             let pin = pins.and_then(|pins| pins.get(index).copied());
             let handle = thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .spawn(move || drive((cpu, vcpu), pin, &stop))
                 .with_context(|| format!("cannot start the thread of vCPU {index}"))?;
-            started.threads.push(VcpuThread { handle, kicker, interrupter });
+            started.threads.push(VcpuThread { handle, kicker });
         }
         Ok(started)
     }
@@ -74,8 +72,8 @@ impl Vcpus {
         while let Some(stuck) = self.threads.iter().position(|thread| !thread.handle.is_finished()) {
             ensure!(Instant::now() < deadline, "vCPU {stuck} does not stop: it was kicked for {STOP_PATIENCE:?}");
             for thread in self.threads.iter().filter(|thread| !thread.handle.is_finished()) {
+                // The limiter sees the request to exit too, so a pause ends as a KVM_RUN does.
                 thread.kicker.kick();
-                thread.interrupter.interrupt();
             }
             thread::sleep(Duration::from_millis(1));
         }
