@@ -49,8 +49,10 @@ pub struct StepMeasures {
 /// The measures of one vCPU.
 #[derive(Clone, Debug)]
 pub struct Measures {
-    /// Net rate of the free phase.
+    /// Net rate of the free phase: at most the working set for each pass, however fast the guest is.
     pub free_mib_s: Option<f64>,
+    /// Gross rate of the free phase, in ring entries.
+    pub free_gross_mib_s: Option<f64>,
     /// Every limit in turn; never empty, and the last one is what the run is judged by.
     pub steps: Vec<StepMeasures>,
     /// `None` where the guest reported no stall.
@@ -85,6 +87,7 @@ impl Measures {
         let limited = recording.end.saturating_sub(recording.limited_at);
         Self {
             free_mib_s: series.mean_mib_s(Duration::ZERO, recording.limited_at),
+            free_gross_mib_s: series.gross_mib_s(Duration::ZERO, recording.limited_at),
             steps,
             stall_p99_ms: vcpu.stalls.percentile_ms(99.0),
             stall_p999_ms: vcpu.stalls.percentile_ms(99.9),
@@ -157,8 +160,16 @@ impl Series<'_> {
 
     /// Mean net rate in MiB/s.
     pub fn mean_mib_s(&self, from: Duration, to: Duration) -> Option<f64> {
-        let page = f64::from(self.page_size) / f64::from(1 << 20);
-        self.mean(from, to, |sample| sample.net as f64).map(|pages| pages * page)
+        self.mean(from, to, |sample| sample.net as f64).map(|pages| pages * self.page_mib())
+    }
+
+    /// Mean gross rate, of ring entries, in MiB/s.
+    pub fn gross_mib_s(&self, from: Duration, to: Duration) -> Option<f64> {
+        self.mean(from, to, |sample| sample.gross as f64).map(|pages| pages * self.page_mib())
+    }
+
+    fn page_mib(&self) -> f64 {
+        f64::from(self.page_size) / f64::from(1 << 20)
     }
 
     /// Share of the time spent in penalty pauses, in percent.

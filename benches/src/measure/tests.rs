@@ -13,7 +13,7 @@ fn sampled(end: u32, every: u32, rate: impl Fn(u32) -> u64) -> Vec<Sample> {
     for ms in 0..end {
         net += rate(ms);
         if (ms + 1) % every == 0 || ms + 1 == end {
-            samples.push(Sample { at: MS * (ms + 1), net, gross: net, paused: MS * (ms + 1) / 2 });
+            samples.push(Sample { at: MS * (ms + 1), net, gross: 2 * net, paused: MS * (ms + 1) / 2 });
         }
     }
     samples
@@ -80,6 +80,7 @@ fn a_limit_that_takes_a_while() {
     for every in [1, 2, 10] {
         let measures = measures(5000, &[(1000, 1000)], every, rate);
         near(measures.free_mib_s, 4000.0);
+        near(measures.free_gross_mib_s, 8000.0);
         near(measures.last().settled_mib_s, 252.0 * 1000.0 / 256.0);
         near(measures.last().error_pct, -100.0 * 4.0 / 256.0);
         // A window with n ms at 512 pages: (512 n + 252 (100 - n)) / 25600 <= 1.1 for n <= 11. Windows start every 10 ms,

@@ -88,6 +88,8 @@ pub struct Vcpu {
     pub free_accesses_per_s: Option<f64>,
     /// The same in the limited phase.
     pub limited_accesses_per_s: Option<f64>,
+    /// Ring entries of the free phase, as a rate: a page counts again whenever a reset armed it anew.
+    pub free_gross_mib_s: Option<f64>,
     /// Each limit in turn, where it changed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<Step>,
@@ -181,6 +183,7 @@ impl Vcpu {
             paused_pct: measures.paused_pct.map(round),
             free_accesses_per_s: per_second(vcpu.free_accesses, vcpu.free_time),
             limited_accesses_per_s: per_second(vcpu.limited_accesses, vcpu.limited_time),
+            free_gross_mib_s: measures.free_gross_mib_s.map(round),
             steps: if measures.steps.len() > 1 { measures.steps.iter().map(Step::of).collect() } else { Vec::new() },
         }
     }

@@ -83,7 +83,7 @@ impl Live {
             let history = vec![VecDeque::with_capacity(SPARKS); shown];
             View::Terminal { head: all.add(head), lines, history, next: Duration::ZERO }
         } else {
-            View::Plain { next: Duration::ZERO }
+            View::Plain { next: PLAIN / 2 }
         };
         Ok(Self { interrupt, total, view })
     }

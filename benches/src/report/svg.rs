@@ -31,9 +31,10 @@ const PAPER: Ink = Ink { light: RGBColor(255, 255, 255), dark: "#0D1117" };
 const TEXT: Ink = Ink { light: RGBColor(31, 35, 40), dark: "#E6EDF3" };
 const GRID: Ink = Ink { light: RGBColor(216, 222, 228), dark: "#444C56" };
 const RATE: Ink = Ink { light: RGBColor(9, 105, 218), dark: "#58A6FF" };
+const GROSS: Ink = Ink { light: RGBColor(130, 100, 190), dark: "#A48BD8" };
 const LIMIT: Ink = Ink { light: RGBColor(188, 76, 0), dark: "#F0883E" };
 const PAUSE: Ink = Ink { light: RGBColor(224, 229, 234), dark: "#303844" };
-const INKS: [Ink; 6] = [PAPER, TEXT, GRID, RATE, LIMIT, PAUSE];
+const INKS: [Ink; 7] = [PAPER, TEXT, GRID, RATE, GROSS, LIMIT, PAUSE];
 
 /// Writes the drawing of a recording to `path`.
 ///
@@ -72,7 +73,12 @@ fn title(area: &Area<'_>, recording: &Recording, shown: usize) -> Result<()> {
     let text = format!("Dirty page rate against its limit{hidden}");
     area.draw_text(&text, &font(18), (16, 10)).map_err(plain)?;
     // The legend: a line and its name, side by side.
-    let names = [(RATE, "rate (100 ms mean)", 150), (LIMIT, "limit", 80), (PAUSE, "share of time paused", 0)];
+    let names = [
+        (RATE, "net rate (100 ms mean)", 170),
+        (GROSS, "gross rate", 90),
+        (LIMIT, "limit", 80),
+        (PAUSE, "share of time paused", 0),
+    ];
     let mut x = 16;
     for (ink, name, advance) in names {
         area.draw(&Rectangle::new([(x, 43), (x + 18, 51)], ink.light.filled())).map_err(plain)?;
@@ -118,7 +124,7 @@ fn draw_vcpu(area: &Area<'_>, recording: &Recording, vcpu: &VcpuRecording) -> Re
         .label_style(font(12))
         .axis_desc_style(font(12))
         .x_desc("time since the limit was set (s)")
-        .y_desc("net dirty rate (MiB/s)")
+        .y_desc("dirty page rate (MiB/s)")
         .x_labels(12)
         .y_labels(5)
         .x_label_formatter(&|x| significant(tidy(*x), 3))
@@ -143,8 +149,11 @@ fn draw_vcpu(area: &Area<'_>, recording: &Recording, vcpu: &VcpuRecording) -> Re
         chart.draw_series(LineSeries::new(ends, LIMIT.light.stroke_width(5))).map_err(plain)?;
     }
     // Off the scale is drawn along the upper edge: the caption tells the free rate.
-    let line = rates.iter().map(|&(at, rate)| (at - start, rate.min(top)));
-    chart.draw_series(LineSeries::new(line, RATE.light.stroke_width(2))).map_err(plain)?;
+    let gross = sampled(end, |from, to| series.gross_mib_s(from, to));
+    for (rates, ink, width) in [(gross, GROSS, 1), (rates, RATE, 2)] {
+        let line = rates.iter().map(|&(at, rate)| (at - start, rate.min(top)));
+        chart.draw_series(LineSeries::new(line, ink.light.stroke_width(width))).map_err(plain)?;
+    }
     Ok(())
 }
 
@@ -158,9 +167,9 @@ fn caption(recording: &Recording, vcpu: &VcpuRecording, top: f64) -> String {
     if let Some(settled) = last.settled_mib_s {
         let _ = write!(text, ", settled at {settled:.1} MiB/s");
     }
-    if let Some(free) = measures.free_mib_s {
-        let off = if free > top { " (off the scale)" } else { "" };
-        let _ = write!(text, ", free {free:.0} MiB/s{off}");
+    if let Some((free, gross)) = measures.free_mib_s.zip(measures.free_gross_mib_s) {
+        let off = if free.max(gross) > top { ", off the scale" } else { "" };
+        let _ = write!(text, ", free {free:.0} MiB/s (gross {gross:.0}{off})");
     }
     if let Some(stall) = measures.stall_max_ms {
         let _ = write!(text, ", longest stall {stall:.1} ms");
@@ -229,7 +238,7 @@ mod tests {
         let svg = draw(&example::recording()).unwrap();
         assert!(svg.contains("vCPU 0, write:224MiB: limit 100 MiB/s"), "{svg}");
         assert!(svg.contains("vCPU 1, read:32MiB"), "{svg}");
-        for label in ["net dirty rate (MiB/s)", "time since the limit was set (s)", "time paused (%)"] {
+        for label in ["dirty page rate (MiB/s)", "time since the limit was set (s)", "time paused (%)"] {
             assert_eq!(svg.matches(label).count(), 2, "{label}");
         }
     }

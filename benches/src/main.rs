@@ -1,0 +1,128 @@
+//! `dirtylimit-bench`: runs a guest, limits it, reports.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+use dirtylimit_bench::cli::{Cli, Command, Run};
+use dirtylimit_bench::guest::{self, Progress};
+use dirtylimit_bench::plan::Plan;
+use dirtylimit_bench::probe;
+use dirtylimit_bench::record::{GuestKind, Recording};
+use dirtylimit_bench::report::json::Report;
+use dirtylimit_bench::report::progress::{Interrupt, Live};
+use dirtylimit_bench::report::{svg, table::Table};
+use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL};
+
+/// The run failed.
+const FAILED: u8 = 1;
+/// Pages were lost. Bad usage is 2, which clap returns by itself.
+const LOST: u8 = 3;
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Run(run) => match run.plan() {
+            Ok(plan) => execute(&run, &plan),
+            Err(message) => {
+                let mut cli = Cli::command();
+                cli.build();
+                let run = cli.find_subcommand_mut("run").expect("`run` was parsed");
+                run.error(ErrorKind::ValueValidation, message).exit()
+            }
+        },
+        Command::Probe => say(&probe::probe().to_string()).map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("dirtylimit-bench: {error:#}");
+        ExitCode::from(FAILED)
+    })
+}
+
+fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
+    for asked in run.workload.iter().filter(|workload| workload.maskable() != **workload) {
+        eprintln!("{asked}: the guest masks its page index, so it is {} that runs.", asked.maskable());
+    }
+    let json = run.json.as_deref();
+    let to_stdout = json == Some(Path::new("-"));
+    // A report that has nowhere to go is found out before the run, not after it.
+    for path in [json.filter(|_| !to_stdout), run.svg.as_deref()].into_iter().flatten() {
+        writable(path)?;
+    }
+    let guest = choose(run)?;
+    let mut live = Live::new(plan, Interrupt::install()?)?;
+    let recording = start(guest, plan, &mut live);
+    live.finish();
+    let recording = recording?;
+
+    let table = Table(&recording).to_string();
+    if to_stdout {
+        eprint!("{table}");
+    } else {
+        say(&table)?;
+    }
+    if let Some(path) = json {
+        let document = serde_json::to_string(&Report::of(&recording))?;
+        if to_stdout {
+            say(&document)?;
+        } else {
+            fs::write(path, document + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    if let Some(path) = &run.svg {
+        svg::write(&recording, path)?;
+    }
+    Ok(if recording.lost_pages > Some(0) { ExitCode::from(LOST) } else { ExitCode::SUCCESS })
+}
+
+fn start(guest: GuestKind, plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
+    match guest {
+        GuestKind::Kvm => guest::kvm::run(plan, progress),
+        GuestKind::Sim => anyhow::bail!("this build has no simulated guest"),
+    }
+}
+
+/// The guest that was asked for; else KVM's where that can be used, and the simulated one, saying why, where not.
+fn choose(run: &Run) -> Result<GuestKind> {
+    let kind = match run.guest {
+        Some(kind) => kind,
+        None => match kvm() {
+            Ok(()) => GuestKind::Kvm,
+            Err(error) => {
+                eprintln!("No KVM guest can run here ({error:#}): this is the simulated one, in virtual time.");
+                GuestKind::Sim
+            }
+        },
+    };
+    ensure!(
+        kind == GuestKind::Kvm || run.payload.is_none(),
+        "--payload needs the KVM guest: the simulated one runs no code"
+    );
+    Ok(kind)
+}
+
+/// Whether KVM opens and has a dirty ring.
+fn kvm() -> Result<()> {
+    let kvm = guest::kvm::open()?;
+    let rings = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING];
+    let has = rings.iter().any(|&ring| kvm.check_extension_raw(u64::from(ring)) > 0);
+    ensure!(has, "this KVM has no dirty ring");
+    Ok(())
+}
+
+fn writable(path: &Path) -> Result<File> {
+    // Not truncated yet: a run that fails leaves an older report as it is.
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    file.with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Writes to stdout; a reader that has gone away is no error.
+fn say(text: &str) -> Result<()> {
+    match writeln!(io::stdout().lock(), "{}", text.trim_end()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("cannot write to standard output"),
+    }
+}

@@ -1,0 +1,64 @@
+//! The program itself: its exit status, and what it says to whom.
+
+use std::process::{Command, Output};
+
+fn bench(arguments: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_dirtylimit-bench")).args(arguments.split_whitespace()).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn help_lists_every_option_of_the_manual() {
+    let output = bench("run --help");
+    assert!(output.status.success());
+    let help = text(&output.stdout);
+    for option in
+        "guest workload vcpus limit vm-limit policy ring max-pause pass free-seconds seconds steps payload json svg"
+            .split_whitespace()
+    {
+        assert!(help.contains(&format!("--{option} <")), "--{option} is missing:\n{help}");
+    }
+    for default in ["write:224MiB", "100MiB/s", "paced", "4096", "10ms", "1s", "8"] {
+        assert!(help.contains(&format!("[default: {default}]")), "default {default} is missing:\n{help}");
+    }
+}
+
+#[test]
+fn bad_usage_exits_2_and_says_what_is_allowed() {
+    for (arguments, told) in [
+        ("", "Usage"),
+        ("walk", "unrecognized subcommand"),
+        ("run --speed 3", "unexpected argument"),
+        ("run --limit fast", "KiB/s, MiB/s, GiB/s"),
+        ("run --workload wirte:1MiB", "write:SIZE"),
+        ("run --ring 3000", "power of two"),
+        ("run --vcpus 0", "1 to 1024"),
+        ("run --limit 1MiB/s --limit 2MiB/s", "once for all, or once per vCPU"),
+        ("run --steps 1MiB/s@9s", "before the end"),
+        ("run --seconds 1e9", "seconds"),
+    ] {
+        let output = bench(arguments);
+        let told_all = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "`{arguments}`: {told_all}");
+        assert!(told_all.contains(told), "`{arguments}`: {told_all}");
+        assert!(output.stdout.is_empty(), "`{arguments}` wrote to stdout");
+    }
+}
+
+#[test]
+fn a_report_with_nowhere_to_go_fails_before_the_run() {
+    let output = bench("run --guest sim --json /nonexistent/report.json");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("cannot write /nonexistent/report.json"), "{}", text(&output.stderr));
+    assert!(!text(&output.stderr).contains("running free"), "it ran first");
+}
+
+#[test]
+fn the_simulated_guest_runs_no_payload() {
+    let output = bench("run --guest sim --payload Cargo.toml");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("--payload needs the KVM guest"), "{}", text(&output.stderr));
+}
