@@ -235,6 +235,11 @@ impl<E: AsRef<[Entry]>> Ring<E> {
         self.collected.wrapping_sub(self.reset)
     }
 
+    /// How many pages the vCPU may dirty before it exits, once all that was collected is reset.
+    pub fn room(&self) -> u32 {
+        self.soft.saturating_sub(self.held_back())
+    }
+
     /// The number of entries.
     pub fn size(&self) -> u32 {
         self.size

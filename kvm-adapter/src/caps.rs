@@ -6,6 +6,7 @@ use dirtylimit_core::{Entry, Nanos, RESERVED, Shipped};
 
 use crate::Error;
 use crate::error::system;
+use crate::kick::Kick;
 use crate::sys::{self, Kernel};
 
 const KVM_CAP_DIRTY_LOG_RING: u32 = 192;
@@ -18,17 +19,19 @@ pub struct Config {
     pub(crate) ring_entries: u32,
     pub(crate) max_pause: Nanos,
     pub(crate) policy: Shipped,
+    pub(crate) kick: Kick,
     #[cfg(feature = "planted-bugs")]
     pub(crate) planted_bug: Option<sys::PlantedBug>,
 }
 
 impl Default for Config {
-    /// Rings of 4,096 entries, pauses of at most 10 ms, paced.
+    /// Rings of 4,096 entries, pauses of at most 10 ms, paced, no kicks.
     fn default() -> Self {
         Self {
             ring_entries: 4096,
             max_pause: 10_000_000,
             policy: Shipped::default(),
+            kick: Kick::Off,
             #[cfg(feature = "planted-bugs")]
             planted_bug: None,
         }
@@ -58,6 +61,12 @@ impl Config {
     #[must_use]
     pub fn policy(self, policy: Shipped) -> Self {
         Self { policy, ..self }
+    }
+
+    /// Who ends the slices that the ring cannot end. Needed for rings larger than what the guest writes to.
+    #[must_use]
+    pub fn kick(self, kick: Kick) -> Self {
+        Self { kick, ..self }
     }
 
     /// Makes a mistake, so that a test can show that it would notice.

@@ -43,7 +43,7 @@ pub struct Stats {
 #[derive(Debug)]
 pub(crate) struct Place {
     pub(crate) ring: Ring<RingPages>,
-    /// The slice that the vCPU was last given; `None` while it is not limited.
+    /// The slice that the vCPU was last given and that the ring ends; `None` while it is not limited, or kicked.
     pub(crate) slice: Option<u32>,
     pub(crate) seat: Arc<Seat>,
 }

@@ -25,8 +25,8 @@
 //!   was stopped, traced, frozen) stay dirty until they are known to be protected again. When a call fails, what was
 //!   collected stays for the next.
 //! - **No stall above `max_pause`.** A limited vCPU runs in slices of pages: entries are held back in its ring so that it
-//!   exits when the slice is used up, pauses for its price, and gets the next. No timer, no signal. What one pause does not
-//!   cover stays owed.
+//!   exits when the slice is used up, pauses for its price, and gets the next. No timer, no signal; a [`Kick`] is an option
+//!   for rings that never fill. What one pause does not cover stays owed.
 //! - **A pause ends at once** when the limit is lifted or changed, when a signal reaches the thread, or when the
 //!   [`Interrupter`] is called; within 10 ms when `immediate_exit` is set or `stop` returns true. Penalties lapse 5 s after
 //!   the last tick, so that a dead control plane cannot hold a guest.
@@ -46,6 +46,7 @@ pub use dirtylimit_core;
 mod caps;
 mod error;
 mod harvest;
+mod kick;
 mod limit;
 mod seat;
 mod slots;
@@ -58,6 +59,7 @@ pub use caps::{Caps, Config};
 pub use dirtylimit_core::{Paced, PageRate, Shipped, Status, Stepped};
 pub use error::Error;
 pub use harvest::Stats;
+pub use kick::Kick;
 pub use limit::{DirtyLimit, Pass};
 pub use seat::Interrupter;
 #[cfg(feature = "planted-bugs")]

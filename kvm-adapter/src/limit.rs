@@ -11,7 +11,7 @@ use dirtylimit_core::{PageRate, Ring, Shipped, Status};
 use crate::caps::{Caps, Config};
 use crate::error::{Error, system};
 use crate::harvest::{Place, Stats};
-use crate::seat::{Seat, VmLimiter};
+use crate::seat::Seat;
 use crate::sys::{self, Kernel, RingPages, RunPage, VmFd};
 use crate::throttle::ThrottleThread;
 use crate::vcpu::Vcpu;
@@ -56,9 +56,8 @@ impl DirtyLimit {
     pub(crate) fn on(kernel: Box<dyn Kernel>, config: &Config) -> Result<Self, Error> {
         let caps = Caps::of(&*kernel)?;
         caps.enable(&*kernel, config.ring_entries)?;
-        let limiter = VmLimiter::new(config.policy);
-        limiter.vm().set_max_pause(config.max_pause);
-        Ok(Self(Arc::new(Vm::new(kernel, caps, config.ring_entries, limiter))))
+        config.kick.prepare()?;
+        Ok(Self(Arc::new(Vm::new(kernel, caps, config))))
     }
 
     /// What KVM offered.

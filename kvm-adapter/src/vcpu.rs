@@ -8,6 +8,7 @@ use dirtylimit_core::{Nanos, Pacer, Turn};
 
 use crate::Error;
 use crate::harvest::BATCH;
+use crate::kick::Kicker;
 use crate::seat::{Ended, Interrupter, Seat};
 use crate::sys;
 use crate::vm::Vm;
@@ -30,6 +31,9 @@ pub struct Paid {
     /// A signal, the [`Interrupter`], `immediate_exit` or `stop` ended it: the thread is wanted elsewhere. What is owed
     /// stays owed.
     pub interrupted: bool,
+    /// The vCPU should not run for longer than that: its ring cannot end its slice. A timer is armed with
+    /// [`crate::Kick::Signal`]; with [`crate::Kick::Vmm`] the VMM makes KVM_RUN return.
+    pub kick_after: Option<Duration>,
 }
 
 /// One vCPU, as its thread sees it: a field beside the VMM's own handle.
@@ -43,6 +47,9 @@ pub struct Vcpu {
     pacer: Pacer,
     /// A full exit has not been served.
     full: bool,
+    kicker: Kicker,
+    /// The slice last given, where only a kick can end it.
+    kicked_slice: Option<u32>,
     /// Interrupts that were answered.
     answered: u32,
     /// Full exits in a row with nothing to do, and when the last one was.
@@ -52,9 +59,10 @@ pub struct Vcpu {
 
 impl Vcpu {
     pub(crate) fn new(vm: Arc<Vm>, seat: Arc<Seat>) -> Self {
+        let kicker = Kicker::new(vm.kick);
         let pacer = Pacer::new(&seat.cell(&vm.limiter).report);
         let answered = seat.interrupts();
-        Self { vm, seat, pacer, full: false, answered, idle_exits: 0, idle_at: 0 }
+        Self { vm, seat, pacer, full: false, kicker, kicked_slice: None, answered, idle_exits: 0, idle_at: 0 }
     }
 
     /// What ends this vCPU's pauses.
@@ -88,15 +96,25 @@ impl Vcpu {
     /// As [`Vcpu::before_run`].
     #[inline]
     pub fn before_run_unless(&mut self, mut stop: impl FnMut() -> bool) -> Result<Paid, Error> {
-        if !self.full && !self.pacer.owes(&self.seat.cell(&self.vm.limiter).report) {
+        if !self.full && !self.kicker.is_armed() && !self.pacer.owes(&self.seat.cell(&self.vm.limiter).report) {
             return Ok(Paid::default());
         }
         self.pay(&mut stop)
     }
 
-    /// Settle, pause, free; again from where it is due as long as patience lasts.
     #[cold]
     fn pay(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Paid, Error> {
+        self.kicker.disarm();
+        let mut paid = self.settle_and_pause(stop)?;
+        if self.kicked_slice.is_some() {
+            let gross = self.seat.cell(&self.vm.limiter).report.counts().gross;
+            paid.kick_after = Some(self.kicker.arm(gross)?);
+        }
+        Ok(paid)
+    }
+
+    /// Settle, pause, free; again from where it is due as long as patience lasts.
+    fn settle_and_pause(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Paid, Error> {
         let (vm, seat) = (self.vm.clone(), self.seat.clone());
         let cell = seat.cell(&vm.limiter);
         let start = sys::now();
@@ -134,43 +152,53 @@ impl Vcpu {
         }
     }
 
-    /// Meters a full ring, charges what was metered, and asks for the next slice. `None` where somebody else harvests.
+    /// Meters the ring where it is full or nobody else will, charges what was metered, and asks for the next slice. `None`
+    /// where somebody else harvests.
     fn settle(&mut self, now: Nanos) -> Result<Option<Turn>, Error> {
-        let Self { vm, seat, pacer, .. } = self;
+        let Self { vm, seat, pacer, kicker, .. } = self;
         let cell = seat.cell(&vm.limiter);
-        if !self.full {
+        if !self.full && !kicker.is_armed() {
             return Ok(Some(pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report)));
         }
         let Some(mut harvest) = vm.try_lock() else { return Ok(None) };
         let (place, entries) = harvest.meter(seat.id, &vm.limiter).ok_or(Error::NoVcpu(seat.id))?;
-        place.ring.learn_soft_limit();
+        if self.full {
+            place.ring.learn_soft_limit();
+        }
         let mut turn = pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report);
-        place.slice = turn.slice;
         let slice = turn.slice.unwrap_or(BATCH);
-        let nothing_to_do = entries == 0 && place.ring.occupied() == 0;
-        let wanted = place.ring.to_collect(slice) > 0 || place.ring.awaiting_reset() > 0;
+        let wanted = place.ring.to_collect(slice) > 0 || (self.full && place.ring.awaiting_reset() > 0);
         // Relaxed: only this thread raises it, and the lock orders it before the reset that lowers it.
         seat.want.store(if wanted { slice } else { 0 }, Ordering::Relaxed);
+        kicker.learn(self.kicked_slice.unwrap_or(slice), cell.report.counts().gross);
+        let ring_ends_it = place.ring.room() <= slice.saturating_add(slice / 4);
+        self.kicked_slice = turn.slice.filter(|_| kicker.is_on() && !ring_ends_it);
+        place.slice = turn.slice.filter(|_| self.kicked_slice.is_none());
+        let nothing_to_do = self.full && entries == 0 && place.ring.occupied() == 0;
         drop(harvest);
-        self.idle_exits = match self.idle_exits {
-            _ if !nothing_to_do => 0,
-            exits if now.saturating_sub(self.idle_at) < IN_A_ROW => exits + 1,
-            _ => 1,
-        };
         if nothing_to_do {
-            self.idle_at = now;
-            turn.until = turn.until.max(now + (1000 << self.idle_exits.min(10)));
-        }
-        if self.idle_exits >= WEDGED {
-            return Err(Error::Wedged { id: self.seat.id, exits: self.idle_exits });
+            turn.until = turn.until.max(now + self.idle_exit(now)?);
+        } else {
+            self.idle_exits = 0;
         }
         Ok(Some(turn))
+    }
+
+    /// Counts a full exit with nothing to do; how long to wait before the next.
+    fn idle_exit(&mut self, now: Nanos) -> Result<Nanos, Error> {
+        let in_a_row = now.saturating_sub(self.idle_at) < IN_A_ROW;
+        self.idle_exits = if in_a_row { self.idle_exits + 1 } else { 1 };
+        self.idle_at = now;
+        match self.idle_exits {
+            exits if exits < WEDGED => Ok(1000 << exits.min(10)),
+            exits => Err(Error::Wedged { id: self.seat.id, exits }),
+        }
     }
 
     /// After the pause: makes sure that a reset has freed the slice. `Some` is when to try again.
     fn free(&mut self, turn: &Turn, start: Nanos, now: Nanos) -> Result<Option<Nanos>, Error> {
         // Acquire: pairs with the release in `Harvest::serve`.
-        if !self.full || self.seat.want.load(Ordering::Acquire) == 0 {
+        if self.seat.want.load(Ordering::Acquire) == 0 {
             self.full = false;
             return Ok(None);
         }
@@ -183,8 +211,9 @@ impl Vcpu {
         harvest.serve(&*self.vm.kernel)?;
         drop(harvest);
         // Relaxed: this thread did the reset. A want that is left over is for the next full exit.
-        self.full = self.seat.want.load(Ordering::Relaxed) != 0;
-        Ok(self.full.then_some(now + RETRY))
+        let left = self.seat.want.load(Ordering::Relaxed) != 0;
+        self.full &= left;
+        Ok(left.then_some(now + RETRY))
     }
 }
 

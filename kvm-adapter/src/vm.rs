@@ -2,8 +2,9 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-use crate::caps::Caps;
+use crate::caps::{Caps, Config};
 use crate::harvest::Harvest;
+use crate::kick::Kick;
 use crate::seat::VmLimiter;
 use crate::sys::{Kernel, SignalsBlocked};
 
@@ -12,6 +13,7 @@ pub(crate) struct Vm {
     pub(crate) kernel: Box<dyn Kernel>,
     pub(crate) caps: Caps,
     pub(crate) ring_entries: u32,
+    pub(crate) kick: Kick,
     pub(crate) limiter: VmLimiter,
     harvest: Mutex<Harvest>,
 }
@@ -25,8 +27,11 @@ pub(crate) struct Locked<'a> {
 }
 
 impl Vm {
-    pub(crate) fn new(kernel: Box<dyn Kernel>, caps: Caps, ring_entries: u32, limiter: VmLimiter) -> Self {
-        Self { kernel, caps, ring_entries, limiter, harvest: Mutex::new(Harvest::new()) }
+    pub(crate) fn new(kernel: Box<dyn Kernel>, caps: Caps, config: &Config) -> Self {
+        let limiter = VmLimiter::new(config.policy);
+        limiter.vm().set_max_pause(config.max_pause);
+        let Config { ring_entries, kick, .. } = *config;
+        Self { kernel, caps, ring_entries, kick, limiter, harvest: Mutex::new(Harvest::new()) }
     }
 
     /// Waits for the lock: for the control plane and a migration's thread.

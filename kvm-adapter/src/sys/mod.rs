@@ -6,6 +6,7 @@ mod mapping;
 #[cfg(feature = "planted-bugs")]
 mod planted;
 mod signals;
+mod timer;
 
 pub(crate) use futex::{Wait, wait, wake};
 pub(crate) use kvm::{Kernel, Reset, VmFd};
@@ -15,6 +16,7 @@ pub(crate) use planted::Planted;
 #[cfg(feature = "planted-bugs")]
 pub use planted::PlantedBug;
 pub(crate) use signals::SignalsBlocked;
+pub(crate) use timer::{Timer, handle};
 
 use dirtylimit_core::Nanos;
 

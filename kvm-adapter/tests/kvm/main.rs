@@ -1,0 +1,4 @@
+//! The adapter on real KVM. Where there is none, each test says so and passes.
+
+mod common;
+mod disturbed;
