@@ -65,7 +65,8 @@ impl fmt::Display for Table<'_> {
 fn verdict(recording: &Recording, measures: &[Measures]) -> Result<String, fmt::Error> {
     let mut text = String::from(if recording.interrupted { "interrupted: " } else { "verdict: " });
     if let Some(lost @ 1..) = recording.lost_pages {
-        write!(text, "{lost} pages lost; ")?;
+        write!(text, "failed, {lost} pages lost")?;
+        return Ok(text);
     }
     // With a budget of the VM, a vCPU's share may be anything below its own limit: the VM is judged.
     if let Some(error) = VmMeasures::of(recording).and_then(|vm| vm.error_pct) {
@@ -88,7 +89,7 @@ fn verdict(recording: &Recording, measures: &[Measures]) -> Result<String, fmt::
         }
         Some(error) => {
             let (all, error) = (judged().count(), signed(Some(error)));
-            write!(text, "{unsettled} of {all} vCPUs did not stay within 10 % of the limit ({error} % at worst)")?;
+            write!(text, "{unsettled} of {all} limited vCPUs never settled; mean error {error} % at worst")?;
         }
     }
     Ok(text)
@@ -171,7 +172,7 @@ mod tests {
         recording.vcpus[0].limits[0].1 = recording.vcpus[0].limits[0].1.map(|_| dirtylimit_core::PageRate::MIN_LIMIT);
         let text = Table(&recording).to_string();
         assert!(text.contains("LOST PAGES: 7"), "{text}");
-        assert!(text.contains("verdict: 7 pages lost; 1 of 1 vCPUs did not stay within 10 %"), "{text}");
+        assert!(text.contains("verdict: failed, 7 pages lost"), "{text}");
         recording.lost_pages = None;
         recording.interrupted = true;
         let text = Table(&recording).to_string();
@@ -183,7 +184,7 @@ mod tests {
         let mut recording = example::recording();
         recording.vcpus[0].limits[0].1 = Some(dirtylimit_core::PageRate::from_pages_per_sec(256_000));
         let text = Table(&recording).to_string();
-        assert!(text.contains("1 of 1 vCPUs did not stay"), "paused and too slow is a fault: {text}");
+        assert!(text.contains("1 of 1 limited vCPUs never settled"), "paused and too slow is a fault: {text}");
         recording.vcpus[0].paused = Duration::ZERO;
         let text = Table(&recording).to_string();
         assert!(text.contains("verdict: below the limit without being paused"), "{text}");
