@@ -1,0 +1,286 @@
+//! SET and ACCEPT PENALTY, the lease, and the pacer between them.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use dirtylimit_loom::controller::Limiter;
+use dirtylimit_loom::explore::{ALL, FULL, fails, holds};
+use dirtylimit_loom::meter::{Reading, Report};
+use dirtylimit_loom::pacer::Pacer;
+use dirtylimit_loom::penalty::{Penalty, PenaltyCell, Terms, VmCell};
+use dirtylimit_loom::policy::Policy;
+use dirtylimit_loom::rate::{PageRate, Price, SECOND};
+use dirtylimit_loom::renew;
+use dirtylimit_loom::weaken::site;
+use loom::sync::atomic::AtomicU32;
+use loom::thread;
+
+/// Of two kinds, so that a torn one would be neither.
+const FIRST: Terms = Terms::Pace(Price::from_nanos(1_000));
+const THEN: Terms = Terms::Sleep(Price::from_nanos(9_999_999));
+
+/// The controller sets two penalties and cancels; the vCPU accepts three times.
+fn set_and_accept(set: fn(&Cell, Option<Terms>), accept: fn(&Cell) -> Option<Terms>) {
+    let cell = Arc::new(Cell::default());
+    let orders = [None, Some(FIRST), Some(THEN), None];
+    let vcpu = thread::spawn({
+        let cell = cell.clone();
+        move || {
+            let mut newest = 0;
+            for _ in 0..3 {
+                let seen = accept(&cell);
+                let found = (newest..orders.len()).find(|at| orders[*at] == seen);
+                newest = found.unwrap_or_else(|| panic!("torn, or older than {newest}: {seen:?}"));
+            }
+        }
+    });
+    for terms in &orders[1..] {
+        set(&cell, *terms);
+    }
+    vcpu.join().expect("no panic");
+    assert_eq!(accept(&cell), None, "the cancel wins");
+}
+
+/// The real cell, and what a twin has in its place: the kind and the price in a word each.
+#[derive(Default)]
+struct Cell {
+    real: PenaltyCell,
+    words: (AtomicU32, AtomicU32),
+}
+
+#[test]
+fn a_penalty_is_never_torn_and_never_older() {
+    holds("a_penalty_is_never_torn_and_never_older", ALL, 400, || {
+        let set = |cell: &Cell, terms: Option<Terms>| cell.real.set(terms.map_or(Penalty::NONE, Penalty::new));
+        set_and_accept(set, |cell| cell.real.accept().terms());
+    });
+}
+
+#[test]
+fn twin_has_a_penalty_of_two_words() {
+    fails("penalty of two words", ALL, None, "torn", || {
+        let set = |cell: &Cell, terms: Option<Terms>| {
+            let (kind, nanos) = match terms {
+                None => (0, 0),
+                Some(Terms::Pace(price)) => (1, price.of(1)),
+                Some(Terms::Sleep(price)) => (2, price.of(1)),
+            };
+            cell.words.1.store(u32::try_from(nanos).expect("small"), Ordering::Release);
+            cell.words.0.store(kind, Ordering::Release);
+        };
+        set_and_accept(set, |cell| {
+            let kind = cell.words.0.load(Ordering::Acquire);
+            let price = Price::from_nanos(cell.words.1.load(Ordering::Acquire).into());
+            [None, Some(Terms::Pace(price)), Some(Terms::Sleep(price))][kind as usize]
+        });
+    });
+}
+
+/// A penalty that tells which tick set it: a page costs the time since the tick before.
+#[derive(Debug)]
+struct Stamping;
+
+impl Policy for Stamping {
+    type State = ();
+
+    fn penalty(&self, (): &mut (), reading: &Reading, _: PageRate, _: Penalty) -> Penalty {
+        Penalty::new(Terms::Pace(Price::from_nanos(reading.elapsed)))
+    }
+}
+
+const EARLY: u64 = 1000 * SECOND;
+/// The lease of a tick at `EARLY` is over.
+const LATE: u64 = EARLY + 2 * VmCell::LEASE;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Order {
+    Right,
+    /// A twin: the controller sets the penalty before it renews the lease.
+    PenaltyBeforeLease,
+    /// A twin: the vCPU looks at the lease before the penalty.
+    LeaseReadFirst,
+}
+
+/// A tick sets a first penalty long after the last tick. Whoever sees it must see the lease that came with it.
+fn lease(order: Order) {
+    let limiter = Arc::new(Limiter::<_, 1>::new(Stamping));
+    let index = limiter.register().expect("room for one");
+    limiter.set_limit(index, Some(PageRate::from_pages_per_sec(256)));
+    limiter.tick(EARLY);
+    let vcpu = thread::spawn({
+        let limiter = limiter.clone();
+        move || {
+            let (vm, cell) = (limiter.vm(), limiter.cell(index).expect("registered"));
+            let early = vm.is_leased(LATE);
+            if cell.penalty.accept().terms().is_some() {
+                let leased = if order == Order::LeaseReadFirst { early } else { vm.is_leased(LATE) };
+                assert!(leased, "a penalty without its lease");
+            }
+        }
+    });
+    if order == Order::PenaltyBeforeLease {
+        let (vm, cell) = (limiter.vm(), limiter.cell(index).expect("registered"));
+        cell.penalty.set(Penalty::new(FIRST));
+        renew(vm, LATE);
+    } else {
+        limiter.tick(LATE);
+    }
+    vcpu.join().expect("no panic");
+    assert!(limiter.vm().is_leased(LATE));
+}
+
+#[test]
+fn a_penalty_comes_with_its_lease() {
+    holds("a_penalty_comes_with_its_lease", ALL, 25, || lease(Order::Right));
+}
+
+#[test]
+fn twin_sets_the_penalty_before_the_lease() {
+    fails("penalty before lease", ALL, None, "without its lease", || lease(Order::PenaltyBeforeLease));
+}
+
+#[test]
+fn twin_reads_the_lease_first() {
+    fails("lease read first", ALL, None, "without its lease", || lease(Order::LeaseReadFirst));
+}
+
+#[test]
+fn twin_sets_relaxed() {
+    let site = site("penalty.rs", "set");
+    fails("set relaxed", ALL, Some(site), "without its lease", || lease(Order::Right));
+}
+
+#[test]
+fn twin_accepts_relaxed() {
+    let site = site("penalty.rs", "accept");
+    fails("accept relaxed", ALL, Some(site), "without its lease", || lease(Order::Right));
+}
+
+/// A lease that was over is renewed while the vCPU settles; `forget`: with a pacer made anew each time.
+fn expiry(forget: bool) {
+    let limiter = Arc::new(Limiter::<_, 1>::new(Stamping));
+    let index = limiter.register().expect("room for one");
+    let cell = limiter.cell(index).expect("registered");
+    limiter.set_limit(index, Some(PageRate::from_pages_per_sec(256)));
+    limiter.tick(EARLY - SECOND);
+    limiter.tick(EARLY); // one second a page, until EARLY + 5 s
+    cell.report.add_pages(1, 1);
+    let vcpu = thread::spawn({
+        let limiter = limiter.clone();
+        move || {
+            let (vm, cell) = (limiter.vm(), limiter.cell(index).expect("registered"));
+            let mut pacer = Pacer::new(&cell.report);
+            let mut limited = false;
+            for step in 0..if FULL { 3 } else { 2 } {
+                let now = LATE + step;
+                if forget {
+                    pacer = Pacer::new(&cell.report);
+                }
+                cell.report.add_pages(1, 1);
+                assert!(pacer.owes(&cell.report));
+                let turn = pacer.settle(now, vm, &cell.penalty, &cell.report);
+                assert!(turn.until <= now + vm.max_pause(), "no pause is longer than the longest");
+                assert!(turn.slice.is_some() || turn.until == now, "without a lease there is no pause");
+                assert!(turn.slice.is_some() || !limited, "a lease once seen holds");
+                let first = turn.slice.is_some() && !limited;
+                assert!(!first || turn.until == now, "pages from before the lease are forgiven");
+                assert!(first || !limited || turn.until > now, "and those under it are owed");
+                limited |= turn.slice.is_some();
+            }
+        }
+    });
+    limiter.tick(LATE);
+    vcpu.join().expect("no panic");
+}
+
+#[test]
+fn a_lapsed_lease_frees_until_it_is_renewed() {
+    holds("a_lapsed_lease_frees_until_it_is_renewed", ALL, 200, || expiry(false));
+}
+
+#[test]
+fn twin_forgets_the_debt() {
+    fails("debt forgotten", ALL, None, "are owed", || expiry(true));
+}
+
+/// What pays for a vCPU's pages at 1 ms each: the pacer, or its twin.
+trait Payer: Send {
+    fn settle(&mut self, report: &Report);
+    /// In ms, all that was charged so far.
+    fn charged(&self) -> u64;
+}
+
+/// The real pacer, at a time that stands still, with what it was told last.
+struct Real {
+    vm: VmCell,
+    cell: PenaltyCell,
+    pacer: Pacer,
+    until: u64,
+}
+
+impl Payer for Real {
+    fn settle(&mut self, report: &Report) {
+        self.until = self.pacer.settle(EARLY, &self.vm, &self.cell, report).until;
+    }
+
+    fn charged(&self) -> u64 {
+        (self.until - EARLY) / 1_000_000
+    }
+}
+
+/// The twin reads the count to charge for it, and again to note what it has charged.
+struct ReadsTwice {
+    paid: u32,
+    charged: u64,
+}
+
+impl Payer for ReadsTwice {
+    fn settle(&mut self, report: &Report) {
+        self.charged += u64::from(report.net().wrapping_sub(self.paid));
+        self.paid = report.net();
+    }
+
+    fn charged(&self) -> u64 {
+        self.charged
+    }
+}
+
+/// Another thread harvests the vCPU's ring and reports; the vCPU pays for all of it in the end.
+fn harvested<P: Payer + 'static>(payer: impl Fn(&Report) -> P) {
+    let report = Arc::new(Report::new());
+    report.add_pages(u32::MAX - 1, u32::MAX - 1);
+    let mut payer = payer(&report);
+    payer.settle(&report);
+    let vcpu = thread::spawn({
+        let report = report.clone();
+        move || {
+            payer.settle(&report);
+            payer.settle(&report);
+            payer
+        }
+    });
+    report.add_pages(2, 2);
+    report.add_pages(3, 3);
+    let mut payer = vcpu.join().expect("no panic");
+    payer.settle(&report);
+    assert_eq!(payer.charged(), 5, "pages charged");
+}
+
+#[test]
+fn every_harvested_page_is_charged_once() {
+    holds("every_harvested_page_is_charged_once", ALL, 40, || {
+        harvested(|report| {
+            let (vm, cell) = (VmCell::new(), PenaltyCell::new());
+            renew(&vm, EARLY);
+            cell.set(Penalty::new(Terms::Pace(Price::from_nanos(1_000_000))));
+            Real { vm, cell, pacer: Pacer::new(report), until: EARLY }
+        });
+    });
+}
+
+#[test]
+fn twin_reads_the_count_twice() {
+    fails("count read twice", ALL, None, "pages charged", || {
+        harvested(|report| ReadsTwice { paid: report.net(), charged: 0 });
+    });
+}
