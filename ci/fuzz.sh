@@ -23,5 +23,7 @@ fi
 ((${#targets[@]})) || { echo "fuzz: fuzz/ has no target" >&2; exit 1; }
 for target in "${targets[@]}"; do
     echo "fuzz: $target, $seconds s"
-    cargo fuzz run --sanitizer none "$target" -- "-max_total_time=$seconds" -print_final_stats=1 -verbosity=0
+    # libFuzzer's dictionary fills screens and says nothing.
+    cargo fuzz run --sanitizer none "$target" -- "-max_total_time=$seconds" -print_final_stats=1 -verbosity=0 -print_funcs=0 2>&1 |
+        sed '/^###### Recommended/,/^###### End/d'
 done
