@@ -24,7 +24,11 @@ impl fmt::Display for Table<'_> {
         writeln!(f, "vCPU workload        MiB/s  MiB/s   MiB/s      %     ms  max %   p99   max kept%")?;
         for (vcpu, measures) in recording.vcpus.iter().zip(&measures) {
             let last = measures.last();
-            let limit = last.limit_mib_s.map_or("none".to_owned(), |limit| significant(limit, 4));
+            let limit = match last.limit_mib_s {
+                Some(limit) if limit < 0.001 => "<0.001".to_owned(),
+                Some(limit) => significant(limit, 4),
+                None => "none".to_owned(),
+            };
             write!(f, "{:>4} {:<14}{:>7}", vcpu.index, short(&vcpu.workload.to_string(), 14), limit)?;
             write!(f, "{:>7}{:>8}", number(measures.free_mib_s), number(last.settled_mib_s))?;
             write!(f, "{:>7}{:>7}", signed(last.error_pct), whole(last.settle_ms))?;
@@ -120,8 +124,10 @@ fn number(value: Option<f64>) -> String {
 fn signed(value: Option<f64>) -> String {
     // Rounded first, so that nothing prints as -0.0.
     let tenth = |value: f64| (value * 10.0).round() / 10.0 + 0.0;
-    value.map_or("-".to_owned(), |value| {
-        if value.abs() < 999.95 { format!("{:+.1}", tenth(value)) } else { format!("{value:+.0}") }
+    value.map_or("-".to_owned(), |value| match value.abs() {
+        ..999.95 => format!("{:+.1}", tenth(value)),
+        ..99_999.5 => format!("{value:+.0}"),
+        _ => ">99999".to_owned(),
     })
 }
 
@@ -149,7 +155,11 @@ mod tests {
         for sample in &mut recording.vcpus[0].samples {
             sample.net *= 60;
         }
-        for text in [Table(&recording).to_string(), Table(&example::recording()).to_string()] {
+        let mut slow = example::recording();
+        slow.vcpus[0].limits[0].1 = Some(dirtylimit_core::PageRate::MIN_LIMIT);
+        let row = Table(&slow).to_string();
+        assert!(row.contains(" <0.001   1500   100.0 >99999 "), "{row}");
+        for text in [row, Table(&recording).to_string(), Table(&example::recording()).to_string()] {
             let widest = text.lines().map(|line| line.chars().count()).max();
             assert!(widest <= Some(80), "{widest:?} columns:\n{text}");
         }
