@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use dirtylimit_core::{Nanos, Page, Ring};
+use dirtylimit_core::{Nanos, Page, Penalty, Ring};
 
 use crate::Error;
 use crate::error::system;
@@ -45,6 +45,8 @@ pub(crate) struct Place {
     pub(crate) ring: Ring<RingPages>,
     /// The slice that the vCPU was last given and that the ring ends; `None` while it is not limited, or kicked.
     pub(crate) slice: Option<u32>,
+    /// The vCPU's thread has noticed that it is limited.
+    pub(crate) limited: bool,
     pub(crate) seat: Arc<Seat>,
 }
 
@@ -89,6 +91,16 @@ impl Harvest {
     pub(crate) fn meter_all(&mut self, limiter: &VmLimiter) {
         for place in self.places.values_mut() {
             meter(place, &mut self.slots, limiter);
+        }
+    }
+
+    /// Meters every ring, and kicks the vCPUs that dirty pages under a limit that is news to them.
+    pub(crate) fn meter_and_kick(&mut self, limiter: &VmLimiter, signal: i32) {
+        for place in self.places.values_mut() {
+            let wrote = meter(place, &mut self.slots, limiter) > 0;
+            if wrote && !place.limited && place.seat.cell(limiter).penalty.accept() != Penalty::NONE {
+                place.seat.kick(signal);
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use dirtylimit_core::Nanos;
 
 use crate::Error;
 use crate::error::system;
+use crate::seat::Seat;
 use crate::sys::{Timer, handle};
 
 /// Who ends a slice that the ring does not.
@@ -15,11 +16,12 @@ pub enum Kick {
     /// Nobody: the vCPU runs until its ring is full, and pays for that.
     #[default]
     Off,
-    /// A timer of the library's, by this signal (a real-time signal that nobody else uses, say `SIGRTMIN() + 7`). Its
+    /// The library: a timer, and the tick where a limit is news, by this signal (a real-time signal that nobody else uses, say `SIGRTMIN() + 7`). Its
     /// handler, which does nothing, is installed for the whole process when the first vCPU is added. Each vCPU's thread
     /// must have it unblocked in KVM_RUN; a kick that comes just before KVM_RUN is repeated after a millisecond.
     Signal(i32),
-    /// The VMM, by its own means, when [`crate::Paid::kick_after`] has passed since [`crate::Vcpu::before_run`] returned.
+    /// The VMM, by its own means: when a limit was set, and when [`crate::Paid::kick_after`] has passed since
+    /// [`crate::Vcpu::before_run`] returned.
     Vmm,
 }
 
@@ -44,11 +46,13 @@ pub(crate) struct Kicker {
     run_time: Nanos,
     /// Ring entries counted when the vCPU last ran under a kick.
     gross: Option<u32>,
+    /// Whether its thread can be reached.
+    introduced: bool,
 }
 
 impl Kicker {
     pub(crate) fn new(kick: Kick) -> Self {
-        Self { kick, timer: None, run_time: SHORTEST, gross: None }
+        Self { kick, timer: None, run_time: SHORTEST, gross: None, introduced: kick == Kick::Off }
     }
 
     /// Whether there is somebody to end a slice.
@@ -56,13 +60,18 @@ impl Kicker {
         self.kick != Kick::Off
     }
 
-    /// Whether the run that is over was to be ended by a kick: its pages are in the ring, and nobody metered them.
-    pub(crate) fn is_armed(&self) -> bool {
-        self.gross.is_some()
+    /// Whether the run that is over was to be ended by a kick, so that its pages are in the ring and nobody metered them;
+    /// or the first is to come.
+    pub(crate) fn is_due(&self) -> bool {
+        self.gross.is_some() || !self.introduced
     }
 
     /// The run is over.
-    pub(crate) fn disarm(&mut self) {
+    pub(crate) fn disarm(&mut self, seat: &Seat) {
+        if !self.introduced {
+            seat.introduce();
+            self.introduced = true;
+        }
         if let Some(timer) = self.timer.as_mut().filter(|_| self.gross.is_some()) {
             timer.disarm();
         }

@@ -11,6 +11,7 @@ use dirtylimit_core::{PageRate, Ring, Shipped, Status};
 use crate::caps::{Caps, Config};
 use crate::error::{Error, system};
 use crate::harvest::{Place, Stats};
+use crate::kick::Kick;
 use crate::seat::Seat;
 use crate::sys::{self, Kernel, RingPages, RunPage, VmFd};
 use crate::throttle::ThrottleThread;
@@ -115,7 +116,7 @@ impl DirtyLimit {
         let ring = Ring::new(pages).map_err(|_| Error::RingSize { entries, min: entries, max })?;
         let index = self.0.limiter.register().map_err(|source| Error::TooManyVcpus { id, source })?;
         let seat = Arc::new(Seat::new(id, index, run));
-        harvest.places.insert(id, Place { ring, slice: None, seat: seat.clone() });
+        harvest.places.insert(id, Place { ring, slice: None, limited: false, seat: seat.clone() });
         Ok(Vcpu::new(self.0.clone(), seat))
     }
 
@@ -270,7 +271,10 @@ impl DirtyLimit {
     /// CALCULATE, SET PENALTY. For a VMM's event loop, every 10 to 100 ms.
     pub fn tick(&self) {
         if let Some(mut harvest) = self.0.try_lock() {
-            harvest.meter_all(&self.0.limiter);
+            match self.0.kick {
+                Kick::Signal(signal) => harvest.meter_and_kick(&self.0.limiter, signal),
+                Kick::Off | Kick::Vmm => harvest.meter_all(&self.0.limiter),
+            }
         }
         self.0.limiter.tick(sys::now());
     }
@@ -292,6 +296,9 @@ impl DirtyLimit {
         let seat = self.seat(id)?;
         self.0.limiter.set_limit(seat.index, limit);
         seat.poke();
+        if let (Some(_), Kick::Signal(signal)) = (limit, self.0.kick) {
+            seat.kick(signal);
+        }
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! A vCPU's place in the VM: what outlives its thread, and what others use to reach it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
 use dirtylimit_core::{Limiter, Nanos, Penalty, Shipped, VcpuCell, VcpuIndex};
 
@@ -27,6 +27,8 @@ pub(crate) struct Seat {
     wake: AtomicU32,
     /// Calls of [`Interrupter::interrupt`].
     interrupts: AtomicU32,
+    /// The vCPU's thread, for kicks; 0 while unknown.
+    thread: AtomicI32,
 }
 
 /// Why a pause ended.
@@ -50,6 +52,7 @@ impl Seat {
             want: AtomicU32::new(0),
             wake: AtomicU32::new(0),
             interrupts: AtomicU32::new(0),
+            thread: AtomicI32::new(0),
         }
     }
 
@@ -69,6 +72,21 @@ impl Seat {
     pub(crate) fn interrupts(&self) -> u32 {
         // Acquire: pairs with the release in `interrupt`.
         self.interrupts.load(Ordering::Acquire)
+    }
+
+    /// This thread is the vCPU's.
+    pub(crate) fn introduce(&self) {
+        // Relaxed: a number by itself.
+        self.thread.store(sys::thread(), Ordering::Relaxed);
+    }
+
+    /// Signals the vCPU's thread, if it is known.
+    pub(crate) fn kick(&self, signal: i32) {
+        // Relaxed: as above.
+        match self.thread.load(Ordering::Relaxed) {
+            0 => {}
+            thread => sys::kick(thread, signal),
+        }
     }
 
     /// Whether the VMM wants the thread to enter and leave KVM_RUN at once.

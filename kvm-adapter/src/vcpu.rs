@@ -96,7 +96,7 @@ impl Vcpu {
     /// As [`Vcpu::before_run`].
     #[inline]
     pub fn before_run_unless(&mut self, mut stop: impl FnMut() -> bool) -> Result<Paid, Error> {
-        if !self.full && !self.kicker.is_armed() && !self.pacer.owes(&self.seat.cell(&self.vm.limiter).report) {
+        if !self.full && !self.kicker.is_due() && !self.pacer.owes(&self.seat.cell(&self.vm.limiter).report) {
             return Ok(Paid::default());
         }
         self.pay(&mut stop)
@@ -104,7 +104,7 @@ impl Vcpu {
 
     #[cold]
     fn pay(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Paid, Error> {
-        self.kicker.disarm();
+        self.kicker.disarm(&self.seat);
         let mut paid = self.settle_and_pause(stop)?;
         if self.kicked_slice.is_some() {
             let gross = self.seat.cell(&self.vm.limiter).report.counts().gross;
@@ -157,7 +157,7 @@ impl Vcpu {
     fn settle(&mut self, now: Nanos) -> Result<Option<Turn>, Error> {
         let Self { vm, seat, pacer, kicker, .. } = self;
         let cell = seat.cell(&vm.limiter);
-        if !self.full && !kicker.is_armed() {
+        if !self.full && !kicker.is_on() {
             return Ok(Some(pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report)));
         }
         let Some(mut harvest) = vm.try_lock() else { return Ok(None) };
@@ -173,6 +173,7 @@ impl Vcpu {
         kicker.learn(self.kicked_slice.unwrap_or(slice), cell.report.counts().gross);
         let ring_ends_it = place.ring.room() <= slice.saturating_add(slice / 4);
         self.kicked_slice = turn.slice.filter(|_| kicker.is_on() && !ring_ends_it);
+        place.limited = turn.slice.is_some();
         place.slice = turn.slice.filter(|_| self.kicked_slice.is_none());
         let nothing_to_do = self.full && entries == 0 && place.ring.occupied() == 0;
         drop(harvest);

@@ -16,7 +16,7 @@ pub(crate) use planted::Planted;
 #[cfg(feature = "planted-bugs")]
 pub use planted::PlantedBug;
 pub(crate) use signals::SignalsBlocked;
-pub(crate) use timer::{Timer, handle};
+pub(crate) use timer::{Timer, handle, kick, thread};
 
 use dirtylimit_core::Nanos;
 

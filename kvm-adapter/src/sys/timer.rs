@@ -20,11 +20,23 @@ pub(crate) fn handle(signal: i32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// This thread's id.
+pub(crate) fn thread() -> i32 {
+    // SAFETY: reads a number.
+    unsafe { libc::gettid() }
+}
+
+/// Sends `signal` to a thread of this process; to nobody if it has ended.
+pub(crate) fn kick(thread: i32, signal: i32) {
+    // SAFETY: sends a signal that has a handler; numbers in, numbers out.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal) };
+}
+
 /// A POSIX timer of one thread.
 #[derive(Debug)]
 pub(crate) struct Timer {
     timer: libc::timer_t,
-    thread: libc::pid_t,
+    thread: i32,
 }
 
 // SAFETY: a timer is the process's; which thread it signals is told apart by `for_this_thread`.
@@ -35,8 +47,7 @@ unsafe impl Sync for Timer {}
 impl Timer {
     /// `timer`, if it is this thread's, or a new one.
     pub(crate) fn for_this_thread(timer: Option<Self>, signal: i32) -> io::Result<Self> {
-        // SAFETY: reads a number.
-        let thread = unsafe { libc::gettid() };
+        let thread = thread();
         if let Some(timer) = timer.filter(|timer| timer.thread == thread) {
             return Ok(timer);
         }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use dirtylimit_core::{PageRate, Totals};
-use dirtylimit_kvm::{Config, DirtyLimit, Shipped, Stepped, ThrottleThread};
+use dirtylimit_kvm::{Config, DirtyLimit, Kick, Shipped, Stepped, ThrottleThread};
 
 use super::threads::{Copier, Limited, Vcpus};
 use super::{GuestCpu, Load, Machine, SLOT, affinity};
@@ -44,7 +44,9 @@ pub fn run(plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
         PolicyKind::Paced => Shipped::default(),
         PolicyKind::Stepped => Shipped::Stepped(Stepped::default()),
     };
-    let config = Config::new().ring_entries(plan.ring).max_pause(plan.max_pause).policy(policy);
+    // SIGRTMIN itself is the machine's own kick.
+    let kick = Kick::Signal(libc::SIGRTMIN() + 1);
+    let config = Config::new().ring_entries(plan.ring).max_pause(plan.max_pause).policy(policy).kick(kick);
     let limit = DirtyLimit::enable(machine.vm(), &config).context("cannot enable the limiter")?;
     limit.add_slot(SLOT, machine.memory().pages() as u64).context("cannot add the guest's memory to the limiter")?;
     machine.plug_memory(true)?;
