@@ -1,6 +1,7 @@
 //! Guests: what runs a [`Plan`](crate::plan::Plan) and records it.
 
 pub mod kvm;
+pub mod sim;
 
 use std::time::Duration;
 

@@ -55,6 +55,7 @@ impl Dice {
     }
 
     /// Evenly from `0..count`.
+    #[expect(clippy::cast_possible_truncation, reason = "below count")]
     pub(super) fn below(&mut self, count: usize) -> usize {
         self.between(0, count as u64) as usize
     }

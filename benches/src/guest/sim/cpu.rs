@@ -79,7 +79,7 @@ impl Cpu {
                 continue;
             }
             if let Some(work) = self.rest(now) {
-                now = work.min(self.timer);
+                now = work.min(self.timer).min(horizon);
                 self.looked = now;
                 continue;
             }

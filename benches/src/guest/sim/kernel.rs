@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use dirtylimit_core::{Entry, PML, Page, RESERVED};
 
 /// The one memory slot.
-pub(super) const SLOT: u32 = 0;
+const SLOT: u32 = 0;
 /// The largest ring of today's kernels.
 const MAX_RING: u32 = 65_536;
 
@@ -39,8 +39,7 @@ impl Memory {
     }
 
     fn set(&mut self, page: Page, flag: u8) -> bool {
-        // The model's kernel names no other slot and no page beyond its end.
-        let flags = &mut self.0[page.offset as usize].flags;
+        let flags = &mut self.0[index(page)].flags;
         let was_clear = *flags & flag == 0;
         *flags |= flag;
         was_clear
@@ -53,20 +52,26 @@ impl Memory {
 
     /// Publishes a page: whoever migrates copies it as it is now. Whether it was clean.
     pub(super) fn publish(&mut self, page: Page) -> bool {
-        let state = &mut self.0[page.offset as usize];
+        let state = &mut self.0[index(page)];
         state.copy = state.version;
         self.set(page, DIRTY)
     }
 
     /// Hands a published page out: from now on it is clean.
     pub(super) fn take(&mut self, page: Page) {
-        self.0[page.offset as usize].flags &= !(SEEN | DIRTY);
+        self.0[index(page)].flags &= !(SEEN | DIRTY);
     }
 
     /// Pages that the migration has wrong.
     pub(super) fn lost(&self) -> u64 {
         self.0.iter().filter(|page| page.version != page.copy).count() as u64
     }
+}
+
+/// The model's kernel names no slot but [`SLOT`], and no page beyond its end.
+#[expect(clippy::cast_possible_truncation, reason = "a page of `Memory`, whose length is a usize")]
+fn index(page: Page) -> usize {
+    page.offset as usize
 }
 
 /// What an access made of the machine.
@@ -164,7 +169,7 @@ impl KernelRing {
     /// This ring's part of `KVM_RESET_DIRTY_RINGS`: takes what was collected, in order, and protects it again.
     pub(super) fn reset(&mut self, memory: &mut Memory) {
         while let Some(page) = self.entry(self.reset).reset() {
-            memory.0[page.offset as usize].flags &= !WRITABLE;
+            memory.0[index(page)].flags &= !WRITABLE;
             self.reset = self.reset.wrapping_add(1);
         }
     }

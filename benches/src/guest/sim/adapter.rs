@@ -1,0 +1,206 @@
+//! The adapter's part: *meter*, *collect → reset → publish*, one lock for the whole VM. As in `dirtylimit-kvm`'s
+//! `harvest.rs`, but a reset takes virtual time, in which the lock is held and the guest runs on.
+
+use std::rc::Rc;
+
+use anyhow::Result;
+use dirtylimit_core::{Entry, Limiter, Nanos, Page, Ring, Shipped, VcpuCell, VcpuIndex};
+
+use super::Fault;
+use super::costs;
+use super::kernel::{KernelRing, Memory};
+
+/// As many as the adapter takes.
+pub(super) const MAX_VCPUS: usize = 1024;
+/// The adapter's: entries collected for one reset.
+pub(super) const BATCH: u32 = 4096;
+/// The adapter's: resets are so far apart unless somebody cannot wait.
+pub(super) const RESET_GAP: Nanos = 2_100_000;
+
+/// A vCPU's ring, and what it waits for.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) ring: Ring<Rc<[Entry]>>,
+    /// The slice that the vCPU was last given; `None` while it is not limited.
+    pub(super) slice: Option<u32>,
+    /// Slice to free at the next reset, in pages; 0 when it is free.
+    pub(super) want: u32,
+    index: VcpuIndex,
+}
+
+/// The adapter, and the machine under it.
+#[derive(Debug)]
+pub(super) struct Adapter {
+    pub(super) limiter: Box<Limiter<Shipped, MAX_VCPUS>>,
+    pub(super) places: Vec<Place>,
+    pub(super) kernel: Vec<KernelRing>,
+    pub(super) memory: Memory,
+    /// Collected, not yet published.
+    batch: Vec<Page>,
+    /// Published, not yet taken.
+    published: Vec<Page>,
+    /// A reset is under way until then: nobody else gets the lock.
+    pub(super) locked: Option<Nanos>,
+    pub(super) last_reset: Nanos,
+    pub(super) reset_pages: u64,
+    pub(super) reset_calls: u64,
+    fault: Option<Fault>,
+}
+
+impl Adapter {
+    pub(super) fn new(policy: Shipped, memory: Memory, fault: Option<Fault>) -> Self {
+        Self {
+            limiter: Box::new(Limiter::new(policy)),
+            places: Vec::new(),
+            kernel: Vec::new(),
+            memory,
+            batch: Vec::new(),
+            published: Vec::new(),
+            locked: None,
+            last_reset: 0,
+            reset_pages: 0,
+            reset_calls: 0,
+            fault,
+        }
+    }
+
+    /// # Errors
+    /// A ring that the core or the kernel refuses, too many vCPUs.
+    pub(super) fn add_vcpu(&mut self, ring: u32, pml: bool) -> Result<VcpuIndex> {
+        let kernel = KernelRing::new(ring, pml)?;
+        let index = self.limiter.register()?;
+        self.places.push(Place { ring: Ring::new(kernel.entries())?, slice: None, want: 0, index });
+        self.kernel.push(kernel);
+        Ok(index)
+    }
+
+    /// The limiter's words of a vCPU.
+    pub(super) fn cell(&self, vcpu: usize) -> &VcpuCell {
+        self.limiter.cell(self.places[vcpu].index).expect("the index is the limiter's own")
+    }
+
+    /// Meters a vCPU's ring.
+    pub(super) fn meter(&mut self, vcpu: usize) {
+        let Self { places, memory, limiter, .. } = self;
+        let place = &mut places[vcpu];
+        let mut net = 0;
+        let gross = place.ring.meter(|page| net += u32::from(memory.see(page)));
+        limiter.cell(place.index).expect("the index is the limiter's own").report.add_pages(net, gross);
+    }
+
+    /// Meters every ring.
+    pub(super) fn meter_all(&mut self) {
+        (0..self.places.len()).for_each(|vcpu| self.meter(vcpu));
+    }
+
+    /// How much of a ring to collect, so that its vCPU may dirty `slice` more pages.
+    fn to_collect(&self, vcpu: usize, slice: u32) -> u32 {
+        let ring = &self.places[vcpu].ring;
+        match self.fault {
+            Some(Fault::NothingHeldBack) => ring.held_back(),
+            _ => ring.to_collect(slice),
+        }
+    }
+
+    /// How much of a ring a vCPU waits for.
+    fn wanted(&self, vcpu: usize) -> u32 {
+        match self.places[vcpu].want {
+            0 => 0,
+            slice => self.to_collect(vcpu, slice),
+        }
+    }
+
+    /// What a vCPU shall be freed at the next reset, once it was metered and is given `slice`.
+    pub(super) fn want(&mut self, vcpu: usize, slice: Option<u32>) {
+        let pages = slice.unwrap_or(BATCH);
+        let wanted = self.to_collect(vcpu, pages) > 0 || self.places[vcpu].ring.awaiting_reset() > 0;
+        let place = &mut self.places[vcpu];
+        (place.slice, place.want) = (slice, if wanted { pages } else { 0 });
+    }
+
+    /// What a running pass collects of each ring.
+    pub(super) fn pass(&self) -> Vec<u32> {
+        let of = |vcpu: usize| match self.places[vcpu].slice {
+            None => self.places[vcpu].ring.held_back(),
+            Some(slice) => self.to_collect(vcpu, slice),
+        };
+        (0..self.places.len()).map(of).collect()
+    }
+
+    /// Begins to free what vCPUs wait for: as [`Adapter::begin_reset`].
+    pub(super) fn serve(&mut self, now: Nanos, others_run: bool) -> Option<Nanos> {
+        let mut wanted: Vec<u32> = (0..self.places.len()).map(|vcpu| self.wanted(vcpu)).collect();
+        self.begin_reset(now, others_run, &mut wanted)
+    }
+
+    /// Collects up to `counts` of each ring, subtracts what it took, and begins the reset. Returns when that is over:
+    /// [`Adapter::finish_reset`] is to be called then. `None` where there was nothing to reset.
+    pub(super) fn begin_reset(&mut self, now: Nanos, others_run: bool, counts: &mut [u32]) -> Option<Nanos> {
+        let Self { places, batch, .. } = self;
+        let mut room = BATCH.saturating_sub(u32::try_from(batch.len()).unwrap_or(BATCH));
+        for (place, count) in places.iter_mut().zip(counts) {
+            let collected = place.ring.collect((*count).min(room), |page| batch.push(page));
+            // What others collected meanwhile need not be collected again.
+            *count = count.saturating_sub(collected).min(place.ring.held_back());
+            room -= collected;
+        }
+        let waiting: u32 = places.iter().map(|place| place.ring.awaiting_reset()).sum();
+        if waiting == 0 {
+            self.lower_wants();
+            return None;
+        }
+        if self.fault == Some(Fault::PublishBeforeReset) {
+            self.publish();
+        }
+        let end = now + costs::reset(waiting, others_run);
+        self.locked = Some(end);
+        Some(end)
+    }
+
+    /// The reset returned: the pages are protected again, and published.
+    pub(super) fn finish_reset(&mut self, now: Nanos) {
+        let Self { kernel, memory, places, .. } = self;
+        kernel.iter_mut().for_each(|ring| ring.reset(memory));
+        self.reset_pages += places.iter_mut().map(|place| u64::from(place.ring.reclaim())).sum::<u64>();
+        self.reset_calls += 1;
+        self.last_reset = now;
+        self.locked = None;
+        self.publish();
+        self.lower_wants();
+    }
+
+    fn publish(&mut self) {
+        let Self { batch, published, memory, .. } = self;
+        published.extend(batch.drain(..).filter(|page| memory.publish(*page)));
+    }
+
+    fn lower_wants(&mut self) {
+        for vcpu in 0..self.places.len() {
+            if self.wanted(vcpu) == 0 {
+                self.places[vcpu].want = 0;
+            }
+        }
+    }
+
+    /// Hands out the published pages. Those that lie in a ring again are to be sent again: they count anew.
+    pub(super) fn take(&mut self) {
+        let Self { published, memory, places, limiter, .. } = self;
+        published.drain(..).for_each(|page| memory.take(page));
+        for place in places {
+            let mut net = 0;
+            place.ring.for_each_held_back(|page| net += u32::from(memory.see(page)));
+            limiter.cell(place.index).expect("the index is the limiter's own").report.add_pages(net, 0);
+        }
+    }
+
+    /// With every vCPU out of the guest: collects, resets and publishes everything.
+    pub(super) fn last_sync(&mut self, now: Nanos) {
+        self.kernel.iter_mut().for_each(KernelRing::flush);
+        self.meter_all();
+        let mut all: Vec<u32> = self.places.iter().map(|place| place.ring.held_back()).collect();
+        while let Some(end) = self.begin_reset(now, false, &mut all) {
+            self.finish_reset(end);
+        }
+        self.take();
+    }
+}
