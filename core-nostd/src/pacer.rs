@@ -36,20 +36,24 @@ pub struct Pacer {
     paid: u32,
     due: Nanos,
     limited: bool,
-    /// `due` was ahead at the last turn.
-    owing: bool,
+    /// What the net count is while nothing is owed: `paid`, or out of its reach where `due` was ahead at the last turn.
+    quiet: u32,
 }
+
+/// No vCPU dirties so many pages between two turns.
+const UNREACHABLE: u32 = 1 << 31;
 
 impl Pacer {
     /// A pacer for a vCPU whose pages up to now are nobody's debt.
     pub fn new(report: &Report) -> Self {
-        Self { paid: report.net(), due: 0, limited: false, owing: false }
+        let paid = report.net();
+        Self { paid, due: 0, limited: false, quiet: paid }
     }
 
     /// Whether [`Pacer::settle`] has anything to charge or to wait for: one load.
     #[inline]
     pub fn owes(&self, report: &Report) -> bool {
-        report.net() != self.paid || self.owing
+        report.net() != self.quiet
     }
 
     /// Charges the pages metered since the last call, by whomever, and says what follows from it at `now`.
@@ -60,7 +64,7 @@ impl Pacer {
         let pages = net.wrapping_sub(replace(&mut self.paid, net));
         // The penalty first: its acquire makes the lease renewed with it visible.
         let Some(terms) = penalty.accept().terms().filter(|_| vm.is_leased(now)) else {
-            (self.limited, self.owing) = (false, false);
+            (self.limited, self.quiet) = (false, net);
             return Turn { until: now, slice: None };
         };
         let (price, credit) = match terms {
@@ -71,7 +75,7 @@ impl Pacer {
         let due =
             if was_limited { self.due.max(now.saturating_sub(credit)).saturating_add(price.of(pages)) } else { now };
         self.due = due.min(now.saturating_add(MAX_DEBT));
-        self.owing = self.due > now;
+        self.quiet = if self.due > now { net.wrapping_add(UNREACHABLE) } else { net };
         let max_pause = vm.max_pause();
         let until = self.due.min(now.saturating_add(max_pause));
         // What one pause does not cover stays owed, and the vCPU goes on page by page.

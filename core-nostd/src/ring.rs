@@ -47,10 +47,12 @@ impl Entry {
     }
 
     /// The low and the high word of the offset.
+    #[inline]
     fn offset(&self) -> (&Atomic<u32>, &Atomic<u32>) {
         if cfg!(target_endian = "little") { (&self.first, &self.second) } else { (&self.second, &self.first) }
     }
 
+    #[inline]
     fn page(&self) -> Page {
         let (low, high) = self.offset();
         // Relaxed: ordered by the acquire in `peek`; the kernel leaves a dirty entry alone until it is reset.
@@ -66,6 +68,7 @@ impl Entry {
         (self.flags.load(Ordering::Acquire) == DIRTY).then(|| self.page())
     }
 
+    #[inline]
     fn collect(&self) {
         // Release: pairs with the kernel's acquire in `kvm_dirty_gfn_harvested` (here: `Entry::reset`), so that our
         // reads of the page come before the kernel writes another one.
@@ -73,6 +76,7 @@ impl Entry {
     }
 
     /// Whether the kernel has reset the entry since it was collected.
+    #[inline]
     fn is_given_back(&self) -> bool {
         // Relaxed: the kernel empties an entry before it re-protects the page, so nothing may be published for this; it
         // only makes room. Dirty counts too: reset, then used again.
@@ -171,21 +175,25 @@ impl<E: AsRef<[Entry]>> Ring<E> {
     }
 
     /// The entries `from..from + count`, in order, as the two runs that a ring lays them in.
-    fn span(&self, from: u32, count: u32) -> impl Iterator<Item = &Entry> {
-        let entries = self.entries.as_ref();
-        let start = (from & (self.size - 1)) as usize;
-        let (early, late) = (entries.get(..start).unwrap_or(&[]), entries.get(start..).unwrap_or(&[]));
-        late.iter().chain(early).take(count as usize)
+    ///
+    /// Two slices, not one chained iterator: a loop over them costs a third.
+    fn span(&self, from: u32, count: u32) -> [&[Entry]; 2] {
+        let (entries, count) = (self.entries.as_ref(), count as usize);
+        let (early, late) = entries.split_at_checked((from & (self.size - 1)) as usize).unwrap_or((entries, &[]));
+        let late = late.get(..count).unwrap_or(late);
+        [late, early.get(..count - late.len()).unwrap_or(early)]
     }
 
     /// Peeks at every entry logged since the last call and passes its page to `each`; returns how many. Marks nothing.
     pub fn meter(&mut self, mut each: impl FnMut(Page)) -> u32 {
         let room = self.size.saturating_sub(self.occupied());
         let mut seen = 0;
-        for entry in self.span(self.metered, room) {
-            let Some(page) = entry.peek() else { break };
-            each(page);
-            seen += 1;
+        'runs: for run in self.span(self.metered, room) {
+            for entry in run {
+                let Some(page) = entry.peek() else { break 'runs };
+                each(page);
+                seen += 1;
+            }
         }
         self.metered = self.metered.wrapping_add(seen);
         seen
@@ -195,7 +203,7 @@ impl<E: AsRef<[Entry]>> Ring<E> {
     /// publish them before that reset; returns how many.
     pub fn collect(&mut self, count: u32, mut each: impl FnMut(Page)) -> u32 {
         let count = count.min(self.held_back());
-        for entry in self.span(self.collected, count) {
+        for entry in self.span(self.collected, count).into_iter().flatten() {
             each(entry.page());
             entry.collect();
         }
@@ -205,7 +213,7 @@ impl<E: AsRef<[Entry]>> Ring<E> {
 
     /// Passes the pages of the held-back entries to `each`, oldest first.
     pub fn for_each_held_back(&self, mut each: impl FnMut(Page)) {
-        self.span(self.collected, self.held_back()).for_each(|entry| each(entry.page()));
+        self.span(self.collected, self.held_back()).into_iter().flatten().for_each(|entry| each(entry.page()));
     }
 
     /// Takes note of the entries that reset has given back; returns how many. The rest still wait for one.
@@ -213,7 +221,8 @@ impl<E: AsRef<[Entry]>> Ring<E> {
     /// It only makes room: a page may be published when a reset *begun after* it was collected has *returned*. While
     /// another thread's reset runs, entries are given back whose pages are not yet re-protected.
     pub fn reclaim(&mut self) -> u32 {
-        let given = self.span(self.reset, self.awaiting_reset()).take_while(|entry| entry.is_given_back()).count();
+        let waiting = self.span(self.reset, self.awaiting_reset()).into_iter().flatten();
+        let given = waiting.take_while(|entry| entry.is_given_back()).count();
         #[expect(clippy::cast_possible_truncation, reason = "at most awaiting_reset()")]
         let given = given as u32;
         self.reset = self.reset.wrapping_add(given);

@@ -75,11 +75,11 @@ impl Stepped {
         let allowed = limit.price().of(PAGES); // what they take at the limit
         let limit = limit.raw().max(1);
         let distance = rate.abs_diff(limit);
-        let percent = u128::from(distance) * 100 / u128::from(limit);
-        if percent <= u128::from(self.near_percent) {
+        let within = |percent: u8| u128::from(distance) * 100 <= u128::from(limit) * u128::from(percent);
+        if within(self.near_percent) {
             return sleep;
         }
-        let change = if percent <= u128::from(self.far_percent) {
+        let change = if within(self.far_percent) {
             allowed / 100 * Nanos::from(self.step_percent)
         } else {
             // 1/limit − 1/rate, for each page: in proportion to the distance. A vCPU that wrote nothing gains the lot.
@@ -128,6 +128,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn it_acts_on_anything_beyond_the_tolerance() {
+        let limit = PageRate::from_pages_per_sec(1000);
+        let adjust = |rate| Stepped::default().adjust(SECOND / 2, PageRate::from_pages_per_sec(rate).raw(), limit);
+        assert_eq!([980, 1000, 1020].map(adjust), [SECOND / 2; 3]);
+        assert!(adjust(1021) > SECOND / 2 && adjust(979) < SECOND / 2, "a per cent is not rounded");
     }
 
     #[test]
