@@ -81,7 +81,7 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
 fn start(guest: GuestKind, plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
     match guest {
         GuestKind::Kvm => guest::kvm::run(plan, progress),
-        GuestKind::Sim => anyhow::bail!("this build has no simulated guest"),
+        GuestKind::Sim => guest::sim::run(plan, progress),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::process::{Command, Output};
 
+use serde_json::Value;
+
 fn bench(arguments: &str) -> Output {
     Command::new(env!("CARGO_BIN_EXE_dirtylimit-bench")).args(arguments.split_whitespace()).output().unwrap()
 }
@@ -54,6 +56,30 @@ fn a_report_with_nowhere_to_go_fails_before_the_run() {
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("cannot write /nonexistent/report.json"), "{}", text(&output.stderr));
     assert!(!text(&output.stderr).contains("running free"), "it ran first");
+}
+
+#[test]
+fn json_on_stdout_is_one_document_and_nothing_else() {
+    let output = bench("run --guest sim --seconds 2 --limit 50MiB/s --json -");
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(document["guest"], "sim");
+    assert_eq!(document["vcpus"][0]["limit_mib_s"], 50.0);
+    assert!(text(&output.stderr).contains("verdict: "), "the table goes to stderr then");
+}
+
+#[test]
+fn the_table_goes_to_stdout_and_reports_to_their_files() {
+    let folder = std::env::temp_dir().join(format!("dirtylimit-cli-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (json, svg) = (folder.join("report.json"), folder.join("report.svg"));
+    let output = bench(&format!("run --guest sim --seconds 1 --json {} --svg {}", json.display(), svg.display()));
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stdout).contains("verdict: "));
+    let document: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert_eq!(document["policy"], "paced");
+    assert!(std::fs::read_to_string(&svg).unwrap().starts_with("<svg"));
+    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]
