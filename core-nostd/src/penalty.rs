@@ -34,6 +34,7 @@ impl Penalty {
     }
 
     /// Its terms; `None` where the vCPU is not limited.
+    #[inline]
     pub const fn terms(self) -> Option<Terms> {
         let price = Price::from_bits(self.0);
         match self.0 {

@@ -135,6 +135,7 @@ impl Price {
         if exponent > 31 { Self::MAX } else { Self(exponent << Self::MANTISSA_BITS | (units >> exponent) as u32) }
     }
 
+    #[inline]
     pub(crate) const fn from_bits(bits: u32) -> Self {
         Self(bits & Self::BITS)
     }
