@@ -50,6 +50,13 @@ pub(crate) struct Place {
     pub(crate) seat: Arc<Seat>,
 }
 
+impl Place {
+    /// Whether the ring, once what was collected is reset, ends a slice of so many pages.
+    pub(crate) fn ring_ends(&self, slice: u32) -> bool {
+        self.ring.room() <= slice.saturating_add(slice / 4)
+    }
+}
+
 /// Everything the lock owns.
 #[derive(Debug)]
 pub(crate) struct Harvest {
@@ -94,12 +101,24 @@ impl Harvest {
         }
     }
 
-    /// Meters every ring, and kicks the vCPUs that dirty pages under a limit that is news to them.
-    pub(crate) fn meter_and_kick(&mut self, limiter: &VmLimiter, signal: i32) {
+    /// Meters every ring, and kicks the vCPUs that dirty pages under a limit that is news to them, unless they fill their
+    /// rings by themselves before the next tick: that much is forgiven anyway, and a full ring ends slices best.
+    pub(crate) fn meter_and_kick(&mut self, limiter: &VmLimiter) {
         for place in self.places.values_mut() {
-            let wrote = meter(place, &mut self.slots, limiter) > 0;
-            if wrote && !place.limited && place.seat.cell(limiter).penalty.accept() != Penalty::NONE {
-                place.seat.kick(signal);
+            let entries = meter(place, &mut self.slots, limiter);
+            let limited = place.seat.cell(limiter).penalty.accept() != Penalty::NONE;
+            if limited && !place.limited && (1..place.ring.room()).contains(&entries) {
+                place.seat.kick();
+            }
+        }
+    }
+
+    /// Kicks the vCPUs whose rings were so emptied that they no longer end their slices.
+    pub(crate) fn kick_emptied(&mut self) {
+        for place in self.places.values_mut() {
+            if place.slice.is_some_and(|slice| !place.ring_ends(slice)) {
+                place.slice = None;
+                place.seat.kick();
             }
         }
     }

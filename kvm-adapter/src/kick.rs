@@ -8,7 +8,7 @@ use dirtylimit_core::Nanos;
 use crate::Error;
 use crate::error::system;
 use crate::seat::Seat;
-use crate::sys::{Timer, handle};
+use crate::sys::Timer;
 
 /// Who ends a slice that the ring does not.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -16,26 +16,18 @@ pub enum Kick {
     /// Nobody: the vCPU runs until its ring is full, and pays for that.
     #[default]
     Off,
-    /// The library: a timer, and the tick where a limit is news, by this signal (a real-time signal that nobody else uses, say `SIGRTMIN() + 7`). Its
-    /// handler, which does nothing, is installed for the whole process when the first vCPU is added. Each vCPU's thread
-    /// must have it unblocked in KVM_RUN; a kick that comes just before KVM_RUN is repeated after a millisecond.
+    /// The library, by this real-time signal that nobody else uses (say `SIGRTMIN() + 7`), from a timer of each vCPU's
+    /// thread, and from the tick where a limit is news. No handler is installed: the thread that first calls
+    /// [`crate::Vcpu::before_run`] gets the signal blocked, and its KVM_RUN the signal mask that the thread has then, with
+    /// the signal open. Not for VMMs that use `KVM_SET_SIGNAL_MASK` themselves.
     Signal(i32),
     /// The VMM, by its own means: when a limit was set, and when [`crate::Paid::kick_after`] has passed since
     /// [`crate::Vcpu::before_run`] returned.
     Vmm,
 }
 
-impl Kick {
-    pub(crate) fn prepare(self) -> Result<(), Error> {
-        match self {
-            Self::Signal(signal) => handle(signal).map_err(system("installing the kick signal's handler")),
-            Self::Off | Self::Vmm => Ok(()),
-        }
-    }
-}
-
-/// The shortest run before a kick, about what an exit costs; and the longest.
-const SHORTEST: Nanos = 20_000;
+/// The shortest run before a kick, less than it takes to enter the guest on some hosts; and the longest.
+const SHORTEST: Nanos = 5_000;
 const LONGEST: Nanos = 10_000_000;
 
 /// One vCPU's kicks. How long it takes to write a slice is learned from the runs before.
@@ -46,13 +38,13 @@ pub(crate) struct Kicker {
     run_time: Nanos,
     /// Ring entries counted when the vCPU last ran under a kick.
     gross: Option<u32>,
-    /// Whether its thread can be reached.
-    introduced: bool,
+    /// Kicks by others that were taken note of.
+    kicks: u32,
 }
 
 impl Kicker {
     pub(crate) fn new(kick: Kick) -> Self {
-        Self { kick, timer: None, run_time: SHORTEST, gross: None, introduced: kick == Kick::Off }
+        Self { kick, timer: None, run_time: SHORTEST, gross: None, kicks: 0 }
     }
 
     /// Whether there is somebody to end a slice.
@@ -61,38 +53,45 @@ impl Kicker {
     }
 
     /// Whether the run that is over was to be ended by a kick, so that its pages are in the ring and nobody metered them;
-    /// or the first is to come.
-    pub(crate) fn is_due(&self) -> bool {
-        self.gross.is_some() || !self.introduced
+    /// or the first is to come, and the thread is not bound. No load without a kick signal, and then one.
+    pub(crate) fn is_due(&self, seat: &Seat) -> bool {
+        self.gross.is_some() || seat.kick.is_some() && (self.timer.is_none() || self.kicks != seat.kicks())
     }
 
-    /// The run is over.
-    pub(crate) fn disarm(&mut self, seat: &Seat) {
-        if !self.introduced {
-            seat.introduce();
-            self.introduced = true;
+    /// The run is over; before the first, binds the thread.
+    pub(crate) fn disarm(&mut self, seat: &Seat) -> Result<(), Error> {
+        let Some(signal) = &seat.kick else { return Ok(()) };
+        let Some(timer) = &mut self.timer else {
+            seat.bind(signal.bind().map_err(system("KVM_SET_SIGNAL_MASK, for kicks"))?);
+            self.timer = Some(Timer::new(signal).map_err(system("timer_create, for kicks"))?);
+            return Ok(());
+        };
+        if self.gross.is_some() || self.kicks != seat.kicks() {
+            self.kicks = seat.kicks();
+            timer.disarm(signal);
         }
-        if let Some(timer) = self.timer.as_mut().filter(|_| self.gross.is_some()) {
-            timer.disarm();
-        }
+        Ok(())
     }
 
-    /// Learns from the run that is over, which was given `slice`, once its pages are metered.
-    pub(crate) fn learn(&mut self, slice: u32, gross: u32) {
-        let Some(before) = self.gross.take() else { return };
-        let pages = gross.wrapping_sub(before).max(1);
-        let fitting = self.run_time.saturating_mul(slice.into()) / Nanos::from(pages);
+    /// Learns from the run that is over, which was given `slice`, once its pages are metered; returns how many they are,
+    /// if it was one that a kick was to end.
+    pub(crate) fn learn(&mut self, slice: u32, gross: u32) -> Option<u32> {
+        let pages = gross.wrapping_sub(self.gross.take()?);
+        let fitting = match pages {
+            0 => self.run_time * 2,
+            pages => self.run_time.saturating_mul(slice.into()) / Nanos::from(pages),
+        };
         self.run_time = fitting.clamp(self.run_time / 8, self.run_time * 2).clamp(SHORTEST, LONGEST);
+        Some(pages)
     }
 
     /// Arms a kick for the run to come.
-    pub(crate) fn arm(&mut self, gross: u32) -> Result<Duration, Error> {
+    pub(crate) fn arm(&mut self, gross: u32) -> Duration {
         self.gross = Some(gross);
-        if let Kick::Signal(signal) = self.kick {
-            let timer = Timer::for_this_thread(self.timer.take(), signal).map_err(system("creating the kick timer"))?;
-            self.timer.insert(timer).arm(self.run_time);
+        if let Some(timer) = &mut self.timer {
+            timer.arm(self.run_time);
         }
-        Ok(Duration::from_nanos(self.run_time))
+        Duration::from_nanos(self.run_time)
     }
 }
 
@@ -106,7 +105,7 @@ mod tests {
         let mut gross = u32::MAX - 1000;
         for page_time in [2_600, 30_000, 600] {
             for _ in 0..40 {
-                let time = u64::try_from(kicker.arm(gross).unwrap().as_nanos()).unwrap();
+                let time = u64::try_from(kicker.arm(gross).as_nanos()).unwrap();
                 gross = gross.wrapping_add(u32::try_from(time / page_time).unwrap());
                 kicker.learn(100, gross);
             }
@@ -119,12 +118,12 @@ mod tests {
     fn an_idle_vcpu_is_kicked_seldom_and_a_burst_reins_it_in() {
         let mut kicker = Kicker::new(Kick::Vmm);
         for _ in 0..40 {
-            kicker.arm(7).unwrap();
+            kicker.arm(7);
             kicker.learn(100, 7);
         }
         assert_eq!(kicker.run_time, LONGEST);
         for _ in 0..4 {
-            kicker.arm(7).unwrap();
+            kicker.arm(7);
             kicker.learn(1, 1_000_007);
         }
         assert_eq!(kicker.run_time, SHORTEST);

@@ -13,7 +13,7 @@ use crate::error::{Error, system};
 use crate::harvest::{Place, Stats};
 use crate::kick::Kick;
 use crate::seat::Seat;
-use crate::sys::{self, Kernel, RingPages, RunPage, VmFd};
+use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, VmFd};
 use crate::throttle::ThrottleThread;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
@@ -57,7 +57,6 @@ impl DirtyLimit {
     pub(crate) fn on(kernel: Box<dyn Kernel>, config: &Config) -> Result<Self, Error> {
         let caps = Caps::of(&*kernel)?;
         caps.enable(&*kernel, config.ring_entries)?;
-        config.kick.prepare()?;
         Ok(Self(Arc::new(Vm::new(kernel, caps, config))))
     }
 
@@ -112,10 +111,18 @@ impl DirtyLimit {
         let pages =
             RingPages::map(vcpu.as_raw_fd(), self.0.ring_entries).map_err(system("mapping the vCPU's dirty ring"))?;
         let run = RunPage::map(vcpu.as_raw_fd()).map_err(system("mapping the vCPU's kvm_run page"))?;
+        let kick = match self.0.kick {
+            Kick::Signal(signal) => {
+                let signal =
+                    KickSignal::new(vcpu.as_raw_fd(), signal).map_err(system("taking a real-time signal for kicks"))?;
+                Some(signal)
+            }
+            Kick::Off | Kick::Vmm => None,
+        };
         let (entries, max) = (self.0.ring_entries, self.0.caps.max_entries);
         let ring = Ring::new(pages).map_err(|_| Error::RingSize { entries, min: entries, max })?;
         let index = self.0.limiter.register().map_err(|source| Error::TooManyVcpus { id, source })?;
-        let seat = Arc::new(Seat::new(id, index, run));
+        let seat = Arc::new(Seat::new(id, index, run, kick));
         harvest.places.insert(id, Place { ring, slice: None, limited: false, seat: seat.clone() });
         Ok(Vcpu::new(self.0.clone(), seat))
     }
@@ -271,10 +278,7 @@ impl DirtyLimit {
     /// CALCULATE, SET PENALTY. For a VMM's event loop, every 10 to 100 ms.
     pub fn tick(&self) {
         if let Some(mut harvest) = self.0.try_lock() {
-            match self.0.kick {
-                Kick::Signal(signal) => harvest.meter_and_kick(&self.0.limiter, signal),
-                Kick::Off | Kick::Vmm => harvest.meter_all(&self.0.limiter),
-            }
+            harvest.meter_and_kick(&self.0.limiter);
         }
         self.0.limiter.tick(sys::now());
     }
@@ -296,9 +300,6 @@ impl DirtyLimit {
         let seat = self.seat(id)?;
         self.0.limiter.set_limit(seat.index, limit);
         seat.poke();
-        if let (Some(_), Kick::Signal(signal)) = (limit, self.0.kick) {
-            seat.kick(signal);
-        }
         Ok(())
     }
 
@@ -325,6 +326,9 @@ impl DirtyLimit {
             })?;
             pass.published += u64::from(collected);
             if collected == 0 {
+                if self.0.kick != Kick::Off {
+                    harvest.kick_emptied();
+                }
                 pass.held_back = harvest.places.values().map(|place| u64::from(place.ring.held_back())).sum();
                 return Ok(pass);
             }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
 use dirtylimit_core::{Limiter, Nanos, Penalty, Shipped, VcpuCell, VcpuIndex};
 
-use crate::sys::{self, RunPage, Wait};
+use crate::sys::{self, KickSignal, RunPage, Wait};
 
 /// As many vCPUs as KVM's x86 allows in most builds.
 pub(crate) type VmLimiter = Limiter<Shipped, 1024>;
@@ -27,8 +27,11 @@ pub(crate) struct Seat {
     wake: AtomicU32,
     /// Calls of [`Interrupter::interrupt`].
     interrupts: AtomicU32,
+    /// With [`crate::Kick::Signal`].
+    pub(crate) kick: Option<KickSignal>,
     /// The vCPU's thread, for kicks; 0 while unknown.
     thread: AtomicI32,
+    kicks: AtomicU32,
 }
 
 /// Why a pause ended.
@@ -43,7 +46,7 @@ pub(crate) enum Ended {
 }
 
 impl Seat {
-    pub(crate) fn new(id: u32, index: VcpuIndex, run: RunPage) -> Self {
+    pub(crate) fn new(id: u32, index: VcpuIndex, run: RunPage, kick: Option<KickSignal>) -> Self {
         Self {
             id,
             index,
@@ -52,7 +55,9 @@ impl Seat {
             want: AtomicU32::new(0),
             wake: AtomicU32::new(0),
             interrupts: AtomicU32::new(0),
+            kick,
             thread: AtomicI32::new(0),
+            kicks: AtomicU32::new(0),
         }
     }
 
@@ -74,19 +79,27 @@ impl Seat {
         self.interrupts.load(Ordering::Acquire)
     }
 
-    /// This thread is the vCPU's.
-    pub(crate) fn introduce(&self) {
+    /// `thread` is the vCPU's, for kicks.
+    pub(crate) fn bind(&self, thread: i32) {
         // Relaxed: a number by itself.
-        self.thread.store(sys::thread(), Ordering::Relaxed);
+        self.thread.store(thread, Ordering::Relaxed);
     }
 
-    /// Signals the vCPU's thread, if it is known.
-    pub(crate) fn kick(&self, signal: i32) {
+    /// Makes the vCPU's KVM_RUN return, or the next one, where kicks are the library's and the thread is known.
+    pub(crate) fn kick(&self) {
         // Relaxed: as above.
-        match self.thread.load(Ordering::Relaxed) {
-            0 => {}
-            thread => sys::kick(thread, signal),
+        if let (Some(signal), thread @ 1..) = (&self.kick, self.thread.load(Ordering::Relaxed)) {
+            signal.send(thread);
+            // After the signal: who reads the count and takes back what is pending takes this one too. Relaxed: a count
+            // by itself; the kernel orders the signal.
+            self.kicks.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Kicks by others so far. A signal of theirs stays pending, and ends each KVM_RUN, until it is taken back.
+    pub(crate) fn kicks(&self) -> u32 {
+        // Relaxed: as above.
+        self.kicks.load(Ordering::Relaxed)
     }
 
     /// Whether the VMM wants the thread to enter and leave KVM_RUN at once.

@@ -96,7 +96,7 @@ impl Vcpu {
     /// As [`Vcpu::before_run`].
     #[inline]
     pub fn before_run_unless(&mut self, mut stop: impl FnMut() -> bool) -> Result<Paid, Error> {
-        if !self.full && !self.kicker.is_due() && !self.pacer.owes(&self.seat.cell(&self.vm.limiter).report) {
+        if !self.full && !self.kicker.is_due(&self.seat) && !self.pacer.owes(&self.seat.cell(&self.vm.limiter).report) {
             return Ok(Paid::default());
         }
         self.pay(&mut stop)
@@ -104,11 +104,11 @@ impl Vcpu {
 
     #[cold]
     fn pay(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Paid, Error> {
-        self.kicker.disarm(&self.seat);
+        self.kicker.disarm(&self.seat)?;
         let mut paid = self.settle_and_pause(stop)?;
         if self.kicked_slice.is_some() {
             let gross = self.seat.cell(&self.vm.limiter).report.counts().gross;
-            paid.kick_after = Some(self.kicker.arm(gross)?);
+            paid.kick_after = Some(self.kicker.arm(gross));
         }
         Ok(paid)
     }
@@ -170,9 +170,11 @@ impl Vcpu {
         let wanted = place.ring.to_collect(slice) > 0 || (self.full && place.ring.awaiting_reset() > 0);
         // Relaxed: only this thread raises it, and the lock orders it before the reset that lowers it.
         seat.want.store(if wanted { slice } else { 0 }, Ordering::Relaxed);
-        kicker.learn(self.kicked_slice.unwrap_or(slice), cell.report.counts().gross);
-        let ring_ends_it = place.ring.room() <= slice.saturating_add(slice / 4);
-        self.kicked_slice = turn.slice.filter(|_| kicker.is_on() && !ring_ends_it);
+        if kicker.learn(self.kicked_slice.unwrap_or(slice), cell.report.counts().gross) == Some(0) {
+            // Perhaps the kick came before the first instruction. Two pauses in a row would be one long one.
+            turn.until = now;
+        }
+        self.kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring_ends(*slice));
         place.limited = turn.slice.is_some();
         place.slice = turn.slice.filter(|_| self.kicked_slice.is_none());
         let nothing_to_do = self.full && entries == 0 && place.ring.occupied() == 0;

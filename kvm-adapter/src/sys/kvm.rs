@@ -36,7 +36,7 @@ const fn kvmio(number: u64) -> libc::Ioctl {
 
 /// `_IOW(KVMIO, number, T)`, as most architectures encode it; the two KVM ones among the rest (mips, powerpc) do not
 /// have dirty rings.
-const fn kvmio_write<T>(number: u64) -> libc::Ioctl {
+pub(super) const fn kvmio_write<T>(number: u64) -> libc::Ioctl {
     (1 << 30 | (size_of::<T>() as u64) << 16 | 0xAE00 | number) as libc::Ioctl
 }
 

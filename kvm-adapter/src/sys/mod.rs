@@ -1,14 +1,15 @@
 //! Everything that talks to the kernel: ioctls, mappings, futexes, clocks. The rest of the crate is safe code.
 
 mod futex;
+mod kick;
 mod kvm;
 mod mapping;
 #[cfg(feature = "planted-bugs")]
 mod planted;
 mod signals;
-mod timer;
 
 pub(crate) use futex::{Wait, wait, wake};
+pub(crate) use kick::{KickSignal, Timer};
 pub(crate) use kvm::{Kernel, Reset, VmFd};
 pub(crate) use mapping::{RingPages, RunPage};
 #[cfg(feature = "planted-bugs")]
@@ -16,7 +17,6 @@ pub(crate) use planted::Planted;
 #[cfg(feature = "planted-bugs")]
 pub use planted::PlantedBug;
 pub(crate) use signals::SignalsBlocked;
-pub(crate) use timer::{Timer, handle, kick, thread};
 
 use dirtylimit_core::Nanos;
 
