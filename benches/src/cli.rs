@@ -14,7 +14,7 @@ use crate::workload::Workload;
 /// The most vCPUs that the limiter takes.
 const MAX_VCPUS: usize = 1024;
 /// The smallest ring that leaves room above the entries that KVM reserves, and the largest that KVM offers.
-const RING: std::ops::RangeInclusive<u32> = 1024..=65_536;
+const RING: std::ops::RangeInclusive<u32> = 256..=65_536;
 
 /// Runs guests under a dirty page rate limit and measures what became of them
 #[derive(Debug, Parser)]
@@ -67,7 +67,7 @@ pub struct Run {
     #[arg(long, value_enum, default_value_t = PolicyKind::Paced)]
     pub policy: PolicyKind,
 
-    /// Entries of each vCPU's dirty ring: a power of two, 1024 to 65536
+    /// Entries of each vCPU's dirty ring: a power of two, 256 to 65536
     #[arg(long, value_name = "N", default_value_t = 4096)]
     pub ring: u32,
 
@@ -247,8 +247,8 @@ mod tests {
             ("--vcpus 3 --workload idle,idle", "--workload is given 2 times for 3 vCPUs"),
             ("--ring 0", "power of two"),
             ("--ring 3000", "power of two"),
-            ("--ring 512", "1024 to 65536"),
-            ("--ring 131072", "1024 to 65536"),
+            ("--ring 128", "256 to 65536"),
+            ("--ring 131072", "256 to 65536"),
             ("--max-pause 0ms", "100µs to 1s"),
             ("--max-pause 2s", "100µs to 1s"),
             ("--pass 1ms", "10ms to 60s"),
