@@ -14,7 +14,9 @@ impl Claim {
     /// A vCPU that would dirty `demand` and counts `weight` times (0 counts as 1).
     pub fn new(demand: PageRate, weight: u32) -> Self {
         let weight = weight.max(1);
-        Self { ask: demand.raw().div_ceil(u64::from(weight)), weight }
+        // Weights are nearly always 1, and a 64-bit division is a good part of a tick.
+        let ask = if weight == 1 { demand.raw() } else { demand.raw().div_ceil(u64::from(weight)) };
+        Self { ask, weight }
     }
 
     fn demand(&self) -> u128 {
