@@ -2,6 +2,7 @@
 //!
 //! Criterion measures each pair; afterwards the two sides of each are timed in turns and their ratio of medians printed,
 //! because on a shared machine only what was measured side by side compares. Every bench asserts its answer first.
+#![expect(clippy::cast_possible_truncation, reason = "numbers of vCPUs")]
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -100,10 +101,10 @@ fn meter(criterion: &mut Criterion) {
     const LOGGED: u32 = 4032;
     let entries: Vec<Entry> = (0..SIZE).map(|_| Entry::new()).collect();
     let mut plain: Vec<Plain> = vec![];
-    for i in 0..SIZE as u64 {
+    for (i, entry) in (0..).zip(&entries) {
         let dirty = u32::from(i < u64::from(LOGGED));
         if dirty == 1 {
-            entries[i as usize].push(Page { slot: 1, offset: i });
+            entry.push(Page { slot: 1, offset: i });
         }
         plain.push(Plain { flags: dirty.into(), slot: 1.into(), offset: i.into() });
     }
