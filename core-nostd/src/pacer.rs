@@ -2,7 +2,7 @@
 
 use core::mem::replace;
 
-use crate::meter::Report;
+use crate::meter::{Counts, Report};
 use crate::penalty::{PenaltyCell, Terms, VmCell};
 use crate::rate::{Nanos, SECOND};
 
@@ -15,6 +15,9 @@ const SLICE: Nanos = 4_000_000;
 const BURST: Nanos = SLICE + 6_000_000;
 /// The most that a vCPU can owe. What others drained from its ring beyond that is forgiven.
 pub const MAX_DEBT: Nanos = SECOND;
+
+/// Slices of a vCPU that rewrites dirty pages grow up to 2^this times.
+const MAX_STRETCH: u32 = 5;
 
 /// What the vCPU is to do before it runs on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,11 +35,13 @@ pub struct Turn {
 /// a full ring of them, at a low limit, would freeze the guest for seconds.
 #[derive(Debug)]
 pub struct Pacer {
-    /// The report's net count up to which pages were charged.
-    paid: u32,
+    /// What the report counted up to the last turn; net pages up to there were charged.
+    charged: Counts,
     due: Nanos,
     limited: bool,
-    /// What the net count is while nothing is owed: `paid`, or out of its reach where `due` was ahead at the last turn.
+    /// Slices are nominal × 2^this: see [`Pacer::slice`].
+    stretch: u32,
+    /// What the net count is while nothing is owed: as charged, or out of its reach where `due` was ahead at the last turn.
     quiet: u32,
 }
 
@@ -46,8 +51,8 @@ const UNREACHABLE: u32 = 1 << 31;
 impl Pacer {
     /// A pacer for a vCPU whose pages up to now are nobody's debt.
     pub fn new(report: &Report) -> Self {
-        let paid = report.net();
-        Self { paid, due: 0, limited: false, quiet: paid }
+        let charged = report.counts();
+        Self { charged, due: 0, limited: false, stretch: 0, quiet: charged.net }
     }
 
     /// Whether [`Pacer::settle`] has anything to charge or to wait for: one load.
@@ -60,27 +65,39 @@ impl Pacer {
     ///
     /// Idempotent while nothing is metered. A pause that ended early is not lost: the rest is still due.
     pub fn settle(&mut self, now: Nanos, vm: &VmCell, penalty: &PenaltyCell, report: &Report) -> Turn {
-        let net = report.net();
-        let pages = net.wrapping_sub(replace(&mut self.paid, net));
+        let counts = report.counts();
+        let new = counts.since(replace(&mut self.charged, counts));
         // The penalty first: its acquire makes the lease renewed with it visible.
         let Some(terms) = penalty.accept().terms().filter(|_| vm.is_leased(now)) else {
-            (self.limited, self.quiet) = (false, net);
+            (self.limited, self.quiet) = (false, counts.net);
             return Turn { until: now, slice: None };
         };
-        let (price, credit) = match terms {
-            Terms::Pace(price) => (price, BURST),
-            Terms::Sleep(price) => (price, 0),
+        let max_pause = vm.max_pause();
+        let (price, credit, most) = match terms {
+            Terms::Pace(price) => (price, BURST, MAX_DEBT),
+            // Whoever steers the price sees what a lump did to the rate: it is not to be paid for twice.
+            Terms::Sleep(price) => (price, 0, max_pause),
         };
         let was_limited = replace(&mut self.limited, true);
         let due =
-            if was_limited { self.due.max(now.saturating_sub(credit)).saturating_add(price.of(pages)) } else { now };
-        self.due = due.min(now.saturating_add(MAX_DEBT));
-        self.quiet = if self.due > now { net.wrapping_add(UNREACHABLE) } else { net };
-        let max_pause = vm.max_pause();
+            if was_limited { self.due.max(now.saturating_sub(credit)).saturating_add(price.of(new.net)) } else { now };
+        self.due = due.min(now.saturating_add(most));
+        self.quiet = if self.due > now { counts.net.wrapping_add(UNREACHABLE) } else { counts.net };
         let until = self.due.min(now.saturating_add(max_pause));
+        let nominal = price.pages_for(SLICE.min(max_pause)).max(1);
         // What one pause does not cover stays owed, and the vCPU goes on page by page.
-        let slice = if self.due > until { 1 } else { price.pages_for(SLICE.min(max_pause)).max(1) };
+        let slice = if self.due > until { 1 } else { self.slice(nominal, new) };
         Turn { until, slice: Some(slice) }
+    }
+
+    /// The next slice. A slice is used up by entries, but paid for by net pages: a vCPU that mostly rewrites what is dirty
+    /// already owes little, so its slices grow, or it would exit, and have the VM reset, for every few pages it touches.
+    fn slice(&mut self, nominal: u32, new: Counts) -> u32 {
+        if new.gross > 0 {
+            let mostly_again = new.net < new.gross / 2;
+            self.stretch = if mostly_again { (self.stretch + 1).min(MAX_STRETCH) } else { 0 };
+        }
+        nominal.saturating_mul(1 << self.stretch)
     }
 }
 

@@ -260,14 +260,24 @@ impl<E: AsRef<[Entry]>> Ring<E> {
         self.soft
     }
 
-    /// After a full exit, everything metered: the kernel does not tell its soft limit, but this is it. An occupancy that
-    /// no kernel calls full (a stale exit reason) teaches nothing.
+    /// After a full exit, everything metered: the kernel does not tell its soft limit, but it is the size less
+    /// [`RESERVED`], or less [`PML`] too; and a lump of PML, which may overshoot the latter, never reaches the former. An
+    /// occupancy that no kernel calls full (a stale exit reason) teaches nothing.
     pub fn learn_soft_limit(&mut self) {
         let highest = self.size - RESERVED;
         let lowest = highest.saturating_sub(PML).max(1);
-        if self.occupied() >= lowest {
-            self.soft = self.occupied().min(highest);
+        match self.occupied() {
+            occupied if occupied >= highest => self.soft = highest,
+            occupied if occupied >= lowest => self.soft = lowest,
+            _ => {}
         }
+    }
+
+    /// Whether the ring, once all that was collected is reset, ends a slice of so many pages, give or take a quarter. With
+    /// PML it does so to [`PML`] pages.
+    pub fn ends(&self, slice: u32) -> bool {
+        let has_pml = self.soft < self.size - RESERVED;
+        self.room() <= slice.saturating_add(slice / 4) && (!has_pml || slice >= 2 * PML)
     }
 
     /// How many of the held-back entries to collect so that, after the reset, the vCPU exits again when it has dirtied

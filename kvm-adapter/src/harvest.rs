@@ -47,13 +47,14 @@ pub(crate) struct Place {
     pub(crate) slice: Option<u32>,
     /// The vCPU's thread has noticed that it is limited.
     pub(crate) limited: bool,
+    /// It had at the last sweep, and at the one before.
+    limited_at_sweep: [bool; 2],
     pub(crate) seat: Arc<Seat>,
 }
 
 impl Place {
-    /// Whether the ring, once what was collected is reset, ends a slice of so many pages.
-    pub(crate) fn ring_ends(&self, slice: u32) -> bool {
-        self.ring.room() <= slice.saturating_add(slice / 4)
+    pub(crate) fn new(ring: Ring<RingPages>, seat: Arc<Seat>) -> Self {
+        Self { ring, slice: None, limited: false, limited_at_sweep: [false; 2], seat }
     }
 }
 
@@ -94,6 +95,14 @@ impl Harvest {
         Some((place, entries))
     }
 
+    /// Meters every ring, at the start of a sweep.
+    pub(crate) fn begin_sweep(&mut self, limiter: &VmLimiter) {
+        self.meter_all(limiter);
+        for place in self.places.values_mut() {
+            place.limited_at_sweep = [place.limited, place.limited_at_sweep[0]];
+        }
+    }
+
     /// Meters every ring.
     pub(crate) fn meter_all(&mut self, limiter: &VmLimiter) {
         for place in self.places.values_mut() {
@@ -116,7 +125,7 @@ impl Harvest {
     /// Kicks the vCPUs whose rings were so emptied that they no longer end their slices.
     pub(crate) fn kick_emptied(&mut self) {
         for place in self.places.values_mut() {
-            if place.slice.is_some_and(|slice| !place.ring_ends(slice)) {
+            if place.slice.is_some_and(|slice| !place.ring.ends(slice)) {
                 place.slice = None;
                 place.seat.kick();
             }
@@ -189,7 +198,8 @@ impl Harvest {
         Ok(())
     }
 
-    /// Hands out a slot's published pages. Those of them that lie in a ring again are to be sent again: they count anew.
+    /// Hands out a slot's published pages. Those of them that lie in a ring again are to be sent again: they count anew,
+    /// but for vCPUs whose limit is newer than the last sweep but one, which would pay for what they were allowed.
     pub(crate) fn take(&mut self, slot: u32, limiter: &VmLimiter) -> Result<Vec<u64>, Error> {
         let taken = self.slots.take(slot)?;
         for place in self.places.values() {
@@ -197,7 +207,7 @@ impl Harvest {
             place.ring.for_each_held_back(|page| {
                 net += u32::from(page.slot == slot && self.slots.meter(page) == Seen::New);
             });
-            if net > 0 {
+            if net > 0 && place.limited_at_sweep[1] {
                 place.seat.cell(limiter).report.add_pages(net, 0);
             }
         }

@@ -123,7 +123,7 @@ impl DirtyLimit {
         let ring = Ring::new(pages).map_err(|_| Error::RingSize { entries, min: entries, max })?;
         let index = self.0.limiter.register().map_err(|source| Error::TooManyVcpus { id, source })?;
         let seat = Arc::new(Seat::new(id, index, run, kick));
-        harvest.places.insert(id, Place { ring, slice: None, limited: false, seat: seat.clone() });
+        harvest.places.insert(id, Place::new(ring, seat.clone()));
         Ok(Vcpu::new(self.0.clone(), seat))
     }
 
@@ -311,7 +311,7 @@ impl DirtyLimit {
     fn sweep(&self, choose: impl Fn(&Place) -> u32) -> Result<Pass, Error> {
         let mut left: BTreeMap<u32, u32> = {
             let mut harvest = self.0.lock();
-            harvest.meter_all(&self.0.limiter);
+            harvest.begin_sweep(&self.0.limiter);
             harvest.places.iter().map(|(id, place)| (*id, choose(place))).collect()
         };
         let mut pass = Pass::default();

@@ -174,7 +174,7 @@ impl Vcpu {
             // Perhaps the kick came before the first instruction. Two pauses in a row would be one long one.
             turn.until = now;
         }
-        self.kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring_ends(*slice));
+        self.kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring.ends(*slice));
         place.limited = turn.slice.is_some();
         place.slice = turn.slice.filter(|_| self.kicked_slice.is_none());
         let nothing_to_do = self.full && entries == 0 && place.ring.occupied() == 0;

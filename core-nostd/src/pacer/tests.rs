@@ -178,3 +178,25 @@ fn a_lapsed_lease_frees_the_vcpu_and_its_renewal_forgives() {
     assert_eq!(vcpu.turn(4032, 1000), Some(1));
     assert_eq!(vcpu.longest, 0);
 }
+
+#[test]
+fn who_rewrites_dirty_pages_gets_longer_slices_until_it_stops() {
+    let mut vcpu = Vcpu::new(pace(256));
+    assert_eq!(vcpu.settle().slice, Some(1));
+    let mut again = |net, gross| {
+        vcpu.report.add_pages(net, gross);
+        vcpu.now += SLICE;
+        vcpu.settle().slice.unwrap()
+    };
+    assert_eq!([(); 7].map(|()| again(0, 100)), [2, 4, 8, 16, 32, 32, 32]);
+    assert_eq!(again(0, 0), 32, "nothing seen, nothing learned");
+    assert_eq!(again(1, 2), 1);
+}
+
+#[test]
+fn a_lump_of_sleep_is_paid_for_once() {
+    let mut vcpu = Vcpu::new(Some(Terms::Sleep(Price::from_nanos(100_000))));
+    vcpu.settle();
+    vcpu.turn(4032, 1_000_000);
+    assert_eq!((vcpu.longest, vcpu.turn(0, 0)), (10_000_000, Some(40)));
+}

@@ -82,12 +82,13 @@ impl Stepped {
         let change = if within(self.far_percent) {
             allowed / 100 * Nanos::from(self.step_percent)
         } else {
-            // 1/limit − 1/rate, for each page: in proportion to the distance. A vCPU that wrote nothing gains the lot.
+            // 1/limit − 1/rate, for each page: in proportion to the distance.
             let scaled = u128::from(allowed) * u128::from(distance) / u128::from(rate.max(1));
             Nanos::try_from(scaled).unwrap_or(Nanos::MAX)
         };
-        // A page never sleeps longer than it takes at the limit.
-        if rate > limit { sleep.saturating_add(change).min(allowed) } else { sleep.saturating_sub(change) }
+        // A page never sleeps longer than it takes at the limit; and one quiet period, or one lump that took several to pay,
+        // does not set the vCPU free.
+        if rate > limit { sleep.saturating_add(change).min(allowed) } else { sleep - change.min(sleep / 2) }
     }
 }
 

@@ -46,7 +46,10 @@ fn the_soft_limit_is_learned_from_full_exits_alone() {
     };
     assert_eq!(fill(&mut ring, 300), 960, "a stale exit reason");
     assert_eq!(fill(&mut ring, 448), 448, "PML");
+    assert_eq!(fill(&mut ring, 959), 448, "a lump beyond");
+    assert!(!ring.ends(100), "not with lumps");
     assert_eq!(fill(&mut ring, 960), 960);
+    assert!(ring.ends(100), "there is no room at all");
     assert_eq!(fill(&mut ring, 1024), 960, "never above");
 }
 
