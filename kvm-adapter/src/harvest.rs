@@ -5,6 +5,7 @@
 //! pause to spend, or a reset to wait for anyway.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -147,26 +148,26 @@ impl Harvest {
         Ok(())
     }
 
-    /// Collects the oldest entries of each ring, resets, and publishes them; returns how many. `choose` says how many of
-    /// a vCPU's ring, given how many there is room for in the batch.
+    /// Collects the oldest entries of each ring, resets, and publishes them and what an earlier reset that failed left;
+    /// returns how many. `choose` says how many of a vCPU's ring, given how many there is room for in the batch.
     pub(crate) fn collect(
         &mut self,
         kernel: &dyn Kernel,
         mut choose: impl FnMut(u32, &Place, u32) -> u32,
     ) -> Result<u32, Error> {
         let Self { places, batch, .. } = self;
-        let mut collected = 0;
         for (id, place) in places {
             let room = BATCH.saturating_sub(u32::try_from(batch.len()).unwrap_or(BATCH));
             let count = choose(*id, place, room).min(room);
-            collected += place.ring.collect(count, |page| batch.push(page));
+            place.ring.collect(count, |page| batch.push(page));
         }
         self.reset(kernel)?;
+        let published = u32::try_from(self.batch.len()).unwrap_or(BATCH);
         for page in self.batch.drain(..) {
             self.slots.publish(page, self.suspect);
         }
         self.suspect = false;
-        Ok(collected)
+        Ok(published)
     }
 
     /// Resets until nothing that was collected waits for it. What the entries say counts, not what the call returns,
@@ -180,7 +181,7 @@ impl Harvest {
             if left == 0 {
                 break;
             }
-            let reset = kernel.reset().map_err(system("KVM_RESET_DIRTY_RINGS"));
+            let reset = kernel.reset();
             // Even a call that failed may have taken entries and left their pages unprotected.
             self.stats.resets += self.places.values_mut().map(|place| u64::from(place.ring.reclaim())).sum::<u64>();
             self.stats.reset_calls += 1;
@@ -190,7 +191,12 @@ impl Harvest {
                 self.stats.suspect_resets += 1;
                 self.suspect = true;
             }
-            reset?;
+            match reset {
+                // Some kernels answer so in place of a short count.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(system("KVM_RESET_DIRTY_RINGS")(error)),
+                Ok(_) => {}
+            }
         }
         if left > 0 {
             return Err(Error::ShortReset { given: expected - left, expected, tries: TRIES });

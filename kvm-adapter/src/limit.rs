@@ -292,6 +292,11 @@ impl DirtyLimit {
         ThrottleThread::spawn(Arc::downgrade(&self.0), period)
     }
 
+    #[cfg(test)]
+    pub(crate) fn vm(&self) -> &Vm {
+        &self.0
+    }
+
     fn seat(&self, id: u32) -> Result<Arc<Seat>, Error> {
         self.0.lock().places.get(&id).map(|place| place.seat.clone()).ok_or(Error::NoVcpu(id))
     }
@@ -317,15 +322,15 @@ impl DirtyLimit {
         let mut pass = Pass::default();
         loop {
             let mut harvest = self.0.lock();
-            let collected = harvest.collect(&*self.0.kernel, |id, place, room| {
+            let published = harvest.collect(&*self.0.kernel, |id, place, room| {
                 let Some(left) = left.get_mut(&id) else { return 0 };
                 // Others may have collected some meanwhile, oldest first, as we do.
                 let count = (*left).min(place.ring.held_back()).min(room);
                 *left -= count;
                 count
             })?;
-            pass.published += u64::from(collected);
-            if collected == 0 {
+            pass.published += u64::from(published);
+            if published == 0 {
                 if self.0.kick != Kick::Off {
                     harvest.kick_emptied();
                 }
