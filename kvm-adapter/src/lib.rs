@@ -45,12 +45,16 @@ pub use dirtylimit_core;
 
 mod caps;
 mod error;
+#[cfg(test)]
+mod fake;
 mod harvest;
 mod kick;
 mod limit;
 mod seat;
 mod slots;
 mod sys;
+#[cfg(test)]
+mod tests;
 mod throttle;
 mod vcpu;
 mod vm;

@@ -1,0 +1,241 @@
+//! A VM that is no KVM, for tests: its vCPUs' rings are memory files, and a script says how its resets go wrong.
+
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use dirtylimit_core::{Page, RESERVED};
+use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_run};
+
+use crate::sys::{self, Kernel, Reset, RingPages};
+use crate::{Config, DirtyLimit, Error};
+
+pub(crate) const SLOT: u32 = 3;
+pub(crate) const PAGES: u64 = 10_000;
+
+/// How a reset goes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Goes {
+    /// Well, but it returns so many.
+    WellAnd(u32),
+    /// It gives back so many entries, forgets to re-protect the last 64 of them, and returns the number.
+    Short(u32),
+    /// It gives back all, but was disturbed and forgets as above.
+    Disturbed,
+    /// It does nothing but fail.
+    Fails(i32),
+}
+
+#[derive(Debug)]
+struct FakeRing {
+    pages: RingPages,
+    entries: u32,
+    dirty_index: u32,
+    reset_index: u32,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    caps: HashMap<u32, u32>,
+    refuses: HashMap<u32, i32>,
+    enabled: Vec<(u32, u64)>,
+    rings: Vec<FakeRing>,
+    /// For each page that was ever written: its number of writes, and whether the next one is logged.
+    memory: HashMap<Page, (u64, bool)>,
+    script: VecDeque<Goes>,
+    /// When the script is over.
+    always: Option<Goes>,
+    resets: u32,
+}
+
+/// The VM. Clones are the same one.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fake(Arc<Mutex<State>>);
+
+impl Fake {
+    /// With capability 223, for rings of up to 65,536 entries.
+    pub(crate) fn new() -> Self {
+        Self::default().with(223, 1 << 20)
+    }
+
+    pub(crate) fn with(self, capability: u32, value: u32) -> Self {
+        self.state().caps.insert(capability, value);
+        self
+    }
+
+    pub(crate) fn refusing(self, capability: u32, errno: i32) -> Self {
+        self.state().refuses.insert(capability, errno);
+        self
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    pub(crate) fn limit(&self, config: &Config) -> Result<DirtyLimit, Error> {
+        DirtyLimit::on(Box::new(self.clone()), config)
+    }
+
+    /// A limiter with one slot, and rings of 1,024 entries: 960 to the soft limit.
+    pub(crate) fn small(&self) -> DirtyLimit {
+        let limit = self.limit(&Config::new().ring_entries(1024)).unwrap();
+        limit.add_slot(SLOT, PAGES).unwrap();
+        limit
+    }
+
+    /// What was enabled, in order.
+    pub(crate) fn enabled(&self) -> Vec<(u32, u64)> {
+        self.state().enabled.clone()
+    }
+
+    /// `KVM_RESET_DIRTY_RINGS` calls.
+    pub(crate) fn resets(&self) -> u32 {
+        self.state().resets
+    }
+
+    /// How the next resets go.
+    pub(crate) fn script(&self, goes: impl IntoIterator<Item = Goes>) {
+        self.state().script.extend(goes);
+    }
+
+    /// How resets go when the script is over.
+    pub(crate) fn always(&self, goes: Option<Goes>) {
+        self.state().always = goes;
+    }
+
+    /// A new vCPU's descriptor, with a ring of `entries`.
+    pub(crate) fn vcpu(&self, entries: u32) -> File {
+        // SAFETY: the name is a C string; the descriptor is new, and ours.
+        let file = unsafe {
+            let fd = libc::memfd_create(c"vcpu".as_ptr(), libc::MFD_CLOEXEC);
+            assert!(fd >= 0);
+            File::from(OwnedFd::from_raw_fd(fd))
+        };
+        let page = u64::from(sys::page_size());
+        file.set_len(u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * page + u64::from(entries) * 16).unwrap();
+        let pages = RingPages::map(file.as_raw_fd(), entries).unwrap();
+        self.state().rings.push(FakeRing { pages, entries, dirty_index: 0, reset_index: 0 });
+        file
+    }
+
+    /// The guest writes a page on vCPU `vcpu`; `false` where KVM exits first, with a full ring.
+    pub(crate) fn write(&self, vcpu: usize, page: Page) -> bool {
+        let state = &mut *self.state();
+        let ring = &mut state.rings[vcpu];
+        if ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED {
+            return false;
+        }
+        let (writes, armed) = state.memory.entry(page).or_insert((0, true));
+        *writes += 1;
+        if std::mem::take(armed) {
+            ring.pages.as_ref()[(ring.dirty_index % ring.entries) as usize].push(page);
+            ring.dirty_index = ring.dirty_index.wrapping_add(1);
+        }
+        true
+    }
+
+    /// Writes the pages `offsets` of [`SLOT`] in turn, up to a full exit; how many were written.
+    pub(crate) fn write_all(&self, vcpu: usize, offsets: impl IntoIterator<Item = u64>) -> u32 {
+        let written = offsets.into_iter().take_while(|&offset| self.write(vcpu, Page { slot: SLOT, offset })).count();
+        u32::try_from(written).unwrap()
+    }
+
+    /// The ring says full and holds nothing for us, as after KVM wrote past its reserved entries.
+    pub(crate) fn wedge(&self, vcpu: usize) {
+        let ring = &mut self.state().rings[vcpu];
+        ring.dirty_index = ring.dirty_index.wrapping_add(ring.entries);
+    }
+
+    /// Times that a page of [`SLOT`] was written.
+    pub(crate) fn writes(&self, offset: u64) -> u64 {
+        self.state().memory.get(&Page { slot: SLOT, offset }).map_or(0, |(writes, _)| *writes)
+    }
+}
+
+/// Sets `kvm_run.immediate_exit` of a vCPU.
+pub(crate) fn immediate_exit(vcpu: &File, value: bool) {
+    vcpu.write_all_at(&[value.into()], offset_of!(kvm_run, immediate_exit) as u64).unwrap();
+}
+
+impl State {
+    /// Resets up to `most` entries and forgets to re-protect the last `forget`; returns how many it reset.
+    fn reset(&mut self, most: u32, forget: usize) -> u32 {
+        let mut pages = Vec::new();
+        for ring in &mut self.rings {
+            while pages.len() < most as usize {
+                let Some(page) = ring.pages.as_ref()[(ring.reset_index % ring.entries) as usize].reset() else { break };
+                ring.reset_index = ring.reset_index.wrapping_add(1);
+                pages.push(page);
+            }
+        }
+        for page in &pages[..pages.len().saturating_sub(forget)] {
+            self.memory.get_mut(page).unwrap().1 = true;
+        }
+        u32::try_from(pages.len()).unwrap()
+    }
+}
+
+impl Kernel for Fake {
+    fn check(&self, capability: u32) -> io::Result<u32> {
+        Ok(self.state().caps.get(&capability).copied().unwrap_or(0))
+    }
+
+    fn enable(&self, capability: u32, argument: u64) -> io::Result<()> {
+        let mut state = self.state();
+        match state.refuses.get(&capability) {
+            Some(errno) => return Err(io::Error::from_raw_os_error(*errno)),
+            None => state.enabled.push((capability, argument)),
+        }
+        Ok(())
+    }
+
+    fn reset(&self) -> io::Result<Reset> {
+        let state = &mut *self.state();
+        state.resets += 1;
+        let (entries, disturbed) = match state.script.pop_front().or(state.always) {
+            None => (state.reset(u32::MAX, 0), false),
+            Some(Goes::WellAnd(answer)) => {
+                state.reset(u32::MAX, 0);
+                (answer, false)
+            }
+            Some(Goes::Short(count)) => (state.reset(count, 64), false),
+            Some(Goes::Disturbed) => (state.reset(u32::MAX, 64), true),
+            Some(Goes::Fails(errno)) => return Err(io::Error::from_raw_os_error(errno)),
+        };
+        Ok(Reset { entries, disturbed })
+    }
+
+    fn backup_log(&self, _slot: u32, words: &mut [u64]) -> io::Result<()> {
+        // One page of the GIC's tables, dirtied outside any vCPU.
+        words[1] |= 1 << 5;
+        Ok(())
+    }
+}
+
+/// The pages of a dirty log.
+pub(crate) fn pages(log: &[u64]) -> Vec<u64> {
+    let bits = |(word, first): (&u64, u64)| {
+        let word = *word;
+        (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| first + bit)
+    };
+    log.iter().zip((0..).step_by(64)).flat_map(bits).collect()
+}
+
+/// A copy of [`SLOT`] that only the dirty log feeds.
+#[derive(Default, Debug)]
+pub(crate) struct Copy(HashMap<u64, u64>);
+
+impl Copy {
+    pub(crate) fn take(&mut self, fake: &Fake, log: &[u64]) {
+        self.0.extend(pages(log).into_iter().map(|page| (page, fake.writes(page))));
+    }
+
+    /// Pages that it has wrong.
+    pub(crate) fn lost(&self, fake: &Fake) -> usize {
+        (0..PAGES).filter(|page| self.0.get(page).copied().unwrap_or(0) != fake.writes(*page)).count()
+    }
+}

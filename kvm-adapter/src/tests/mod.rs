@@ -1,0 +1,5 @@
+//! The whole path without KVM, on [`crate::fake`].
+
+mod enabling;
+mod resets;
+mod turns;

@@ -1,0 +1,168 @@
+//! Resets that fall short, fail or are disturbed, and what becomes of the pages.
+
+use dirtylimit_core::Page;
+
+use crate::fake::{Copy, Fake, Goes, PAGES, SLOT, pages};
+use crate::sys::Kernel;
+use crate::{Config, DirtyLimit, Error};
+
+fn take(limit: &DirtyLimit) -> Vec<u64> {
+    pages(&limit.take_dirty_log(SLOT).unwrap())
+}
+
+#[test]
+fn what_a_reset_returns_is_not_believed() {
+    for answer in [0, 1, 100, u32::MAX] {
+        let fake = Fake::new();
+        let limit = fake.small();
+        let _vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+        fake.write_all(0, 0..100);
+        fake.script([Goes::WellAnd(answer)]);
+        assert_eq!(take(&limit), (0..100).collect::<Vec<_>>());
+        let stats = limit.stats();
+        assert_eq!((stats.resets, stats.reset_calls, stats.suspect_resets), (100, 1, 0), "{answer}");
+    }
+}
+
+#[test]
+fn short_resets_are_repeated_and_their_pages_suspect_until_a_clean_one() {
+    let fake = Fake::new();
+    let limit = fake.small();
+    let _vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+    let mut copy = Copy::default();
+    fake.write_all(0, 0..200);
+    fake.script([Goes::Short(0), Goes::Short(90)]);
+    let log = limit.take_dirty_log(SLOT).unwrap();
+    copy.take(&fake, &log);
+    assert_eq!((pages(&log).len(), limit.stats().suspect_resets, limit.stats().suspect_pages), (200, 2, 200));
+    // 64 of them are writable now, and never logged again.
+    for _ in 0..5 {
+        fake.write_all(0, 26..90);
+        let log = limit.take_dirty_log(SLOT).unwrap();
+        assert_eq!(pages(&log), (0..200).collect::<Vec<_>>());
+        copy.take(&fake, &log);
+        assert_eq!(copy.lost(&fake), 0);
+    }
+    // Those that come by again are armed; the rest stay.
+    fake.write_all(0, 0..26);
+    take(&limit);
+    assert_eq!(take(&limit), (26..200).collect::<Vec<_>>());
+    limit.trust_slot(SLOT).unwrap();
+    assert_eq!((take(&limit).len(), limit.stats().suspect_pages), (0, 0));
+}
+
+#[test]
+fn a_disturbed_reset_is_suspect_although_complete() {
+    let fake = Fake::new();
+    let limit = fake.small();
+    let _vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+    let mut copy = Copy::default();
+    for round in 0..100 {
+        if round % 3 == 0 {
+            fake.script([Goes::Disturbed]);
+        }
+        fake.write_all(0, (0..300).map(|page| (page * 7 + round * 13) % PAGES));
+        copy.take(&fake, &limit.take_dirty_log(SLOT).unwrap());
+        assert_eq!(copy.lost(&fake), 0, "round {round}");
+    }
+    assert!(limit.stats().suspect_resets > 30);
+}
+
+#[test]
+fn a_reset_that_never_comes_is_an_error_and_its_pages_come_later() {
+    for goes in [Goes::Short(0), Goes::Fails(libc::EINTR)] {
+        let fake = Fake::new();
+        let limit = fake.small();
+        let _vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+        fake.write_all(0, 0..100);
+        fake.always(Some(goes));
+        match limit.take_dirty_log(SLOT) {
+            Err(Error::ShortReset { given: 0, expected: 100, tries }) => assert_eq!(tries, fake.resets()),
+            other => panic!("{goes:?}: {other:?}"),
+        }
+        assert_eq!(pages(&limit.take_published(SLOT).unwrap()), [0; 0], "published although still writable");
+        fake.always(None);
+        assert_eq!(take(&limit), (0..100).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn another_error_of_a_reset_is_passed_on_at_once_and_loses_nothing() {
+    let fake = Fake::new();
+    let limit = fake.small();
+    let _vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+    fake.write_all(0, 0..100);
+    fake.script([Goes::Fails(libc::EIO)]);
+    assert_eq!(limit.sync().unwrap_err().errno(), libc::EIO);
+    assert_eq!(fake.resets(), 1);
+    assert_eq!(take(&limit), (0..100).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_take_is_complete_after_one_that_failed_with_a_full_batch() {
+    let fake = Fake::new();
+    let limit = fake.limit(&Config::new().ring_entries(16_384)).unwrap();
+    limit.add_slot(SLOT, PAGES).unwrap();
+    let _vcpu = limit.add_vcpu(0, &fake.vcpu(16_384)).unwrap();
+    fake.write_all(0, 0..PAGES);
+    fake.always(Some(Goes::Short(0)));
+    limit.sync().unwrap_err();
+    fake.always(None);
+    assert_eq!(take(&limit).len() as u64, PAGES);
+}
+
+#[test]
+fn resets_of_a_third_party_do_not_confuse_it() {
+    let fake = Fake::new();
+    let limit = fake.small();
+    let _vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+    let mut copy = Copy::default();
+    for round in 0..50 {
+        fake.write_all(0, (0..500).map(|page| page + round));
+        limit.meter();
+        fake.reset().unwrap();
+        if round % 2 == 0 {
+            // It collects, cannot reset, and the other one does it.
+            fake.always(Some(Goes::Fails(libc::EIO)));
+            limit.sync().unwrap_err();
+            fake.always(None);
+            fake.reset().unwrap();
+        }
+        copy.take(&fake, &limit.take_dirty_log(SLOT).unwrap());
+        assert_eq!(copy.lost(&fake), 0, "round {round}");
+    }
+}
+
+#[test]
+fn entries_that_lie_nowhere_are_dropped_and_counted() {
+    let fake = Fake::new();
+    let limit = fake.small();
+    let _vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+    for page in [(SLOT, PAGES), (SLOT, u64::MAX), (SLOT + 1, 0), (SLOT | 1 << 16, 0), (SLOT, PAGES - 1)] {
+        assert!(fake.write(0, Page { slot: page.0, offset: page.1 }));
+    }
+    assert_eq!(take(&limit), [PAGES - 1]);
+    assert_eq!(limit.stats().dropped, 4);
+    let totals = limit.query(0).unwrap().totals;
+    assert_eq!((totals.net_pages, totals.gross_pages), (1, 5));
+}
+
+#[test]
+fn a_slot_that_comes_again_inherits_nothing() {
+    let fake = Fake::new();
+    let limit = fake.small();
+    let _vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+    fake.write_all(0, 0..50);
+    limit.sync().unwrap();
+    fake.write_all(0, 50..90);
+    fake.script([Goes::Disturbed]);
+    limit.remove_slot(SLOT).unwrap();
+    assert!(matches!(limit.take_dirty_log(SLOT), Err(Error::NoSlot(SLOT))));
+    // Logged between the removal here and in KVM.
+    fake.write_all(0, 90..99);
+    limit.add_slot(SLOT, PAGES).unwrap();
+    assert_eq!((take(&limit), limit.stats().dropped, limit.stats().suspect_pages), (vec![], 9, 0));
+    fake.write_all(0, 95..96);
+    assert_eq!(take(&limit), [95]);
+    assert!(matches!(limit.add_slot(SLOT, 1), Err(Error::SlotExists(SLOT))));
+}

@@ -1,0 +1,272 @@
+//! A vCPU's thread: full exits, slices, pauses and what ends them, handles that come and go.
+
+use std::fs::File;
+use std::thread;
+use std::time::Duration;
+
+use crate::fake::{Fake, Goes, PAGES, SLOT, immediate_exit, pages};
+use crate::{DirtyLimit, Error, Interrupter, PageRate, Vcpu};
+
+const SOFT: u32 = 960;
+
+fn vm() -> (Fake, DirtyLimit, File, Vcpu) {
+    let fake = Fake::new();
+    let limit = fake.small();
+    let file = fake.vcpu(1024);
+    let vcpu = limit.add_vcpu(0, &file).unwrap();
+    (fake, limit, file, vcpu)
+}
+
+fn slice(limit: &DirtyLimit) -> Option<u32> {
+    limit.vm().lock().places[&0].slice
+}
+
+/// Limited so that a slice is `pages` or a few more or less, and served until the ring ends it.
+fn throttled(fake: &Fake, limit: &DirtyLimit, vcpu: &mut Vcpu, rate: u32) -> u32 {
+    limit.set_limit(0, PageRate::from_pages_per_sec(rate)).unwrap();
+    limit.tick();
+    assert_eq!(fake.write_all(0, 0..PAGES), SOFT);
+    vcpu.ring_full();
+    vcpu.before_run().unwrap();
+    slice(limit).expect("limited")
+}
+
+/// A limit at which one page is owed for a second.
+fn one_page_a_second(fake: &Fake, limit: &DirtyLimit, vcpu: &mut Vcpu) {
+    throttled(fake, limit, vcpu, 100_000);
+    limit.set_limit(0, PageRate::from_pages_per_sec(1)).unwrap();
+    assert!(fake.write_all(0, 2000..PAGES) > 0);
+    vcpu.ring_full();
+}
+
+#[test]
+fn an_unlimited_vcpu_gets_its_whole_ring_and_pays_nothing() {
+    let (fake, limit, _file, mut vcpu) = vm();
+    for round in 0..5 {
+        assert_eq!(fake.write_all(0, (0..PAGES).cycle().skip(round * 1000)), SOFT);
+        vcpu.ring_full();
+        assert_eq!(vcpu.before_run().unwrap().paused, Duration::ZERO);
+    }
+    assert_eq!((limit.query(0).unwrap().totals.full_exits, limit.stats().soft_limit), (5, SOFT));
+}
+
+#[test]
+fn a_limited_vcpu_exits_after_exactly_its_slice() {
+    let (fake, limit, _file, mut vcpu) = vm();
+    let mut slice_now = throttled(&fake, &limit, &mut vcpu, 20_000);
+    for round in 1..8 {
+        assert_eq!(fake.write_all(0, (0..PAGES).skip(1000 * round)), slice_now);
+        vcpu.ring_full();
+        vcpu.before_run().unwrap();
+        slice_now = slice(&limit).unwrap();
+        assert!(slice_now < SOFT / 2);
+        // Served twice for one exit, or without one: nothing changes.
+        vcpu.before_run().unwrap();
+    }
+    assert!(limit.query(0).unwrap().totals.paused_us > 0);
+}
+
+#[test]
+fn a_pass_leaves_the_slice_alone_and_a_take_is_complete() {
+    let (fake, limit, _file, mut vcpu) = vm();
+    let slice = throttled(&fake, &limit, &mut vcpu, 20_000);
+    let pass = limit.pass().unwrap();
+    assert_eq!((pass.published, pass.held_back), (0, u64::from(SOFT - slice)));
+    assert_eq!(pages(&limit.take_published(SLOT).unwrap()).len(), slice as usize);
+    assert_eq!(limit.query(0).unwrap().totals.net_pages, u64::from(SOFT));
+    assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), (SOFT - slice) as usize);
+    let totals = limit.query(0).unwrap().totals;
+    assert_eq!((totals.net_pages, totals.gross_pages), (u64::from(SOFT), u64::from(SOFT)));
+}
+
+#[test]
+fn a_page_handed_out_while_it_lies_in_a_ring_again_counts_anew() {
+    let (fake, limit, _file, _vcpu) = vm();
+    fake.write_all(0, 0..100);
+    limit.sync().unwrap();
+    fake.write_all(0, 0..40); // armed by the sync: logged again, not yet handed out
+    limit.meter();
+    let totals = limit.query(0).unwrap().totals;
+    assert_eq!((totals.net_pages, totals.gross_pages), (100, 140));
+    assert_eq!(pages(&limit.take_published(SLOT).unwrap()).len(), 100);
+    let totals = limit.query(0).unwrap().totals;
+    assert_eq!((totals.net_pages, totals.gross_pages), (140, 140), "40 are to be sent once more");
+    assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), 40);
+}
+
+#[test]
+fn one_reset_serves_all_who_wait() {
+    let fake = Fake::new();
+    let limit = fake.small();
+    let files: Vec<File> = (0..4).map(|_| fake.vcpu(1024)).collect();
+    let vcpus: Vec<Vcpu> = files.iter().zip(0..).map(|(file, id)| limit.add_vcpu(id, file).unwrap()).collect();
+    for vcpu in 0..4 {
+        fake.write_all(vcpu, (0..PAGES).skip(vcpu * 2000));
+    }
+    limit.meter();
+    {
+        let mut harvest = limit.vm().lock();
+        for place in harvest.places.values() {
+            place.seat.want.store(100, std::sync::atomic::Ordering::Relaxed);
+        }
+        harvest.serve(&fake).unwrap();
+    }
+    assert_eq!((fake.resets(), limit.stats().resets), (1, 400));
+    for vcpu in 0..4 {
+        assert_eq!(fake.write_all(vcpu, (0..PAGES).skip(vcpu * 2000 + 1000)), 100);
+    }
+    drop(vcpus);
+}
+
+#[test]
+fn who_finds_the_lock_taken_lets_the_guest_try_again() {
+    let (fake, limit, _file, mut vcpu) = vm();
+    fake.write_all(0, 0..PAGES);
+    vcpu.ring_full();
+    let locked = limit.vm().lock();
+    thread::scope(|scope| {
+        scope.spawn(|| vcpu.before_run().unwrap());
+    });
+    drop(locked);
+    assert_eq!(fake.write_all(0, 0..PAGES), 0, "still full");
+    vcpu.before_run().unwrap();
+    assert_eq!(fake.write_all(0, 5000..PAGES), SOFT);
+}
+
+#[test]
+fn a_wedged_ring_is_an_error_after_a_bounded_number_of_exits() {
+    let (fake, limit, _file, mut vcpu) = vm();
+    fake.wedge(0);
+    for exits in 1..=1000 {
+        assert_eq!(fake.write_all(0, 0..1), 0);
+        vcpu.ring_full();
+        match vcpu.before_run() {
+            Ok(_) => {}
+            Err(Error::Wedged { id: 0, exits: told }) => {
+                assert!(told <= exits);
+                assert_eq!(limit.stats().resets, 0);
+                return;
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    panic!("a thousand exits, and nobody says anything");
+}
+
+#[test]
+fn what_a_reset_answers_reaches_the_vcpu_and_the_next_one_frees_it() {
+    let (fake, _limit, _file, mut vcpu) = vm();
+    fake.write_all(0, 0..PAGES);
+    vcpu.ring_full();
+    fake.always(Some(Goes::Short(0)));
+    assert!(matches!(vcpu.before_run(), Err(Error::ShortReset { .. })));
+    fake.always(None);
+    vcpu.before_run().unwrap();
+    assert!(fake.write(0, dirtylimit_core::Page { slot: SLOT, offset: 9000 }));
+}
+
+#[test]
+fn immediate_exit_lets_through_unpaid() {
+    let (fake, limit, file, mut vcpu) = vm();
+    one_page_a_second(&fake, &limit, &mut vcpu);
+    immediate_exit(&file, true);
+    for _ in 0..3 {
+        let paid = vcpu.before_run().unwrap();
+        assert!(paid.interrupted && paid.paused < Duration::from_millis(10), "{paid:?}");
+    }
+    immediate_exit(&file, false);
+    let paid = vcpu.before_run().unwrap();
+    assert!(!paid.interrupted && paid.paused >= Duration::from_millis(10), "it stays owed: {paid:?}");
+}
+
+#[test]
+fn an_interrupt_before_a_pause_ends_it_and_only_it() {
+    let (fake, limit, _file, mut vcpu) = vm();
+    let interrupter: Interrupter = vcpu.interrupter();
+    one_page_a_second(&fake, &limit, &mut vcpu);
+    interrupter.interrupt();
+    interrupter.interrupt();
+    assert!(vcpu.before_run().unwrap().interrupted);
+    assert!(!vcpu.before_run().unwrap().interrupted, "two interrupts before a pause are one");
+    let mut asked = 0;
+    let stop = || {
+        asked += 1;
+        true
+    };
+    assert!(vcpu.before_run_unless(stop).unwrap().interrupted);
+    assert_eq!(asked, 1);
+}
+
+#[test]
+fn an_interrupt_and_a_cancel_end_a_pause_that_has_begun() {
+    for cancel in [false, true] {
+        let fake = Fake::new();
+        // Pauses of a second: the test would notice by how long it takes, were one not to end.
+        let limit = fake.limit(&crate::Config::new().ring_entries(1024).max_pause(Duration::from_secs(1))).unwrap();
+        limit.add_slot(SLOT, PAGES).unwrap();
+        let mut vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+        one_page_a_second(&fake, &limit, &mut vcpu);
+        let interrupter = vcpu.interrupter();
+        let (begun, waits) = std::sync::mpsc::channel();
+        let paid = thread::scope(|scope| {
+            let paying = scope.spawn(move || {
+                let stop = || {
+                    let _ = begun.send(());
+                    false
+                };
+                vcpu.before_run_unless(stop).unwrap()
+            });
+            waits.recv().unwrap();
+            if cancel {
+                limit.cancel(0).unwrap()
+            } else {
+                interrupter.interrupt()
+            }
+            paying.join().unwrap()
+        });
+        assert_eq!(paid.interrupted, !cancel);
+        assert!(paid.paused < Duration::from_secs(1), "{paid:?}");
+    }
+}
+
+#[test]
+fn a_handle_comes_back_to_the_same_ring() {
+    let (fake, limit, file, vcpu) = vm();
+    assert!(matches!(limit.add_vcpu(0, &file), Err(Error::VcpuBusy(0))));
+    assert!(matches!(limit.remove_vcpu(0), Err(Error::VcpuBusy(0))));
+    fake.write_all(0, 0..PAGES);
+    let mut ended = vcpu;
+    ended.ring_full();
+    drop(ended);
+    // The descriptor is not looked at: the ring outlived it.
+    let mut vcpu = limit.add_vcpu(0, &std::io::stderr()).unwrap();
+    vcpu.before_run().unwrap();
+    vcpu.ring_full();
+    vcpu.before_run().unwrap();
+    assert_eq!(fake.write_all(0, 5000..PAGES), SOFT);
+    assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), 2 * SOFT as usize);
+}
+
+#[test]
+fn a_removed_vcpu_leaves_its_pages_and_nothing_else() {
+    let (fake, limit, _file, vcpu) = vm();
+    limit.set_limit(0, PageRate::from_pages_per_sec(1000)).unwrap();
+    fake.write_all(0, 0..70);
+    drop(vcpu);
+    limit.remove_vcpu(0).unwrap();
+    assert!(matches!(limit.remove_vcpu(0), Err(Error::NoVcpu(0))));
+    assert!(matches!(limit.query(0), Err(Error::NoVcpu(0))));
+    assert_eq!(limit.vcpus(), [0; 0]);
+    assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), 70);
+    let _new = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+    let status = limit.query(0).unwrap();
+    assert_eq!((status.limit, status.totals.net_pages), (None, 0));
+}
+
+#[test]
+fn a_descriptor_that_is_no_vcpus_is_refused() {
+    let (_fake, limit, _file, _vcpu) = vm();
+    let error = limit.add_vcpu(1, &File::open("/dev/null").unwrap()).unwrap_err();
+    assert!(error.to_string().contains("dirty ring"), "{error}");
+    assert_eq!(limit.vcpus(), [0]);
+}
