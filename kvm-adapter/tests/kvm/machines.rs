@@ -1,0 +1,193 @@
+//! Configurations that KVM refuses, slots and vCPU threads that come and go, several vCPUs under limits: no page is lost.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
+use std::time::Duration;
+
+use dirtylimit_bench::guest::kvm::{Exit, Load, Machine, SLOT, kvm_or_skip};
+use dirtylimit_bench::payload::{self, Mode};
+use dirtylimit_bench::shadow::Shadow;
+use dirtylimit_kvm::{Config, DirtyLimit, Error, PageRate};
+
+use crate::common::{Copy, Limited, drive, machine, vcpu};
+
+const MIB: u64 = 1 << 20;
+
+fn writer() -> [Load; 1] {
+    [Load::new(Mode::Write, 16 * MIB)]
+}
+
+fn bare() -> Machine {
+    Machine::new(&writer(), payload::image()).unwrap()
+}
+
+#[test]
+fn ring_sizes_that_kvm_does_not_take_are_refused_and_the_next_try_succeeds() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let machine = bare();
+    let above = DirtyLimit::enable(bare().vm(), &Config::new()).unwrap().caps().max_entries * 2;
+    for entries in [0, 1, 64, 128, 1000, above] {
+        match DirtyLimit::enable(machine.vm(), &Config::new().ring_entries(entries)) {
+            Err(Error::RingSize { entries: told, max, .. }) => assert_eq!((told, max), (entries, above / 2)),
+            other => panic!("{entries}: {other:?}"),
+        }
+    }
+    DirtyLimit::enable(machine.vm(), &Config::new()).unwrap();
+}
+
+#[test]
+fn a_ring_is_enabled_once_and_before_the_first_vcpu() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let twice = bare();
+    let _first = DirtyLimit::enable(twice.vm(), &Config::new()).unwrap();
+    let late = bare();
+    let _vcpu = late.vm().create_vcpu(0).unwrap();
+    for machine in [twice, late] {
+        let error = DirtyLimit::enable(machine.vm(), &Config::new()).unwrap_err();
+        assert!(matches!(error, Error::Enable { entries: 4096, .. }), "{error}");
+        assert_eq!(error.errno(), libc::EINVAL);
+        assert!(error.to_string().contains("before the first vCPU"), "{error}");
+    }
+}
+
+#[test]
+fn a_descriptor_that_is_no_vm_is_refused() {
+    let error = DirtyLimit::enable(&File::open("/dev/null").unwrap(), &Config::new()).unwrap_err();
+    assert!(error.to_string().contains("VM's descriptor"), "{error}");
+    assert_eq!(error.errno(), libc::ENOTTY);
+    if !kvm_or_skip() {
+        return;
+    }
+    let machine = bare();
+    let limit = DirtyLimit::enable(machine.vm(), &Config::new()).unwrap();
+    let error = limit.add_vcpu(0, machine.vm()).unwrap_err();
+    assert!(error.to_string().contains("dirty ring"), "{error}");
+}
+
+#[test]
+fn a_slot_removed_while_it_is_logged_comes_back_clean() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (machine, limit) = machine(&writer(), &Config::new().ring_entries(1024)).unwrap();
+    let mut vcpu = vcpu(&machine, &limit, 0).unwrap();
+    for _ in 0..3 {
+        drive(&mut vcpu, |exit| exit == Exit::RingFull).unwrap();
+        // The ring is full of its entries.
+        limit.remove_slot(SLOT).unwrap();
+        assert!(matches!(limit.take_dirty_log(SLOT), Err(Error::NoSlot(SLOT))));
+        machine.unplug_memory().unwrap();
+        limit.add_slot(SLOT, machine.memory().pages() as u64).unwrap();
+        machine.plug_memory(true).unwrap();
+        let log = limit.take_dirty_log(SLOT).unwrap();
+        assert!(log.iter().all(|word| *word == 0), "the new slot inherits");
+        let mut copy = Copy::new(machine.memory());
+        for _ in 0..10 {
+            drive(&mut vcpu, |exit| exit == Exit::RingFull).unwrap();
+            copy.take(&limit.take_dirty_log(SLOT).unwrap()).unwrap();
+            assert_eq!(copy.lost(), 0);
+        }
+    }
+}
+
+#[test]
+fn a_vcpus_thread_ends_and_another_takes_it_up() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (machine, limit) = machine(&writer(), &Config::new().ring_entries(1024)).unwrap();
+    let mut copy = Copy::new(machine.memory());
+    let mut cpu = machine.vcpu(0).unwrap();
+    for generation in 0..5 {
+        let vcpu = limit.add_vcpu(0, cpu.fd()).unwrap();
+        assert!(matches!(limit.add_vcpu(0, cpu.fd()), Err(Error::VcpuBusy(0))));
+        cpu = thread::spawn(move || {
+            let mut limited: Limited = (cpu, vcpu);
+            let mut exits = 0;
+            // The last exit is left unserved.
+            drive(&mut limited, |_| {
+                exits += 1;
+                exits > 6
+            })
+            .unwrap();
+            limited.0
+        })
+        .join()
+        .unwrap();
+        let copied = copy.take(&limit.take_dirty_log(SLOT).unwrap()).unwrap();
+        assert!(copied > 1000, "{copied} pages in generation {generation}");
+        assert_eq!(copy.lost(), 0);
+    }
+    limit.remove_vcpu(0).unwrap();
+}
+
+#[test]
+fn several_limited_vcpus_passed_and_taken_in_a_loop_lose_nothing() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let loads = [
+        Load::new(Mode::Write, 16 * MIB),
+        Load::new(Mode::Random, 8 * MIB),
+        Load::new(Mode::Read, 4 * MIB),
+        Load::new(Mode::Write, 2 * MIB),
+    ];
+    let config = Config::new().ring_entries(1024).max_pause(Duration::from_millis(2));
+    let (machine, limit) = machine(&loads, &config).unwrap();
+    let vcpus: Vec<Limited> = (0..loads.len()).map(|index| vcpu(&machine, &limit, index).unwrap()).collect();
+    let mut shadow = Shadow::new(machine.memory().clone()).unwrap();
+    let kickers: Vec<_> = vcpus.iter().map(|(cpu, _)| cpu.kicker()).collect();
+    let stop = AtomicBool::new(false);
+    let _throttle = limit.throttle_thread(Duration::from_millis(10)).unwrap();
+    thread::scope(|scope| {
+        let running: Vec<_> = vcpus
+            .into_iter()
+            .map(|mut vcpu| {
+                let stop = &stop;
+                scope.spawn(move || {
+                    vcpu.0.bind_to_this_thread();
+                    drive(&mut vcpu, |_| stop.load(Relaxed)).unwrap();
+                    vcpu
+                })
+            })
+            .collect();
+        for round in 0..60u32 {
+            thread::sleep(Duration::from_millis(10));
+            match round % 8 {
+                0 => limit.set_limit_all(PageRate::from_pages_per_sec(4000)),
+                2 => limit.set_limit(round % 4, PageRate::from_pages_per_sec(200)).unwrap(),
+                4 => limit.set_vm_limit(Some(PageRate::from_pages_per_sec(10_000))),
+                6 => {
+                    limit.set_vm_limit(None);
+                    limit.cancel_all();
+                }
+                _ => {}
+            }
+            let log = if round % 3 == 0 {
+                limit.take_dirty_log(SLOT).unwrap()
+            } else {
+                limit.pass().unwrap();
+                limit.take_published(SLOT).unwrap()
+            };
+            shadow.copy(&log).unwrap();
+        }
+        stop.store(true, Relaxed);
+        while running.iter().any(|thread| !thread.is_finished()) {
+            kickers.iter().for_each(dirtylimit_bench::guest::kvm::Kicker::kick);
+            thread::sleep(Duration::from_millis(1));
+        }
+        // Handed back, not dropped: the vCPUs' descriptors are open until the last take is done.
+        let _stopped: Vec<Limited> = running.into_iter().map(|thread| thread.join().unwrap()).collect();
+        shadow.copy(&limit.take_dirty_log(SLOT).unwrap()).unwrap();
+    });
+    assert_eq!(shadow.lost(), [0; 0]);
+    for index in 0..loads.len() {
+        assert!(machine.stats(index).accesses() > 100, "vCPU {index} did not run");
+    }
+    assert_eq!(limit.stats().dropped, 0);
+}
