@@ -80,18 +80,29 @@ fn a_pass_leaves_the_slice_alone_and_a_take_is_complete() {
 }
 
 #[test]
-fn a_page_handed_out_while_it_lies_in_a_ring_again_counts_anew() {
-    let (fake, limit, _file, _vcpu) = vm();
-    fake.write_all(0, 0..100);
-    limit.sync().unwrap();
-    fake.write_all(0, 0..40); // armed by the sync: logged again, not yet handed out
-    limit.meter();
-    let totals = limit.query(0).unwrap().totals;
-    assert_eq!((totals.net_pages, totals.gross_pages), (100, 140));
-    assert_eq!(pages(&limit.take_published(SLOT).unwrap()).len(), 100);
-    let totals = limit.query(0).unwrap().totals;
-    assert_eq!((totals.net_pages, totals.gross_pages), (140, 140), "40 are to be sent once more");
-    assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), 40);
+fn a_limited_vcpus_page_handed_out_while_it_lies_in_its_ring_again_counts_anew() {
+    for limited in [false, true] {
+        let (fake, limit, _file, mut vcpu) = vm();
+        if limited {
+            throttled(&fake, &limit, &mut vcpu, 100_000);
+        }
+        // What a limit finds in the ring is no debt: it counts from the second sweep on.
+        limit.sync().unwrap();
+        limit.take_dirty_log(SLOT).unwrap();
+        let before = limit.query(0).unwrap().totals;
+        let counted = || {
+            let now = limit.query(0).unwrap().totals;
+            (now.net_pages - before.net_pages, now.gross_pages - before.gross_pages)
+        };
+        fake.write_all(0, 5000..5100);
+        limit.sync().unwrap();
+        fake.write_all(0, 5000..5040); // armed by the sync: logged again, not yet handed out
+        limit.meter();
+        assert_eq!(counted(), (100, 140));
+        assert_eq!(pages(&limit.take_published(SLOT).unwrap()).len(), 100);
+        assert_eq!(counted(), (if limited { 140 } else { 100 }, 140), "limited: {limited}");
+        assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), 40);
+    }
 }
 
 #[test]
