@@ -8,6 +8,7 @@ use dirtylimit_core::PageRate;
 
 use crate::plan::{Plan, Step, VcpuPlan};
 use crate::record::{GuestKind, PolicyKind};
+use crate::scenario::Scenarios;
 use crate::units::{parse_duration, parse_limit, parse_seconds};
 use crate::workload::Workload;
 
@@ -32,6 +33,8 @@ pub enum Command {
     Run(Box<Run>),
     /// Print what this host's KVM offers
     Probe,
+    /// Measure the figures that the limiter must reach, on this host, under KVM
+    Scenario(Scenarios),
 }
 
 /// Start a guest, let it run free, limit it, report
@@ -202,7 +205,7 @@ mod tests {
         let line = ["dirtylimit-bench", "run"].into_iter().chain(line.split_whitespace());
         match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
             Command::Run(run) => run.plan(),
-            Command::Probe => unreachable!("`run` was given"),
+            Command::Probe | Command::Scenario(_) => unreachable!("`run` was given"),
         }
     }
 

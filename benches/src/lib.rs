@@ -8,6 +8,7 @@ pub mod plan;
 pub mod probe;
 pub mod record;
 pub mod report;
+pub mod scenario;
 pub mod shadow;
 pub mod units;
 pub mod workload;

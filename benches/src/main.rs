@@ -16,9 +16,11 @@ use dirtylimit_bench::record::{GuestKind, Recording};
 use dirtylimit_bench::report::json::Report;
 use dirtylimit_bench::report::progress::{Interrupt, Live};
 use dirtylimit_bench::report::{svg, table::Table};
+use dirtylimit_bench::scenario::verdict::{Results, Verdict};
+use dirtylimit_bench::scenario::{self, Scenarios};
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL};
 
-/// The run failed.
+/// The run failed, or a figure was missed.
 const FAILED: u8 = 1;
 /// Pages were lost. Bad usage is 2, which clap returns by itself.
 const LOST: u8 = 3;
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
                 run.error(ErrorKind::ValueValidation, message).exit()
             }
         },
+        Command::Scenario(scenarios) => scenario(&scenarios),
         Command::Probe => say(&probe::probe().to_string()).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
@@ -76,6 +79,42 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
         svg::write(&recording, path)?;
     }
     Ok(if recording.lost_pages > Some(0) { ExitCode::from(LOST) } else { ExitCode::SUCCESS })
+}
+
+fn scenario(asked: &Scenarios) -> Result<ExitCode> {
+    if asked.list {
+        return say(&Scenarios::listed()).map(|()| ExitCode::SUCCESS);
+    }
+    let to_stdout = asked.json.as_deref() == Some(Path::new("-"));
+    if let Some(path) = asked.json.as_deref().filter(|_| !to_stdout) {
+        writable(path)?;
+    }
+    kvm().context("a scenario measures the real thing")?;
+    let interrupt = Interrupt::install()?;
+    let mut verdicts = Vec::new();
+    for chosen in asked.chosen() {
+        let verdict = scenario::run(&chosen, asked.runs, &interrupt)?;
+        if to_stdout {
+            eprintln!("{verdict}");
+        } else {
+            say(&format!("{verdict}\n"))?;
+        }
+        verdicts.push(verdict);
+    }
+    let (lost, met) = (verdicts.iter().any(|verdict| verdict.lost_pages > 0), verdicts.iter().all(Verdict::met));
+    if let Some(path) = &asked.json {
+        let document = serde_json::to_string(&Results { host: probe::host(true, None), scenarios: verdicts })?;
+        if to_stdout {
+            say(&document)?;
+        } else {
+            fs::write(path, document + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    Ok(ExitCode::from(match (lost, met) {
+        (true, _) => LOST,
+        (false, false) => FAILED,
+        (false, true) => 0,
+    }))
 }
 
 fn start(guest: GuestKind, plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {

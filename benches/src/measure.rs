@@ -44,6 +44,9 @@ pub struct StepMeasures {
     pub settle_ms: Option<f64>,
     /// As `settle_ms`.
     pub worst_window_error_pct: Option<f64>,
+    /// How far above the limit the highest window of the step was, settled or not; 0 where none was above it. `None` as
+    /// `error_pct`.
+    pub overshoot_pct: Option<f64>,
 }
 
 /// The measures of one vCPU.
@@ -183,7 +186,27 @@ impl Series<'_> {
         let judged = limit_mib_s.filter(|_| writes);
         let error_pct = judged.zip(settled_mib_s).and_then(|(limit, settled)| error_pct(settled, limit));
         let (settle_ms, worst_window_error_pct) = judged.and_then(|limit| self.settle(from, to, limit)).unzip();
-        StepMeasures { from, to, limit_mib_s, settled_mib_s, error_pct, settle_ms, worst_window_error_pct }
+        let overshoot_pct = judged.and_then(|limit| self.over_pct(from, to, WINDOW, limit));
+        StepMeasures {
+            from,
+            to,
+            limit_mib_s,
+            settled_mib_s,
+            error_pct,
+            settle_ms,
+            worst_window_error_pct,
+            overshoot_pct,
+        }
+    }
+
+    /// How far above `limit` (MiB/s) the highest window of that length was, in percent; 0 where none was above it, `None`
+    /// where there was no whole window.
+    pub fn over_pct(&self, from: Duration, to: Duration, window: Duration, limit: f64) -> Option<f64> {
+        let last = to.min(self.samples.last()?.at).checked_sub(window)?;
+        let starts =
+            std::iter::successors(Some(from), |&start| Some(start + STRIDE)).take_while(|&start| start <= last);
+        let over = starts.map(|start| error_pct(self.mean_mib_s(start, start + window)?, limit));
+        over.collect::<Option<Vec<_>>>()?.into_iter().reduce(f64::max).map(|over| over.max(0.0))
     }
 
     /// Settle time in ms and the worst window's error after it; `None` where the rate never settled.
@@ -213,27 +236,52 @@ impl Stalls {
 
     /// The gap in ms that `percent` of the stalls do not exceed; `None` where there was no stall.
     ///
-    /// The histogram tells only between which two powers of two a gap lies (the lowest is cut at the threshold, the
+    /// Where the guest keeps the fine histogram, the answer is less than a step of it (about 50 µs) off, up to its last.
+    ///
+    /// Else the coarse histogram tells only between which two powers of two a gap lies (the lowest is cut at the threshold, the
     /// highest at the longest gap), so within one bucket gaps are taken to be spread evenly: the answer is in the right
     /// bucket and less than a factor of two off, and never above the longest gap.
     pub fn percentile_ms(&self, percent: f64) -> Option<f64> {
-        let count: u64 = self.histogram.iter().fold(0, |sum, &gaps| sum.saturating_add(gaps));
+        let buckets = self.buckets();
+        let count: u64 = buckets.iter().fold(0, |sum, &(.., gaps)| sum.saturating_add(gaps));
         if count == 0 {
             return None;
         }
         let rank = count as f64 * percent / 100.0;
         let mut below = 0.0;
-        for (bit, &gaps) in (0i32..).zip(&self.histogram) {
+        for (from, to, gaps) in buckets {
             let gaps = gaps as f64;
             if gaps > 0.0 && below + gaps >= rank {
                 let longest = self.longest_ticks as f64;
-                let low = 2f64.powi(bit).max(self.threshold_ticks as f64).min(longest);
-                let high = 2f64.powi(bit + 1).min(longest);
+                let low = from.max(self.threshold_ticks as f64).min(longest);
+                let high = to.min(longest);
                 return self.ms(low + (high - low).max(0.0) * (rank - below).max(0.0) / gaps);
             }
             below += gaps;
         }
         self.longest_ms()
+    }
+
+    /// From, to (in ticks), and how many gaps between, of the finest histogram that there is.
+    fn buckets(&self) -> Vec<(f64, f64, u64)> {
+        if self.fine.iter().all(|&gaps| gaps == 0) {
+            let powers = (0i32..).zip(self.histogram);
+            return powers.map(|(bit, gaps)| (2f64.powi(bit), 2f64.powi(bit + 1), gaps)).collect();
+        }
+        let step = self.fine_ticks as f64;
+        let end =
+            |number: usize| if number + 1 == self.fine.len() { f64::INFINITY } else { (number + 1) as f64 * step };
+        self.fine.iter().enumerate().map(|(number, &gaps)| (number as f64 * step, end(number), gaps)).collect()
+    }
+
+    /// Adds the stalls of another vCPU or run of the same host.
+    pub fn add(&mut self, other: &Self) {
+        self.longest_ticks = self.longest_ticks.max(other.longest_ticks);
+        std::iter::zip(&mut self.histogram, other.histogram).for_each(|(sum, gaps)| *sum += gaps);
+        if self.fine.len() < other.fine.len() {
+            self.fine.resize(other.fine.len(), 0);
+        }
+        std::iter::zip(&mut self.fine, &other.fine).for_each(|(sum, gaps)| *sum += gaps);
     }
 
     fn ms(&self, ticks: f64) -> Option<f64> {

@@ -97,6 +97,13 @@ pub mod stats {
     pub const HISTOGRAM: usize = 32;
     /// Words of the histogram.
     pub const HISTOGRAM_WORDS: usize = 64;
+    /// `FINE + n`: the same gaps by `gap >> FINE_SHIFT`, the last word for all beyond; the host may zero them. The
+    /// built-in image keeps it; another need not.
+    pub const FINE: usize = 128;
+    /// Words of the fine histogram: to the end of the page.
+    pub const FINE_WORDS: usize = 384;
+    /// A word of it stands for so many TSC ticks, as a power of two: about 50 µs, so that it reaches 20 ms.
+    pub const FINE_SHIFT: u32 = 17;
 }
 
 std::arch::global_asm!(
@@ -135,6 +142,11 @@ std::arch::global_asm!(
         add [rdi + 8*4], rcx
         bsr rdx, rcx
         inc qword ptr [rdi + 8*rdx + 8*32]
+        shr rcx, {fine_shift}
+        mov edx, {fine_words} - 1
+        cmp rcx, rdx
+        cmova rcx, rdx
+        inc qword ptr [rdi + 8*rcx + 8*{fine}]
     22: mov rcx, r15
         test rcx, rcx
         jz 24f
@@ -228,7 +240,10 @@ dirtylimit_payload_start:
     jmp 71b
 dirtylimit_payload_end:
     .popsection
-    "#
+    "#,
+    fine = const stats::FINE,
+    fine_words = const stats::FINE_WORDS,
+    fine_shift = const stats::FINE_SHIFT,
 );
 
 unsafe extern "C" {

@@ -134,11 +134,22 @@ pub struct Stalls {
     pub longest_ticks: u64,
     /// `histogram[b]` counts the gaps whose highest set bit is `b`.
     pub histogram: [u64; 64],
+    /// The same gaps in steps of `fine_ticks`, the last one for all beyond; empty or all 0 where the guest keeps none.
+    pub fine: Vec<u64>,
+    /// Ticks of a step of `fine`.
+    pub fine_ticks: u64,
 }
 
 impl Default for Stalls {
     /// No gap seen, in ticks of a nanosecond.
     fn default() -> Self {
-        Self { tsc_hz: 1_000_000_000, threshold_ticks: 0, longest_ticks: 0, histogram: [0; 64] }
+        Self {
+            tsc_hz: 1_000_000_000,
+            threshold_ticks: 0,
+            longest_ticks: 0,
+            histogram: [0; 64],
+            fine: Vec::new(),
+            fine_ticks: 1,
+        }
     }
 }

@@ -3,6 +3,8 @@
 use std::io;
 use std::mem;
 
+use crate::plan::Plan;
+
 /// The CPUs that this process may use, in order; at least one.
 ///
 /// # Errors
@@ -37,4 +39,38 @@ pub fn pin(cpus: &[usize]) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Who runs where. Only where there are as many vCPUs as CPUs is the scheduler helped: each vCPU gets a CPU of its own,
+/// and sampling and copying share those of limited writers, so that they do not slow down the vCPUs that nothing limits.
+#[derive(Debug)]
+pub(super) struct Placement {
+    /// By index.
+    pub(super) vcpus: Option<Vec<usize>>,
+    before: Option<Vec<usize>>,
+}
+
+impl Placement {
+    /// Keeps the calling thread, and threads started from now on, off the CPUs of unlimited vCPUs.
+    pub(super) fn new(plan: &Plan) -> Self {
+        let cpus = allowed_cpus().unwrap_or_default();
+        if cpus.len() != plan.vcpus.len() {
+            return Self { vcpus: None, before: None };
+        }
+        let writers: Vec<usize> = std::iter::zip(&plan.vcpus, &cpus)
+            .filter(|(vcpu, _)| vcpu.workload.writes() && (vcpu.limit.is_some() || plan.vm_limit.is_some()))
+            .map(|(_, &cpu)| cpu)
+            .collect();
+        let before = (!writers.is_empty() && pin(&writers).is_ok()).then(|| cpus.clone());
+        Self { vcpus: Some(cpus), before }
+    }
+}
+
+impl Drop for Placement {
+    fn drop(&mut self) {
+        if let Some(cpus) = &self.before {
+            // It has just been allowed, and nothing but speed hangs on it.
+            let _ = pin(cpus);
+        }
+    }
 }

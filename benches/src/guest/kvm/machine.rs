@@ -258,10 +258,16 @@ impl StatsPage<'_> {
         std::array::from_fn(|bit| self.words[stats::HISTOGRAM + bit].load(Relaxed))
     }
 
+    /// The same gaps by `gap >> FINE_SHIFT`; all 0 where the image does not keep it.
+    pub fn fine(&self) -> Vec<u64> {
+        (0..stats::FINE_WORDS).map(|word| self.words[stats::FINE + word].load(Relaxed)).collect()
+    }
+
     /// Forgets the gaps so far. KVM logs no write of the host, so whoever copies the guest must copy this page again.
     pub fn begin_phase(&self) {
         let histogram = stats::HISTOGRAM..stats::HISTOGRAM + stats::HISTOGRAM_WORDS;
-        for word in [stats::LONGEST, stats::GAPS, stats::GAPS_SUM].into_iter().chain(histogram) {
+        let fine = stats::FINE..stats::FINE + stats::FINE_WORDS;
+        for word in [stats::LONGEST, stats::GAPS, stats::GAPS_SUM].into_iter().chain(histogram).chain(fine) {
             self.words[word].store(0, Relaxed);
         }
     }

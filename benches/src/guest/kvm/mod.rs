@@ -6,6 +6,7 @@ mod machine;
 mod memory;
 pub mod raw_ring;
 mod run;
+mod script;
 mod threads;
 
 use std::io::Write;
@@ -14,7 +15,8 @@ use std::panic::Location;
 pub use cpu::{Exit, GuestCpu, Kicker, open};
 pub use machine::{Load, MAX_VCPUS, Machine, SLOT, StatsPage};
 pub use memory::GuestMemory;
-pub use run::run;
+pub use run::{run, run_scripted};
+pub use script::{Hold, Mark, Script, Scripted};
 
 /// For tests: whether `/dev/kvm` opens. Where it does not, the test must return, and this says so on stderr.
 ///

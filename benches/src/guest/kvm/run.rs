@@ -7,8 +7,10 @@ use anyhow::{Context, Result, ensure};
 use dirtylimit_core::{PageRate, Totals};
 use dirtylimit_kvm::{Config, DirtyLimit, Kick, Shipped, Stepped, ThrottleThread};
 
+use super::affinity::Placement;
+use super::script::{Event, Mark, Script, Scripted};
 use super::threads::{Copier, Limited, Vcpus};
-use super::{GuestCpu, Load, Machine, SLOT, affinity};
+use super::{GuestCpu, Load, Machine, SLOT};
 use crate::guest::{Phase, Progress, VcpuNow};
 use crate::payload::{self, Mode};
 use crate::plan::Plan;
@@ -35,6 +37,14 @@ const SPARE: u64 = 128 << 20;
 /// No usable KVM; a plan that this host has no room for; a payload that cannot be loaded or faults; whatever the limiter
 /// reports. All vCPUs are stopped by then. Lost pages are no error but in the recording.
 pub fn run(plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
+    Ok(run_scripted(plan, &Script::default(), progress)?.recording)
+}
+
+/// As [`run`], and does what the script says beside.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -> Result<Scripted> {
     let image = plan.payload.as_deref().map(payload::load).transpose()?;
     let loads: Vec<Load> = plan.vcpus.iter().map(|vcpu| load(vcpu.workload)).collect();
     let machine = Machine::new(&loads, image.as_deref().unwrap_or(payload::image()))?;
@@ -85,13 +95,27 @@ pub fn run(plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
         vcpus: recorded,
     };
     let start = Instant::now();
-    Run { plan, progress, machine: &machine, limit, vcpus, copier, _throttle: throttle, start, next: SAMPLE, recording }
-        .all()
+    let done = Scripted { recording, marks: Vec::new(), ticks: Vec::new() };
+    Run {
+        plan,
+        script,
+        progress,
+        machine: &machine,
+        limit,
+        vcpus,
+        copier,
+        _throttle: throttle,
+        start,
+        next: SAMPLE,
+        done,
+    }
+    .all()
 }
 
 /// A run that goes on.
 struct Run<'a> {
     plan: &'a Plan,
+    script: &'a Script,
     progress: &'a mut dyn Progress,
     machine: &'a Machine,
     // Fields drop in this order: first the vCPUs stop, then the copier ends, last the throttle thread.
@@ -102,11 +126,11 @@ struct Run<'a> {
     start: Instant,
     /// When the next sample is due.
     next: Duration,
-    recording: Recording,
+    done: Scripted,
 }
 
 impl Run<'_> {
-    fn all(mut self) -> Result<Recording> {
+    fn all(mut self) -> Result<Scripted> {
         self.free()?;
         self.limited()?;
         self.check()
@@ -119,7 +143,7 @@ impl Run<'_> {
         self.until(self.plan.free, Phase::Free)?;
         let time = self.start.elapsed() - counted;
         for (index, accesses) in self.accesses().into_iter().enumerate() {
-            let vcpu = &mut self.recording.vcpus[index];
+            let vcpu = &mut self.done.recording.vcpus[index];
             (vcpu.free_accesses, vcpu.free_time) = (accesses - before[index], time);
         }
         Ok(())
@@ -135,40 +159,50 @@ impl Run<'_> {
         let (before, stats) = (self.accesses(), self.limit.stats());
         let first: Vec<_> = (0..self.plan.vcpus.len()).map(|index| self.totals(index)).collect::<Result<_>>()?;
         let began = self.start.elapsed();
-        self.recording.limited_at = began;
-        if !self.recording.interrupted {
+        self.done.recording.limited_at = began;
+        if !self.done.recording.interrupted {
             self.limit.set_vm_limit(self.plan.vm_limit);
             for index in 0..self.plan.vcpus.len() {
                 self.set_limit(index, self.plan.vcpus[index].limit, began)?;
             }
-            for step in &self.plan.steps {
-                self.until(began + step.after, Phase::Limited)?;
-                if self.recording.interrupted {
+            for (after, event) in self.script.events(self.plan) {
+                self.until(began + after, Phase::Limited)?;
+                if self.done.recording.interrupted {
                     break;
                 }
-                let now = self.start.elapsed();
-                for index in 0..self.plan.vcpus.len() {
-                    self.set_limit(index, step.limit, now)?;
+                match event {
+                    Event::Limit(limit) => {
+                        let now = self.start.elapsed();
+                        for index in 0..self.plan.vcpus.len() {
+                            self.set_limit(index, limit, now)?;
+                        }
+                    }
+                    Event::Hold(held) => {
+                        self.vcpus.hold(|index| held.contains(&index));
+                        self.mark();
+                    }
                 }
             }
             self.until(began + self.plan.limited, Phase::Limited)?;
         }
         self.sample(Phase::Limited)?;
-        self.recording.end = self.start.elapsed();
+        self.mark();
+        self.done.recording.end = self.start.elapsed();
         let (after, resets) = (self.accesses(), self.limit.stats());
-        self.recording.reset_pages = resets.resets - stats.resets;
-        self.recording.reset_calls = resets.reset_calls - stats.reset_calls;
+        self.done.recording.reset_pages = resets.resets - stats.resets;
+        self.done.recording.reset_calls = resets.reset_calls - stats.reset_calls;
         for (index, first) in first.into_iter().enumerate() {
             let last = self.totals(index)?;
             if last.full_exits > 0 {
                 // Before the first full exit it is no more than an assumption.
-                self.recording.host.soft_limit = Some(resets.soft_limit);
+                self.done.recording.host.soft_limit = Some(resets.soft_limit);
             }
             let stats = self.machine.stats(index);
-            let time = self.recording.end - began;
-            let vcpu = &mut self.recording.vcpus[index];
+            let time = self.done.recording.end - began;
+            let vcpu = &mut self.done.recording.vcpus[index];
             (vcpu.limited_accesses, vcpu.limited_time) = (after[index] - before[index], time);
-            (vcpu.stalls.longest_ticks, vcpu.stalls.histogram) = (stats.longest(), stats.histogram());
+            let stalls = &mut vcpu.stalls;
+            (stalls.longest_ticks, stalls.histogram, stalls.fine) = (stats.longest(), stats.histogram(), stats.fine());
             vcpu.full_exits = last.full_exits - first.full_exits;
             vcpu.paused = Duration::from_micros(last.paused_us - first.paused_us);
             vcpu.net_pages = last.net_pages - first.net_pages;
@@ -178,21 +212,21 @@ impl Run<'_> {
     }
 
     /// Stops the guest, makes the last complete sync, and compares the copy with the guest.
-    fn check(mut self) -> Result<Recording> {
+    fn check(mut self) -> Result<Scripted> {
         self.show(Phase::Checking);
-        let Self { vcpus, copier, limit, mut recording, .. } = self;
+        let Self { vcpus, copier, limit, mut done, .. } = self;
         let stopped = vcpus.stop()?;
         let mut shadow = copier.finish()?;
         let log = limit.take_dirty_log(SLOT).context("the last sync of the dirty log")?;
         shadow.copy(&log)?;
-        recording.lost_pages = Some(shadow.lost().len() as u64);
+        done.recording.lost_pages = Some(shadow.lost().len() as u64);
         drop(stopped);
-        Ok(recording)
+        Ok(done)
     }
 
     /// Samples until `until`, or until the user has enough.
     fn until(&mut self, until: Duration, phase: Phase) -> Result<()> {
-        while !self.recording.interrupted {
+        while !self.done.recording.interrupted {
             let now = self.start.elapsed();
             if now >= until {
                 return Ok(());
@@ -200,7 +234,7 @@ impl Run<'_> {
             std::thread::sleep(self.next.min(until).saturating_sub(now));
             if self.start.elapsed() >= self.next {
                 self.sample(phase)?;
-                self.recording.interrupted = self.progress.interrupted();
+                self.done.recording.interrupted = self.progress.interrupted();
             }
         }
         Ok(())
@@ -210,11 +244,16 @@ impl Run<'_> {
     fn sample(&mut self, phase: Phase) -> Result<()> {
         self.vcpus.check()?;
         self.copier.check()?;
+        if self.script.time_ticks && phase == Phase::Limited {
+            let begin = Instant::now();
+            self.limit.tick();
+            self.done.ticks.push(begin.elapsed());
+        }
         self.limit.meter();
         for index in 0..self.plan.vcpus.len() {
             let Totals { net_pages: net, gross_pages: gross, paused_us, .. } = self.totals(index)?;
             let (at, paused) = (self.start.elapsed(), Duration::from_micros(paused_us));
-            self.recording.vcpus[index].samples.push(Sample { at, net, gross, paused });
+            self.done.recording.vcpus[index].samples.push(Sample { at, net, gross, paused });
         }
         // A sample that is late is not made up for: the next one stands where it would have stood anyway.
         let now = self.start.elapsed();
@@ -225,7 +264,7 @@ impl Run<'_> {
         Ok(())
     }
     fn show(&mut self, phase: Phase) {
-        let now: Vec<VcpuNow> = self.recording.vcpus.iter().map(now).collect();
+        let now: Vec<VcpuNow> = self.done.recording.vcpus.iter().map(now).collect();
         self.progress.sample(self.start.elapsed(), phase, &now);
     }
 
@@ -236,12 +275,17 @@ impl Run<'_> {
             None => self.limit.cancel(id(index)),
         }
         .with_context(|| format!("cannot set the limit of vCPU {index}"))?;
-        self.recording.vcpus[index].limits.push((at, limit));
+        self.done.recording.vcpus[index].limits.push((at, limit));
         Ok(())
     }
 
     fn totals(&self, index: usize) -> Result<Totals> {
         Ok(self.limit.query(id(index)).with_context(|| format!("cannot query vCPU {index}"))?.totals)
+    }
+
+    fn mark(&mut self) {
+        let mark = Mark { at: self.start.elapsed(), accesses: self.accesses() };
+        self.done.marks.push(mark);
     }
 
     fn accesses(&self) -> Vec<u64> {
@@ -272,7 +316,12 @@ fn id(index: usize) -> u32 {
 }
 
 fn recorded(workload: Workload, load: &Load, cpu: &GuestCpu) -> VcpuRecording {
-    let stalls = Stalls { tsc_hz: cpu.tsc_hz(), threshold_ticks: cpu.ticks(load.stall), ..Stalls::default() };
+    let stalls = Stalls {
+        tsc_hz: cpu.tsc_hz(),
+        threshold_ticks: cpu.ticks(load.stall),
+        fine_ticks: 1 << payload::stats::FINE_SHIFT,
+        ..Stalls::default()
+    };
     VcpuRecording {
         index: cpu.index(),
         workload,
@@ -318,36 +367,4 @@ fn check_memory(guest: u64) -> Result<()> {
         available >> 20
     );
     Ok(())
-}
-
-/// Who runs where. Only where there are as many vCPUs as CPUs is the scheduler helped: each vCPU gets a CPU of its own,
-/// and sampling and copying share those of limited writers, so that they do not slow down the vCPUs that nothing limits.
-struct Placement {
-    vcpus: Option<Vec<usize>>,
-    before: Option<Vec<usize>>,
-}
-
-impl Placement {
-    /// Keeps the calling thread, and threads started from now on, off the CPUs of unlimited vCPUs.
-    fn new(plan: &Plan) -> Self {
-        let cpus = affinity::allowed_cpus().unwrap_or_default();
-        if cpus.len() != plan.vcpus.len() {
-            return Self { vcpus: None, before: None };
-        }
-        let writers: Vec<usize> = std::iter::zip(&plan.vcpus, &cpus)
-            .filter(|(vcpu, _)| vcpu.workload.writes() && (vcpu.limit.is_some() || plan.vm_limit.is_some()))
-            .map(|(_, &cpu)| cpu)
-            .collect();
-        let before = (!writers.is_empty() && affinity::pin(&writers).is_ok()).then(|| cpus.clone());
-        Self { vcpus: Some(cpus), before }
-    }
-}
-
-impl Drop for Placement {
-    fn drop(&mut self) {
-        if let Some(cpus) = &self.before {
-            // It has just been allowed, and nothing but speed hangs on it.
-            let _ = affinity::pin(cpus);
-        }
-    }
 }

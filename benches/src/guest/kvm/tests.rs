@@ -205,6 +205,10 @@ fn gaps_are_counted_where_they_belong_and_forgotten_on_request() {
     let stats = machine.stats(0);
     let histogram = stats.histogram();
     assert_eq!(histogram.iter().sum::<u64>(), stats.accesses());
+    let fine = stats.fine();
+    assert_eq!(fine.iter().sum::<u64>(), stats.accesses());
+    let last = fine.iter().rposition(|&count| count > 0).unwrap() as u64;
+    assert_eq!(last, (stats.longest() >> payload::stats::FINE_SHIFT).min(fine.len() as u64 - 1));
     let highest = 63 - histogram.iter().rev().position(|&count| count > 0).unwrap();
     assert_eq!(stats.longest().ilog2() as usize, highest);
     assert!(
@@ -213,6 +217,7 @@ fn gaps_are_counted_where_they_belong_and_forgotten_on_request() {
     );
     stats.begin_phase();
     assert_eq!((stats.longest(), stats.histogram()), (0, [0; 64]));
+    assert!(stats.fine().iter().all(|&count| count == 0));
     assert!(stats.accesses() >= 1_000, "accesses are the guest's own");
 }
 

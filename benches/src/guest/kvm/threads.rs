@@ -32,6 +32,7 @@ struct VcpuThread {
     /// Gives the vCPU back, so that its ring is mapped until the last sync is done.
     handle: JoinHandle<Result<Limited>>,
     kicker: Kicker,
+    held: Arc<AtomicBool>,
 }
 
 impl Vcpus {
@@ -40,12 +41,14 @@ impl Vcpus {
         let mut started = Self { stop: Arc::default(), threads: Vec::with_capacity(vcpus.len()) };
         for (cpu, vcpu) in vcpus {
             let (index, kicker, stop) = (cpu.index(), cpu.kicker(), started.stop.clone());
+            let held = Arc::new(AtomicBool::new(false));
+            let hold = held.clone();
             let pin = pins.and_then(|pins| pins.get(index).copied());
             let handle = thread::Builder::new()
                 .name(format!("vcpu{index}"))
-                .spawn(move || drive((cpu, vcpu), pin, &stop))
+                .spawn(move || drive((cpu, vcpu), pin, &stop, &hold))
                 .with_context(|| format!("cannot start the thread of vCPU {index}"))?;
-            started.threads.push(VcpuThread { handle, kicker });
+            started.threads.push(VcpuThread { handle, kicker, held });
         }
         Ok(started)
     }
@@ -56,6 +59,18 @@ impl Vcpus {
             Some(index) => Err(join(self.threads.swap_remove(index).handle)
                 .map_or_else(|error| error, |_| anyhow!("vCPU {index} ended by itself"))),
             None => Ok(()),
+        }
+    }
+
+    /// Keeps the chosen vCPUs out of the guest until told otherwise, and lets all others run.
+    pub(super) fn hold(&self, held: impl Fn(usize) -> bool) {
+        for (index, thread) in self.threads.iter().enumerate() {
+            // Relaxed: the flag publishes nothing but itself; the kick is a system call, and a token wakes who parks late.
+            if held(index) && !thread.held.swap(true, Relaxed) {
+                thread.kicker.kick();
+            } else if !held(index) && thread.held.swap(false, Relaxed) {
+                thread.handle.thread().unpark();
+            }
         }
     }
 
@@ -74,6 +89,7 @@ impl Vcpus {
             for thread in self.threads.iter().filter(|thread| !thread.handle.is_finished()) {
                 // The limiter sees the request to exit too, so a pause ends as a KVM_RUN does.
                 thread.kicker.kick();
+                thread.handle.thread().unpark();
             }
             thread::sleep(Duration::from_millis(1));
         }
@@ -89,7 +105,7 @@ impl Drop for Vcpus {
 }
 
 /// What a VMM's vCPU thread does: pay, run, serve.
-fn drive((mut cpu, mut vcpu): Limited, pin: Option<usize>, stop: &AtomicBool) -> Result<Limited> {
+fn drive((mut cpu, mut vcpu): Limited, pin: Option<usize>, stop: &AtomicBool, held: &AtomicBool) -> Result<Limited> {
     if let Some(pin) = pin {
         // Only fairness hangs on it, so a system that does not let us pin is no error.
         let _ = affinity::pin(&[pin]);
@@ -97,6 +113,10 @@ fn drive((mut cpu, mut vcpu): Limited, pin: Option<usize>, stop: &AtomicBool) ->
     cpu.bind_to_this_thread();
     let index = cpu.index();
     while !stop.load(Relaxed) {
+        if held.load(Relaxed) {
+            thread::park();
+            continue;
+        }
         vcpu.before_run().with_context(|| format!("vCPU {index}: serving its ring"))?;
         match cpu.run()? {
             Exit::RingFull => vcpu.ring_full(),

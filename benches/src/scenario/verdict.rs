@@ -1,0 +1,196 @@
+//! What came of a scenario, for people and for scripts.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::measure::{Evidence, median};
+use super::{Bound, Case, Must, Scenario};
+use crate::record::Host;
+use crate::units::significant;
+
+/// The document for scripts.
+#[derive(Clone, Debug, Serialize)]
+pub struct Results {
+    /// The machine.
+    pub host: Host,
+    /// In the order in which they ran.
+    pub scenarios: Vec<Verdict>,
+}
+
+/// A scenario, judged.
+#[derive(Clone, Debug, Serialize)]
+pub struct Verdict {
+    /// Its name.
+    pub scenario: &'static str,
+    /// What it shows.
+    pub what: &'static str,
+    /// How often each case ran.
+    pub runs: u8,
+    /// Pages that copies made from the dirty log alone had wrong, in all runs.
+    pub lost_pages: u64,
+    /// Every measure of every case.
+    pub figures: Vec<Figure>,
+}
+
+/// One measure of one case.
+#[derive(Clone, Debug, Serialize)]
+pub struct Figure {
+    /// The case.
+    pub case: String,
+    /// The measure.
+    pub measure: &'static str,
+    /// Its unit.
+    pub unit: &'static str,
+    /// The figure: the median of `values`, or for a percentile that of all runs together. Null where most runs had none.
+    pub measured: Option<f64>,
+    /// One for each run; null where it had none, such as a rate that never settled.
+    pub values: Vec<Option<f64>>,
+    /// What it may be at most; null where the bound is a lower one.
+    pub at_most: Option<f64>,
+    /// What it must be at least; null where the bound is an upper one.
+    pub at_least: Option<f64>,
+    /// Whether it is.
+    pub met: bool,
+}
+
+impl Verdict {
+    /// Judges what was tried: for each case, one piece of evidence a run.
+    pub fn of(scenario: &Scenario, runs: u8, tried: &[Vec<Evidence>]) -> Self {
+        let cases = || scenario.cases.iter().zip(tried);
+        Self {
+            scenario: scenario.name,
+            what: scenario.what,
+            runs,
+            lost_pages: tried.iter().flatten().filter_map(Evidence::lost_pages).sum(),
+            figures: cases()
+                .flat_map(|(case, tried)| case.bounds.iter().map(|b| Figure::of(case, *b, tried)))
+                .collect(),
+        }
+    }
+
+    /// Whether every figure was met and no page lost.
+    pub fn met(&self) -> bool {
+        self.lost_pages == 0 && self.figures.iter().all(|figure| figure.met)
+    }
+}
+
+impl Figure {
+    fn of(case: &Case, Bound { measure, must }: Bound, tried: &[Evidence]) -> Self {
+        let values: Vec<_> = tried.iter().map(|evidence| measure.of(evidence)).collect();
+        // A value that is missing is worse than any.
+        let missing = if matches!(must, Must::AtMost(_)) { f64::INFINITY } else { f64::NEG_INFINITY };
+        let of_each = || median(values.iter().map(|value| value.unwrap_or(missing)).collect());
+        let measured = measure.of_all(tried).or_else(of_each);
+        let (measure, unit) = measure.name();
+        let (at_most, at_least) = match must {
+            Must::AtMost(most) => (Some(most), None),
+            Must::AtLeast(least) => (None, Some(least)),
+        };
+        let met = measured.is_some_and(|value| must.met(value));
+        Self { case: case.name.clone(), measure, unit, measured, values, at_most, at_least, met }
+    }
+}
+
+impl fmt::Display for Verdict {
+    /// A table of at most 80 columns.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let runs = if self.runs == 1 { "one run".into() } else { format!("medians of {} runs", self.runs) };
+        writeln!(f, "{} ({runs}): {}", self.scenario, self.what)?;
+        writeln!(f)?;
+        writeln!(f, "{:<26} {:<13} {:>12}  {:<17}", "case", "measure", "measured", "must be")?;
+        let mut last = "";
+        for figure in &self.figures {
+            // A case of several measures is named once.
+            let case = if figure.case == last { "" } else { &figure.case };
+            last = &figure.case;
+            let with_unit = |value| format!("{} {}", number(value), figure.unit);
+            let measured = figure.measured.map_or("none".into(), with_unit);
+            let must = match (figure.at_most, figure.at_least) {
+                (Some(most), _) => format!("at most {}", with_unit(most)),
+                (None, least) => format!("at least {}", with_unit(least.unwrap_or_default())),
+            };
+            let met = if figure.met { "ok" } else { "MISSED" };
+            writeln!(f, "{case:<26} {:<13} {:>12}  {must:<17} {met}", figure.measure, measured.trim_end())?;
+        }
+        writeln!(f)?;
+        let missed = self.figures.iter().filter(|figure| !figure.met).count();
+        match missed {
+            0 => write!(f, "all {} figures met, ", self.figures.len())?,
+            _ => write!(f, "{missed} of {} figures MISSED, ", self.figures.len())?,
+        }
+        match self.lost_pages {
+            0 => write!(f, "lost pages: 0"),
+            lost => write!(f, "LOST PAGES: {lost}"),
+        }
+    }
+}
+
+/// Enough digits to tell it from its bound, in at most nine characters.
+fn number(value: f64) -> String {
+    if value.abs() < 1e6 { significant(value, 4) } else { format!("{value:.1e}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scenario::{Measure, Trial, catalogue};
+
+    fn scenario(must: Must) -> Scenario {
+        let bounds = vec![Bound { measure: Measure::Speed, must }];
+        let case = Case { name: "a guest".into(), trial: Trial::Interrupt { times: 1 }, bounds };
+        Scenario { name: "speed", what: "who is faster", cases: vec![case] }
+    }
+
+    fn judged(must: Must, ratios: &[f64], lost: u64) -> Verdict {
+        let tried = ratios.iter().map(|&ratio| match ratio {
+            0.0 => Evidence::Interrupted(Vec::new()),
+            _ => Evidence::Speed(ratio, lost),
+        });
+        Verdict::of(&scenario(must), 5, &[tried.collect()])
+    }
+
+    #[test]
+    fn the_median_is_judged_and_its_bound_is_allowed() {
+        assert!(judged(Must::AtLeast(1.3), &[1.0, 1.3, 9.0], 0).met());
+        assert!(!judged(Must::AtLeast(1.3), &[1.0, 1.29, 9.0], 0).met());
+        assert!(judged(Must::AtMost(1.3), &[1.0, 1.3, 9.0], 0).met());
+        assert!(!judged(Must::AtMost(1.3), &[1.0, 1.31, 9.0], 0).met());
+    }
+
+    #[test]
+    fn a_value_that_is_missing_is_worse_than_any() {
+        for must in [Must::AtMost(5.0), Must::AtLeast(0.5)] {
+            assert!(judged(must, &[1.0, 0.0, 1.0], 0).met(), "{must:?}");
+            let verdict = judged(must, &[1.0, 0.0, 0.0], 0);
+            assert!(!verdict.met() && verdict.figures[0].measured.is_none(), "{must:?}");
+            assert!(!judged(must, &[], 0).met(), "{must:?}");
+        }
+    }
+
+    #[test]
+    fn lost_pages_are_summed_and_never_met() {
+        let verdict = judged(Must::AtLeast(1.0), &[2.0, 2.0], 3);
+        assert_eq!(verdict.lost_pages, 6);
+        assert!(!verdict.met() && verdict.to_string().contains("LOST PAGES: 6"), "{verdict}");
+    }
+
+    #[test]
+    fn the_table_fits_eighty_columns() {
+        for scenario in catalogue::all() {
+            let tried = vec![vec![Evidence::Interrupted(Vec::new())]; scenario.cases.len()];
+            let mut verdict = Verdict::of(&scenario, 99, &tried);
+            for (figure, value) in
+                verdict.figures.iter_mut().zip([0.000_123_456, -12.345_67, 123_456.7, 1e300].repeat(20))
+            {
+                figure.measured = Some(value);
+            }
+            let text = verdict.to_string();
+            let widest = text.lines().map(|line| line.chars().count()).max();
+            assert!(widest <= Some(80), "{widest:?} columns:\n{text}");
+        }
+        let text = judged(Must::AtLeast(1.3), &[1.0], 0).to_string();
+        let row: Vec<_> = text.lines().nth(3).unwrap().split_whitespace().collect();
+        assert_eq!(row, ["a", "guest", "speed", "1", "x", "at", "least", "1.3", "x", "MISSED"]);
+    }
+}

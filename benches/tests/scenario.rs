@@ -1,0 +1,73 @@
+//! `dirtylimit-bench scenario`: what it offers, what it refuses, and that one of them runs. How well the limiter does is
+//! what it measures, and nothing that a test asserts.
+
+use std::process::{Command, Output};
+
+use dirtylimit_bench::guest::kvm::kvm_or_skip;
+use dirtylimit_bench::scenario::catalogue;
+use serde_json::Value;
+
+fn scenario(arguments: &str) -> Output {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_dirtylimit-bench"));
+    program.arg("scenario").args(arguments.split_whitespace()).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn the_list_has_every_name_with_what_it_shows() {
+    let output = scenario("--list");
+    assert!(output.status.success());
+    let lines: Vec<_> = text(&output.stdout).lines().collect();
+    let all = catalogue::all();
+    assert_eq!(lines.len(), all.len());
+    for (line, scenario) in lines.iter().zip(all) {
+        assert!(line.starts_with(scenario.name) && line.ends_with(scenario.what) && line.len() <= 80, "{line}");
+    }
+}
+
+#[test]
+fn bad_usage_exits_2_and_says_what_is_allowed() {
+    for (arguments, told) in [
+        ("", "<NAME>"),
+        ("exactly", "exact-5ms"),
+        ("interrupt --runs 0", "1..=99"),
+        ("interrupt --runs 100", "1..=99"),
+        ("interrupt --runs many", "invalid"),
+    ] {
+        let output = scenario(arguments);
+        let told_all = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "`{arguments}`: {told_all}");
+        assert!(told_all.contains(told), "`{arguments}`: {told_all}");
+    }
+}
+
+#[test]
+fn a_report_with_nowhere_to_go_fails_before_the_runs() {
+    let output = scenario("interrupt --json /nonexistent/report.json");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("cannot write /nonexistent/report.json"), "{}", text(&output.stderr));
+    assert!(!text(&output.stderr).contains("run 1 of"), "it ran first");
+}
+
+#[test]
+fn a_scenario_runs_and_its_status_is_its_verdict() {
+    if !kvm_or_skip() {
+        return;
+    }
+    for name in ["interrupt", "steps"] {
+        let output = scenario(&format!("{name} --runs 2 --json -"));
+        let document: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+        let scenarios = document["scenarios"].as_array().unwrap();
+        assert_eq!((scenarios.len(), &scenarios[0]["scenario"]), (1, &Value::from(name)));
+        assert_eq!(scenarios[0]["lost_pages"], 0);
+        let figures = scenarios[0]["figures"].as_array().unwrap();
+        assert_eq!(figures.len(), 2);
+        assert!(figures.iter().all(|figure| figure["values"].as_array().unwrap().len() == 2), "{figures:?}");
+        let met = figures.iter().all(|figure| figure["met"] == true);
+        assert_eq!(output.status.code(), Some(i32::from(!met)), "{figures:?}");
+        assert!(text(&output.stderr).contains(if met { "all 2 figures met" } else { "MISSED" }));
+    }
+}
