@@ -25,6 +25,8 @@ pub(super) struct Place {
     pub(super) slice: Option<u32>,
     /// Slice to free at the next reset, in pages; 0 when it is free.
     pub(super) want: u32,
+    /// Whether it was limited at the last pass, and at the one before.
+    limited_at_pass: [bool; 2],
     index: VcpuIndex,
 }
 
@@ -69,7 +71,13 @@ impl Adapter {
     pub(super) fn add_vcpu(&mut self, ring: u32, pml: bool) -> Result<VcpuIndex> {
         let kernel = KernelRing::new(ring, pml)?;
         let index = self.limiter.register()?;
-        self.places.push(Place { ring: Ring::new(kernel.entries())?, slice: None, want: 0, index });
+        self.places.push(Place {
+            ring: Ring::new(kernel.entries())?,
+            slice: None,
+            want: 0,
+            limited_at_pass: [false; 2],
+            index,
+        });
         self.kernel.push(kernel);
         Ok(index)
     }
@@ -119,7 +127,10 @@ impl Adapter {
     }
 
     /// What a running pass collects of each ring.
-    pub(super) fn pass(&self) -> Vec<u32> {
+    pub(super) fn pass(&mut self) -> Vec<u32> {
+        for place in &mut self.places {
+            place.limited_at_pass = [place.slice.is_some(), place.limited_at_pass[0]];
+        }
         let of = |vcpu: usize| match self.places[vcpu].slice {
             None => self.places[vcpu].ring.held_back(),
             Some(slice) => self.to_collect(vcpu, slice),
@@ -182,14 +193,17 @@ impl Adapter {
         }
     }
 
-    /// Hands out the published pages. Those that lie in a ring again are to be sent again: they count anew.
+    /// Hands out the published pages. Those that lie in a ring again are to be sent again: they count anew,
+    /// but for vCPUs whose limit is newer than the last pass but one.
     pub(super) fn take(&mut self) {
         let Self { published, memory, places, limiter, .. } = self;
         published.drain(..).for_each(|page| memory.take(page));
         for place in places {
             let mut net = 0;
             place.ring.for_each_held_back(|page| net += u32::from(memory.see(page)));
-            limiter.cell(place.index).expect("the index is the limiter's own").report.add_pages(net, 0);
+            if place.limited_at_pass[1] {
+                limiter.cell(place.index).expect("the index is the limiter's own").report.add_pages(net, 0);
+            }
         }
     }
 
