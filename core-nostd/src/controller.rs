@@ -66,7 +66,8 @@ pub struct Status {
     pub demand: PageRate,
     /// The penalty in force.
     pub penalty: Penalty,
-    /// Where the limit cannot be held within the longest pause: the pause that one page needs, in ns.
+    /// Where the limit cannot be held within the longest pause: the pause it would need, in ns, because of the price of one
+    /// page, or because the vCPU dirties too many pages before it can be stopped (PML without a kick).
     pub needs_pause: Option<Nanos>,
     /// Everything counted since it was registered, up to now.
     pub totals: Totals,
@@ -232,11 +233,12 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
     pub fn query(&self, index: VcpuIndex) -> Option<Status> {
         let table = self.table.lock();
         let row = table.rows.get(index.get())?.as_ref()?;
-        let max_pause = self.vm.max_pause();
-        let needs_pause = match row.penalty.terms() {
-            Some(Terms::Pace(price) | Terms::Sleep(price)) => Some(price.of(1)).filter(|pause| *pause > max_pause),
-            None => None,
+        let report = &self.cell(index)?.report;
+        let one_page = match row.penalty.terms() {
+            Some(Terms::Pace(price) | Terms::Sleep(price)) => price.of(1),
+            None => 0,
         };
+        let needs_pause = Some(one_page.max(report.needed_pause())).filter(|pause| *pause > self.vm.max_pause());
         Some(Status {
             limit: row.limit,
             effective_limit: row.effective,
@@ -244,7 +246,7 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
             demand: row.meter.demand(),
             penalty: row.penalty,
             needs_pause,
-            totals: row.meter.totals(&self.cell(index)?.report),
+            totals: row.meter.totals(report),
         })
     }
 

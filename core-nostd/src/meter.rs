@@ -18,6 +18,8 @@ pub struct Report {
     full_exits: Atomic<u32>,
     /// Microseconds paused. Written by the vCPU's thread.
     paused: Atomic<u32>,
+    /// Not a counter: microseconds of pause that a turn needs while the vCPU falls behind. Written by the vCPU's thread.
+    needed_pause: Atomic<u32>,
 }
 
 /// The counters of a [`Report`], read one after the other.
@@ -55,7 +57,13 @@ impl Report {
     const_fn! {
         /// Nothing counted.
         pub fn new() -> Self {
-            Self { net: Atomic::new(0), gross: Atomic::new(0), full_exits: Atomic::new(0), paused: Atomic::new(0) }
+            Self {
+                net: Atomic::new(0),
+                gross: Atomic::new(0),
+                full_exits: Atomic::new(0),
+                paused: Atomic::new(0),
+                needed_pause: Atomic::new(0),
+            }
         }
     }
 
@@ -74,6 +82,19 @@ impl Report {
     pub fn add_pause(&self, pause: Nanos) {
         #[expect(clippy::cast_possible_truncation, reason = "a counter that wraps")]
         add(&self.paused, (pause / 1000) as u32);
+    }
+
+    /// Says what pause a turn would need that the vCPU does not get, so that it exceeds its limit; 0 while it keeps up. For
+    /// the vCPU's thread alone.
+    pub fn set_needed_pause(&self, pause: Nanos) {
+        // Relaxed: a value by itself.
+        self.needed_pause.store(u32::try_from(pause / 1000).unwrap_or(u32::MAX), Ordering::Relaxed);
+    }
+
+    /// What was said so, rounded down to 1 µs.
+    pub fn needed_pause(&self) -> Nanos {
+        // Relaxed: a value by itself.
+        Nanos::from(self.needed_pause.load(Ordering::Relaxed)) * 1000
     }
 
     /// The net count: one load.

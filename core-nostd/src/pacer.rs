@@ -70,6 +70,7 @@ impl Pacer {
         // The penalty first: its acquire makes the lease renewed with it visible.
         let Some(terms) = penalty.accept().terms().filter(|_| vm.is_leased(now)) else {
             (self.limited, self.quiet) = (false, counts.net);
+            report.set_needed_pause(0);
             return Turn { until: now, slice: None };
         };
         let max_pause = vm.max_pause();
@@ -79,9 +80,15 @@ impl Pacer {
             Terms::Sleep(price) => (price, 0, max_pause),
         };
         let was_limited = replace(&mut self.limited, true);
-        let due =
-            if was_limited { self.due.max(now.saturating_sub(credit)).saturating_add(price.of(new.net)) } else { now };
+        let cost = price.of(new.net);
+        let due = if was_limited { self.due.max(now.saturating_sub(credit)).saturating_add(cost) } else { now };
         self.due = due.min(now.saturating_add(most));
+        // Whose debt is at its bound does not catch up: its turns cost more than they may pause.
+        if self.due < due && cost > max_pause {
+            report.set_needed_pause(cost);
+        } else if self.due <= now.saturating_add(max_pause) {
+            report.set_needed_pause(0);
+        }
         self.quiet = if self.due > now { counts.net.wrapping_add(UNREACHABLE) } else { counts.net };
         let until = self.due.min(now.saturating_add(max_pause));
         let nominal = price.pages_for(SLICE.min(max_pause)).max(1);

@@ -205,7 +205,7 @@ impl Harvest {
     }
 
     /// Hands out a slot's published pages. Those of them that lie in a ring again are to be sent again: they count anew,
-    /// but for vCPUs whose limit is newer than the last sweep but one, which would pay for what they were allowed.
+    /// but for vCPUs limited since the last sweep but one, which would pay for what they were allowed.
     pub(crate) fn take(&mut self, slot: u32, limiter: &VmLimiter) -> Result<Vec<u64>, Error> {
         let taken = self.slots.take(slot)?;
         for place in self.places.values() {
@@ -213,7 +213,7 @@ impl Harvest {
             place.ring.for_each_held_back(|page| {
                 net += u32::from(page.slot == slot && self.slots.meter(page) == Seen::New);
             });
-            if net > 0 && place.limited_at_sweep[1] {
+            if net > 0 && (place.limited_at_sweep[1] || !place.limited) {
                 place.seat.cell(limiter).report.add_pages(net, 0);
             }
         }

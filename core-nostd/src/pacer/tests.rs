@@ -200,3 +200,17 @@ fn a_lump_of_sleep_is_paid_for_once() {
     vcpu.turn(4032, 1_000_000);
     assert_eq!((vcpu.longest, vcpu.turn(0, 0)), (10_000_000, Some(40)));
 }
+
+#[test]
+fn who_cannot_be_held_says_what_pause_it_would_take() {
+    let mut vcpu = Vcpu::new(pace(5_120));
+    vcpu.settle();
+    vcpu.turn(4032, 1_000_000);
+    assert_eq!(vcpu.report.needed_pause(), 0, "a lump that can be paid off");
+    for _ in 0..20 {
+        vcpu.turn(512, 1_000_000);
+    }
+    assert_eq!(vcpu.report.needed_pause(), 100_000_000);
+    while vcpu.turn(1, 1_000) == Some(1) {}
+    assert_eq!(vcpu.report.needed_pause(), 0);
+}

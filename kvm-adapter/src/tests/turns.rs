@@ -80,15 +80,16 @@ fn a_pass_leaves_the_slice_alone_and_a_take_is_complete() {
 }
 
 #[test]
-fn a_limited_vcpus_page_handed_out_while_it_lies_in_its_ring_again_counts_anew() {
-    for limited in [false, true] {
+fn a_page_handed_out_while_it_lies_in_its_ring_again_counts_anew_unless_a_limit_found_it_there() {
+    // Unlimited; limited for long; limited since the last sweep.
+    for (limited, sweeps, counts_anew) in [(false, 2, true), (true, 2, true), (true, 0, false)] {
         let (fake, limit, _file, mut vcpu) = vm();
         if limited {
             throttled(&fake, &limit, &mut vcpu, 100_000);
         }
-        // What a limit finds in the ring is no debt: it counts from the second sweep on.
-        limit.sync().unwrap();
-        limit.take_dirty_log(SLOT).unwrap();
+        for _ in 0..sweeps {
+            limit.take_dirty_log(SLOT).unwrap();
+        }
         let before = limit.query(0).unwrap().totals;
         let counted = || {
             let now = limit.query(0).unwrap().totals;
@@ -99,8 +100,8 @@ fn a_limited_vcpus_page_handed_out_while_it_lies_in_its_ring_again_counts_anew()
         fake.write_all(0, 5000..5040); // armed by the sync: logged again, not yet handed out
         limit.meter();
         assert_eq!(counted(), (100, 140));
-        assert_eq!(pages(&limit.take_published(SLOT).unwrap()).len(), 100);
-        assert_eq!(counted(), (if limited { 140 } else { 100 }, 140), "limited: {limited}");
+        assert!(pages(&limit.take_published(SLOT).unwrap()).len() >= 100);
+        assert_eq!(counted(), (if counts_anew { 140 } else { 100 }, 140), "limited {limited}, {sweeps} sweeps");
         assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), 40);
     }
 }

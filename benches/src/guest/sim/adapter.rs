@@ -201,7 +201,7 @@ impl Adapter {
         for place in places {
             let mut net = 0;
             place.ring.for_each_held_back(|page| net += u32::from(memory.see(page)));
-            if place.limited_at_pass[1] {
+            if place.limited_at_pass[1] || place.slice.is_none() {
                 limiter.cell(place.index).expect("the index is the limiter's own").report.add_pages(net, 0);
             }
         }
