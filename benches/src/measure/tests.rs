@@ -234,3 +234,19 @@ fn absurd_stalls_stay_in_range() {
     assert_eq!(stalls.percentile_ms(99.0), None);
     assert_eq!(stalls.longest_ms(), None);
 }
+
+#[test]
+fn the_fine_histogram_is_preferred_and_its_last_step_has_no_end() {
+    let mut stalls = Stalls { tsc_hz: 1_000_000, longest_ticks: 100_000, fine_ticks: 100, ..Stalls::default() };
+    stalls.histogram[13] = 100;
+    assert!(stalls.percentile_ms(50.0) > Some(8.0), "the coarse one, where there is no other");
+    stalls.fine = vec![0; 384];
+    (stalls.fine[99], stalls.fine[383]) = (99, 1);
+    assert_eq!(stalls.percentile_ms(99.0), Some(10.0));
+    assert_eq!(stalls.percentile_ms(100.0), Some(100.0));
+    let mut sum = Stalls { tsc_hz: 1_000_000, ..Stalls::default() };
+    (sum.fine_ticks, sum.threshold_ticks) = (stalls.fine_ticks, stalls.threshold_ticks);
+    sum.add(&stalls);
+    sum.add(&stalls);
+    assert_eq!((sum.longest_ticks, sum.fine[99], sum.fine[383], sum.histogram[13]), (100_000, 198, 2, 200));
+}

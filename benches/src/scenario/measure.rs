@@ -254,7 +254,8 @@ mod tests {
             let mut done = Scripted { recording: example::recording(), ..run() };
             let stalls = &mut done.recording.vcpus[0].stalls;
             (stalls.fine, stalls.fine_ticks, stalls.longest_ticks) = (vec![0; 384], 100_000, longest as u64 * 100_000);
-            (stalls.fine[200], stalls.fine[longest - 1]) = (499, 1);
+            stalls.fine[200] += 499;
+            stalls.fine[longest - 1] += 1;
             Evidence::Run(Box::new(done))
         };
         // 2 GHz: steps of 50 µs. One stall of 15 ms in 2,000 is beyond p99.9, two of them are too; three are not.

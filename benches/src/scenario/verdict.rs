@@ -95,8 +95,7 @@ impl Figure {
 impl fmt::Display for Verdict {
     /// A table of at most 80 columns.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let runs = if self.runs == 1 { "one run".into() } else { format!("medians of {} runs", self.runs) };
-        writeln!(f, "{} ({runs}): {}", self.scenario, self.what)?;
+        writeln!(f, "{}: {}", self.scenario, self.what)?;
         writeln!(f)?;
         writeln!(f, "{:<26} {:<13} {:>12}  {:<17}", "case", "measure", "measured", "must be")?;
         let mut last = "";
@@ -118,6 +117,10 @@ impl fmt::Display for Verdict {
         match missed {
             0 => write!(f, "all {} figures met, ", self.figures.len())?,
             _ => write!(f, "{missed} of {} figures MISSED, ", self.figures.len())?,
+        }
+        match self.runs {
+            1 => write!(f, "one run each, ")?,
+            runs => write!(f, "medians of {runs} runs, ")?,
         }
         match self.lost_pages {
             0 => write!(f, "lost pages: 0"),

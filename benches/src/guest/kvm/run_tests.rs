@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use dirtylimit_core::PageRate;
 
-use super::{MAX_VCPUS, kvm_or_skip, run};
+use super::{Hold, MAX_VCPUS, Script, kvm_or_skip, run, run_scripted};
 use crate::guest::{Phase, Progress, VcpuNow};
 use crate::payload;
 use crate::plan::{Plan, Step, VcpuPlan};
@@ -111,6 +111,28 @@ fn steps_change_every_limit_and_are_recorded() {
         assert_eq!(limits, [Some(rate(50)), Some(rate(200)), None]);
         assert!(vcpu.limits[2].0 >= recording.limited_at + Duration::from_millis(400));
     }
+}
+
+#[test]
+fn a_held_vcpu_does_nothing_and_then_goes_on() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let plan = plan(&[Workload::Write(8 * MIB), Workload::Read(8 * MIB)]);
+    let hold = |after, held| Hold { after: Duration::from_millis(after), held };
+    // Held for longer than it takes a busy host to get a vCPU out of the guest; who is held at the end must stop too.
+    let script =
+        Script { holds: vec![hold(0, vec![0, 1]), hold(300, vec![1]), hold(600, vec![0, 1])], time_ticks: true };
+    let mut watcher = Watcher { seen: Vec::new(), enough: None };
+    let done = run_scripted(&plan, &script, &mut watcher).unwrap();
+    assert_eq!((done.recording.lost_pages, done.marks.len()), (Some(0), 4));
+    let samples = &done.recording.vcpus[0].samples;
+    let net = |at| samples.iter().rfind(|sample| sample.at <= at).map(|sample| sample.net);
+    let marks = &done.marks;
+    assert_eq!(net((marks[0].at + marks[1].at) / 2), net(marks[1].at), "vCPU 0 is held");
+    assert!(marks[2].accesses[0] > marks[1].accesses[0], "vCPU 0 goes on: {marks:?}");
+    assert_eq!(marks[2].accesses[1], marks[1].accesses[1], "vCPU 1 is still held: {marks:?}");
+    assert!(!done.ticks.is_empty());
 }
 
 #[test]

@@ -62,3 +62,34 @@ impl Script {
         events
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::{Step, VcpuPlan};
+    use crate::record::PolicyKind;
+    use crate::workload::Workload;
+
+    #[test]
+    fn steps_and_holds_come_in_order_of_time() {
+        let ms = Duration::from_millis;
+        let plan = Plan {
+            vcpus: vec![VcpuPlan { workload: Workload::Idle, limit: None }],
+            vm_limit: None,
+            policy: PolicyKind::Paced,
+            ring: 1024,
+            max_pause: ms(10),
+            pass: ms(100),
+            free: ms(100),
+            limited: ms(500),
+            steps: vec![Step { after: ms(200), limit: None }],
+            payload: None,
+        };
+        let holds = vec![Hold { after: ms(100), held: vec![0] }, Hold { after: ms(300), held: vec![] }];
+        let script = Script { holds, time_ticks: false };
+        assert_eq!(
+            script.events(&plan),
+            [(ms(100), Event::Hold(&[0])), (ms(200), Event::Limit(None)), (ms(300), Event::Hold(&[]))]
+        );
+    }
+}
