@@ -61,6 +61,8 @@ struct Vcpu {
     totals: Totals,
     since: [u32; 4],
     pacer: Pacer,
+    /// What its pacer last said that it would need, in ns.
+    needed_pause: u64,
 }
 
 struct Model {
@@ -173,7 +175,7 @@ impl Model {
                 let (pacer, totals) = (Pacer::new(report), Totals::default());
                 self.known[index.get()] = Some(index);
                 self.vcpus[index.get()] =
-                    Some(Vcpu { index, limit: self.limit, weight: 1, totals, since: [0; 4], pacer });
+                    Some(Vcpu { index, limit: self.limit, weight: 1, totals, since: [0; 4], pacer, needed_pause: 0 });
             }
             Err(full) => {
                 assert!(self.vcpus.iter().all(Option::is_some), "a place is free");
@@ -200,6 +202,7 @@ impl Model {
         assert!(ticked != Some(now) || turn.slice.is_some() == (cell.penalty.accept() != Penalty::NONE));
         assert!(!vcpu.pacer.owes(&cell.report) || turn.until > now, "owes, but need not pause");
         assert_eq!(vcpu.pacer.settle(now, vm.vm(), &cell.penalty, &cell.report), turn, "nothing new, another answer");
+        vcpu.needed_pause = cell.report.needed_pause();
     }
 
     /// After a split: all together, each taking what it asks for and may, use up the budget where they ask for so much.
@@ -239,7 +242,7 @@ impl Model {
                 (Some(_), Shipped::Stepped(_)) => assert!(!matches!(penalty.terms(), Some(Terms::Pace(_)))),
             }
             let pause = penalty.terms().map(|terms| match terms {
-                Terms::Pace(price) | Terms::Sleep(price) => price.of(1),
+                Terms::Pace(price) | Terms::Sleep(price) => price.of(1).max(vcpu.needed_pause),
             });
             assert_eq!(status.needs_pause, pause.filter(|pause| *pause > vm.vm().max_pause()));
         }
