@@ -62,7 +62,7 @@ pub struct Status {
     pub effective_limit: Option<PageRate>,
     /// Its dirty page rate, smoothed over 100 ms, as of the last tick.
     pub rate: PageRate,
-    /// The rate that it would have if it did not pause, likewise.
+    /// The rate that it would have if it did not pause, between the last two ticks.
     pub demand: PageRate,
     /// The penalty in force.
     pub penalty: Penalty,
@@ -234,11 +234,9 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
         let table = self.table.lock();
         let row = table.rows.get(index.get())?.as_ref()?;
         let report = &self.cell(index)?.report;
-        let one_page = match row.penalty.terms() {
-            Some(Terms::Pace(price) | Terms::Sleep(price)) => price.of(1),
-            None => 0,
-        };
-        let needs_pause = Some(one_page.max(report.needed_pause())).filter(|pause| *pause > self.vm.max_pause());
+        // Without a penalty, what the vCPU last needed is of no account: it may not have settled since.
+        let needs = |(Terms::Pace(price) | Terms::Sleep(price))| price.of(1).max(report.needed_pause());
+        let needs_pause = row.penalty.terms().map(needs).filter(|pause| *pause > self.vm.max_pause());
         Some(Status {
             limit: row.limit,
             effective_limit: row.effective,

@@ -182,10 +182,13 @@ impl Meter {
         self.totals = self.totals.plus(new);
         let paused = Nanos::from(new.paused) * 1000;
         if elapsed > 0 {
-            // Pauses end between ticks, so one reading may hold more than its share of them: at most all of it.
-            let ran = elapsed.saturating_sub(paused).max(elapsed / 64);
             self.rate = smooth(self.rate, PageRate::measured(new.net, elapsed), elapsed);
-            self.demand = smooth(self.demand, PageRate::measured(new.net, ran), elapsed);
+            // Pauses end between ticks, so one reading may hold more than its share of them: at most all of it. Demand
+            // follows at once, so that who has stopped frees its share; but who was only paused has shown none.
+            let ran = elapsed.saturating_sub(paused);
+            if new.net > 0 || ran >= elapsed / 4 {
+                self.demand = PageRate::measured(new.net, ran.max(elapsed / 64));
+            }
         }
         Reading { pages: new.net, elapsed, paused }
     }
@@ -195,7 +198,7 @@ impl Meter {
         self.rate
     }
 
-    /// The rate that the vCPU would have without its pauses: pages over running time, smoothed.
+    /// The rate that the vCPU would have without its pauses: pages over running time, between the last two readings.
     pub fn demand(&self) -> PageRate {
         self.demand
     }
@@ -212,7 +215,7 @@ fn smooth(old: PageRate, new: PageRate, elapsed: Nanos) -> PageRate {
     PageRate::from_raw((old.raw() * (64 - weight) + new.raw() * weight) / 64)
 }
 
-/// Time constant of the rates that people and policies see: long against a slice, short against a person's patience.
+/// Time constant of the rates that people see: long against a slice, short against a person's patience.
 const SMOOTHING: Nanos = 50_000_000;
 
 #[cfg(test)]

@@ -26,6 +26,8 @@ pub struct Turn {
     pub until: Nanos,
     /// Pages that it may dirty before its next full exit; `None`: as many as the ring takes.
     pub slice: Option<u32>,
+    /// The slice is longer than the limit asks for, because the vCPU mostly rewrites what is dirty already.
+    pub stretched: bool,
 }
 
 /// One vCPU's virtual clock: it is due at `due`, having paid for every page up to then (GCRA, the leaky bucket of
@@ -39,7 +41,8 @@ pub struct Pacer {
     charged: Counts,
     due: Nanos,
     limited: bool,
-    /// Slices are nominal × 2^this: see [`Pacer::slice`].
+    /// What the limit asked for as a slice at the last turn, and given was that × 2^`stretch`: see [`Pacer::slice`].
+    nominal: u32,
     stretch: u32,
     /// What the net count is while nothing is owed: as charged, or out of its reach where `due` was ahead at the last turn.
     quiet: u32,
@@ -51,8 +54,9 @@ const UNREACHABLE: u32 = 1 << 31;
 impl Pacer {
     /// A pacer for a vCPU whose pages up to now are nobody's debt.
     pub fn new(report: &Report) -> Self {
+        report.set_needed_pause(0);
         let charged = report.counts();
-        Self { charged, due: 0, limited: false, stretch: 0, quiet: charged.net }
+        Self { charged, due: 0, limited: false, nominal: 0, stretch: 0, quiet: charged.net }
     }
 
     /// Whether [`Pacer::settle`] has anything to charge or to wait for: one load.
@@ -71,7 +75,7 @@ impl Pacer {
         let Some(terms) = penalty.accept().terms().filter(|_| vm.is_leased(now)) else {
             (self.limited, self.quiet) = (false, counts.net);
             report.set_needed_pause(0);
-            return Turn { until: now, slice: None };
+            return Turn { until: now, slice: None, stretched: false };
         };
         let max_pause = vm.max_pause();
         let (price, credit, most) = match terms {
@@ -94,13 +98,21 @@ impl Pacer {
         let nominal = price.pages_for(SLICE.min(max_pause)).max(1);
         // What one pause does not cover stays owed, and the vCPU goes on page by page.
         let slice = if self.due > until { 1 } else { self.slice(nominal, new) };
-        Turn { until, slice: Some(slice) }
+        Turn { until, slice: Some(slice), stretched: slice > nominal }
+    }
+
+    /// Nothing is dirty any more: the next slice is a plain one. For who hands out the dirty log.
+    pub fn forget_stretch(&mut self) {
+        self.stretch = 0;
     }
 
     /// The next slice. A slice is used up by entries, but paid for by net pages: a vCPU that mostly rewrites what is dirty
     /// already owes little, so its slices grow, or it would exit, and have the VM reset, for every few pages it touches.
     fn slice(&mut self, nominal: u32, new: Counts) -> u32 {
-        if new.gross > 0 {
+        let before = replace(&mut self.nominal, nominal);
+        if nominal.abs_diff(before) > before / 4 {
+            self.stretch = 0; // another limit
+        } else if new.gross >= nominal {
             let mostly_again = new.net < new.gross / 2;
             self.stretch = if mostly_again { (self.stretch + 1).min(MAX_STRETCH) } else { 0 };
         }

@@ -13,6 +13,7 @@ use dirtylimit_core::{Nanos, Page, Penalty, Ring};
 
 use crate::Error;
 use crate::error::system;
+use crate::kick;
 use crate::seat::{Seat, VmLimiter};
 use crate::slots::{Seen, Slots};
 use crate::sys::{self, Kernel, Reset, RingPages};
@@ -48,6 +49,8 @@ pub(crate) struct Place {
     pub(crate) slice: Option<u32>,
     /// The vCPU's thread has noticed that it is limited.
     pub(crate) limited: bool,
+    /// That slice is a rewriter's; taken back when the log is taken.
+    pub(crate) stretched: bool,
     /// It had at the last sweep, and at the one before.
     limited_at_sweep: [bool; 2],
     pub(crate) seat: Arc<Seat>,
@@ -55,7 +58,7 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new(ring: Ring<RingPages>, seat: Arc<Seat>) -> Self {
-        Self { ring, slice: None, limited: false, limited_at_sweep: [false; 2], seat }
+        Self { ring, slice: None, limited: false, stretched: false, limited_at_sweep: [false; 2], seat }
     }
 }
 
@@ -111,19 +114,20 @@ impl Harvest {
         }
     }
 
-    /// Meters every ring, and kicks the vCPUs that dirty pages under a limit that is news to them, unless they fill their
-    /// rings by themselves before the next tick: that much is forgiven anyway, and a full ring ends slices best.
+    /// Meters every ring, and kicks the vCPUs that dirty pages under a limit that is news to them, unless their rings are
+    /// better left to fill and will have in a few ticks.
     pub(crate) fn meter_and_kick(&mut self, limiter: &VmLimiter) {
         for place in self.places.values_mut() {
             let entries = meter(place, &mut self.slots, limiter);
-            let limited = place.seat.cell(limiter).penalty.accept() != Penalty::NONE;
-            if limited && !place.limited && (1..place.ring.room()).contains(&entries) {
+            let penalty = place.seat.cell(limiter).penalty.accept();
+            let is_news = entries > 0 && penalty != Penalty::NONE && !place.limited;
+            if is_news && (kick::ends_slices(penalty) || entries < place.ring.room() / 4) {
                 place.seat.kick();
             }
         }
     }
 
-    /// Kicks the vCPUs whose rings were so emptied that they no longer end their slices.
+    /// After a sweep: kicks the vCPUs whose rings were so emptied that they no longer end their slices.
     pub(crate) fn kick_emptied(&mut self) {
         for place in self.places.values_mut() {
             if place.slice.is_some_and(|slice| !place.ring.ends(slice)) {
@@ -208,7 +212,11 @@ impl Harvest {
     /// but for vCPUs limited since the last sweep but one, which would pay for what they were allowed.
     pub(crate) fn take(&mut self, slot: u32, limiter: &VmLimiter) -> Result<Vec<u64>, Error> {
         let taken = self.slots.take(slot)?;
-        for place in self.places.values() {
+        for place in self.places.values_mut() {
+            // Its pages count again from now on.
+            if std::mem::replace(&mut place.stretched, false) {
+                place.seat.tell(limiter);
+            }
             let mut net = 0;
             place.ring.for_each_held_back(|page| {
                 net += u32::from(page.slot == slot && self.slots.meter(page) == Seen::New);

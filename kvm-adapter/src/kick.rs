@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use dirtylimit_core::Nanos;
+use dirtylimit_core::{Nanos, Penalty, Terms};
 
 use crate::Error;
 use crate::error::system;
@@ -24,6 +24,16 @@ pub enum Kick {
     /// The VMM, by its own means: when a limit was set, and when [`crate::Paid::kick_after`] has passed since
     /// [`crate::Vcpu::before_run`] returned.
     Vmm,
+}
+
+/// Whether kicks end slices of this penalty well: not below 16 pages, which are written while a signal travels. Where such
+/// a slice has a ring that fills by itself, it is better left to fill.
+pub(crate) fn ends_slices(penalty: Penalty) -> bool {
+    const SLICE: Nanos = 4_000_000;
+    match penalty.terms() {
+        Some(Terms::Pace(price) | Terms::Sleep(price)) => price.of(16) <= SLICE,
+        None => false,
+    }
 }
 
 /// The shortest run before a kick, less than it takes to enter the guest on some hosts; and the longest.

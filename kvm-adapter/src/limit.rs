@@ -201,7 +201,7 @@ impl DirtyLimit {
         self.0.lock().slots.trust(slot)
     }
 
-    /// Limits a vCPU from its next full exit on; what it dirtied before is forgiven. Takes a tick now and then to stay in
+    /// Limits a vCPU from its next full exit on, or at once by a [`Kick`]; what it dirtied before is forgiven. Takes a tick now and then to stay in
     /// force: [`DirtyLimit::tick`] or [`DirtyLimit::throttle_thread`].
     ///
     /// # Errors
@@ -221,19 +221,19 @@ impl DirtyLimit {
     /// Limits every vCPU, present and to come.
     pub fn set_limit_all(&self, limit: PageRate) {
         self.0.limiter.set_limit_all(Some(limit));
-        self.poke_all();
+        self.tell_all();
     }
 
     /// Lifts every limit.
     pub fn cancel_all(&self) {
         self.0.limiter.set_limit_all(None);
-        self.poke_all();
+        self.tell_all();
     }
 
     /// Sets the budget of the whole VM, shared by max-min fairness among the vCPUs' demands; `None` lifts it.
     pub fn set_vm_limit(&self, budget: Option<PageRate>) {
         self.0.limiter.set_vm_limit(budget);
-        self.poke_all();
+        self.tell_all();
     }
 
     /// How much a vCPU counts in the split of the VM's budget (1 by default).
@@ -248,7 +248,7 @@ impl DirtyLimit {
     /// Changes the policy.
     pub fn set_policy(&self, policy: Shipped) {
         self.0.limiter.set_policy(policy);
-        self.poke_all();
+        self.tell_all();
     }
 
     /// What is known of a vCPU, as of the last [`DirtyLimit::meter`] or tick.
@@ -304,12 +304,12 @@ impl DirtyLimit {
     fn change(&self, id: u32, limit: Option<PageRate>) -> Result<(), Error> {
         let seat = self.seat(id)?;
         self.0.limiter.set_limit(seat.index, limit);
-        seat.poke();
+        seat.tell(&self.0.limiter);
         Ok(())
     }
 
-    fn poke_all(&self) {
-        self.0.lock().places.values().for_each(|place| place.seat.poke());
+    fn tell_all(&self) {
+        self.0.lock().places.values().for_each(|place| place.seat.tell(&self.0.limiter));
     }
 
     /// Collects of each ring as much as `choose` says of it at the start, in batches between which others get the lock.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
 use dirtylimit_core::{Limiter, Nanos, Penalty, Shipped, VcpuCell, VcpuIndex};
 
+use crate::kick;
 use crate::sys::{self, KickSignal, RunPage, Wait};
 
 /// As many vCPUs as KVM's x86 allows in most builds.
@@ -83,6 +84,14 @@ impl Seat {
     pub(crate) fn bind(&self, thread: i32) {
         // Relaxed: a number by itself.
         self.thread.store(thread, Ordering::Relaxed);
+    }
+
+    /// Its penalty may be another: ends a pause, and a run where that is of use.
+    pub(crate) fn tell(&self, limiter: &VmLimiter) {
+        self.poke();
+        if kick::ends_slices(self.cell(limiter).penalty.accept()) {
+            self.kick();
+        }
     }
 
     /// Makes the vCPU's KVM_RUN return, or the next one, where kicks are the library's and the thread is known.

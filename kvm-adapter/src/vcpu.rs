@@ -13,8 +13,8 @@ use crate::seat::{Ended, Interrupter, Seat};
 use crate::sys;
 use crate::vm::Vm;
 
-/// Resets are at least so far apart (at most 476 a second), unless a vCPU that is below its limit or whose slice is as
-/// large as its ring waits for one.
+/// Resets are at least so far apart (at most 476 a second), unless a vCPU waits for one that has no limit, or rewrites
+/// dirty pages, or whose slice is as large as its ring.
 const RESET_GAP: Nanos = 2_100_000;
 /// How soon a thread that did not get the lock tries again.
 const RETRY: Nanos = 50_000;
@@ -138,7 +138,7 @@ impl Vcpu {
                 return Ok(paid);
             }
             let again = match turn {
-                Some(turn) if ended == Ended::Due => self.free(&turn, start, now)?,
+                Some(turn) if ended == Ended::Due => self.free(&turn, now)?,
                 _ => {
                     penalty = cell.penalty.accept();
                     turn = self.settle(now)?;
@@ -165,6 +165,9 @@ impl Vcpu {
         if self.full {
             place.ring.learn_soft_limit();
         }
+        if !place.stretched {
+            pacer.forget_stretch();
+        }
         let mut turn = pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report);
         let slice = turn.slice.unwrap_or(BATCH);
         let wanted = place.ring.to_collect(slice) > 0 || (self.full && place.ring.awaiting_reset() > 0);
@@ -174,9 +177,11 @@ impl Vcpu {
             // Perhaps the kick came before the first instruction. Two pauses in a row would be one long one.
             turn.until = now;
         }
-        self.kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring.ends(*slice));
-        place.limited = turn.slice.is_some();
-        place.slice = turn.slice.filter(|_| self.kicked_slice.is_none());
+        let kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring.ends(*slice));
+        (place.limited, place.stretched) = (turn.slice.is_some(), turn.stretched);
+        place.slice = turn.slice.filter(|_| kicked_slice.is_none());
+        // A kick is not exact: half a slice, give or take as much, is no more than one.
+        self.kicked_slice = kicked_slice.map(|slice| slice.div_ceil(2));
         let nothing_to_do = self.full && entries == 0 && place.ring.occupied() == 0;
         drop(harvest);
         if nothing_to_do {
@@ -199,7 +204,7 @@ impl Vcpu {
     }
 
     /// After the pause: makes sure that a reset has freed the slice. `Some` is when to try again.
-    fn free(&mut self, turn: &Turn, start: Nanos, now: Nanos) -> Result<Option<Nanos>, Error> {
+    fn free(&mut self, turn: &Turn, now: Nanos) -> Result<Option<Nanos>, Error> {
         // Acquire: pairs with the release in `Harvest::serve`.
         if self.seat.want.load(Ordering::Acquire) == 0 {
             self.full = false;
@@ -207,7 +212,7 @@ impl Vcpu {
         }
         let Some(mut harvest) = self.vm.try_lock() else { return Ok(Some(now + RETRY)) };
         let next_reset = harvest.last_reset.saturating_add(RESET_GAP);
-        let patient = turn.until > start && turn.slice.is_some_and(|slice| slice < self.vm.ring_entries / 2);
+        let patient = !turn.stretched && turn.slice.is_some_and(|slice| slice < self.vm.ring_entries / 2);
         if patient && now < next_reset {
             return Ok(Some(next_reset));
         }

@@ -25,7 +25,7 @@ const SAMPLE: Duration = Duration::from_millis(10);
 /// Samples over which the rate shown to the user is taken: 250 ms.
 const SHOWN: usize = 25;
 /// Interval of the throttle thread.
-const TICK: Duration = Duration::from_millis(50);
+const TICK: Duration = Duration::from_millis(10);
 /// Empty loop turns between the writes of [`Workload::Slow`]: about 10 µs.
 const SLOW_DELAY: u64 = 20_000;
 /// Memory that must stay free for everybody else.
