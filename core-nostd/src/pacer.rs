@@ -17,7 +17,7 @@ const BURST: Nanos = SLICE + 6_000_000;
 pub const MAX_DEBT: Nanos = SECOND;
 
 /// Slices of a vCPU that rewrites dirty pages grow up to 2^this times.
-const MAX_STRETCH: u32 = 5;
+const MAX_STRETCH: u32 = 3;
 
 /// What the vCPU is to do before it runs on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -149,6 +149,8 @@ pub struct Ring<E> {
     /// The first entry not yet seen.
     metered: u32,
     soft: u32,
+    /// Seen for certain.
+    has_no_pml: bool,
 }
 
 impl<E: AsRef<[Entry]>> Ring<E> {
@@ -167,9 +169,15 @@ impl<E: AsRef<[Entry]>> Ring<E> {
     pub fn starting_at(entries: E, start: u32) -> Result<Self, BadRingSize> {
         let count = entries.as_ref().len();
         match u32::try_from(count) {
-            Ok(size) if size.is_power_of_two() && size > RESERVED => {
-                Ok(Self { entries, size, reset: start, collected: start, metered: start, soft: size - RESERVED })
-            }
+            Ok(size) if size.is_power_of_two() && size > RESERVED => Ok(Self {
+                entries,
+                size,
+                reset: start,
+                collected: start,
+                metered: start,
+                soft: size - RESERVED,
+                has_no_pml: false,
+            }),
             _ => Err(BadRingSize { entries: count }),
         }
     }
@@ -267,8 +275,9 @@ impl<E: AsRef<[Entry]>> Ring<E> {
         let highest = self.size - RESERVED;
         let lowest = highest.saturating_sub(PML).max(1);
         match self.occupied() {
-            occupied if occupied >= highest => self.soft = highest,
-            occupied if occupied >= lowest => self.soft = lowest,
+            occupied if occupied >= highest => (self.soft, self.has_no_pml) = (highest, true),
+            // Or somebody has collected since the exit.
+            occupied if occupied >= lowest && !self.has_no_pml => self.soft = lowest,
             _ => {}
         }
     }

@@ -188,8 +188,8 @@ fn who_rewrites_dirty_pages_gets_longer_slices_until_it_stops() {
         vcpu.now += SLICE;
         vcpu.settle().slice.unwrap()
     };
-    assert_eq!([(); 7].map(|()| again(0, 100)), [2, 4, 8, 16, 32, 32, 32]);
-    assert_eq!(again(0, 0), 32, "nothing seen, nothing learned");
+    assert_eq!([(); 5].map(|()| again(0, 100)), [2, 4, 8, 8, 8]);
+    assert_eq!(again(0, 0), 8, "nothing seen, nothing learned");
     assert_eq!(again(1, 2), 1);
 }
 

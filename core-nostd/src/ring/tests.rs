@@ -51,6 +51,11 @@ fn the_soft_limit_is_learned_from_full_exits_alone() {
     assert_eq!(fill(&mut ring, 960), 960);
     assert!(ring.ends(100), "there is no room at all");
     assert_eq!(fill(&mut ring, 1024), 960, "never above");
+    ring.collect(80, |_| ());
+    memory.iter().filter_map(Entry::reset).count();
+    ring.reclaim();
+    ring.learn_soft_limit();
+    assert_eq!((ring.occupied(), ring.soft_limit()), (944, 960), "collected since the exit");
 }
 
 #[test]
