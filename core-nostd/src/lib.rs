@@ -54,7 +54,7 @@ mod sync;
 
 pub use controller::{Full, Limiter, Status, VcpuCell, VcpuIndex};
 pub use meter::{Counts, Meter, Reading, Report, Totals};
-pub use pacer::{MAX_DEBT, Pacer, Turn};
+pub use pacer::{MAX_DEBT, Pacer, SLICE, Turn};
 pub use penalty::{Penalty, PenaltyCell, Terms, VmCell};
 pub use policy::{Paced, Policy, Shipped, Stepped, SteppedState};
 pub use rate::{Nanos, PageRate, Price, SECOND};

@@ -6,10 +6,11 @@ use crate::meter::{Counts, Report};
 use crate::penalty::{PenaltyCell, Terms, VmCell};
 use crate::rate::{Nanos, SECOND};
 
-/// A slice is what the limit allows in so long, or in the longest pause if that is less; at least one page.
+/// A slice is what the limit allows in so long, or in the longest pause if that is less; at least one page. On top comes
+/// what was not used before, up to the burst.
 ///
 /// Short against the 100 ms in which a rate is judged, long against the cost of an exit.
-const SLICE: Nanos = 4_000_000;
+pub const SLICE: Nanos = 3_000_000;
 /// How long a vCPU may have dirtied less than its limit and still catch up: one slice, whose pages are paid when it is
 /// over, and what it may lose to an overslept pause or to the host's scheduler.
 const BURST: Nanos = SLICE + 6_000_000;
@@ -96,9 +97,10 @@ impl Pacer {
         self.quiet = if self.due > now { counts.net.wrapping_add(UNREACHABLE) } else { counts.net };
         let until = self.due.min(now.saturating_add(max_pause));
         let nominal = price.pages_for(SLICE.min(max_pause)).max(1);
+        let unused = price.pages_for(now.saturating_sub(self.due));
         // What one pause does not cover stays owed, and the vCPU goes on page by page.
-        let slice = if self.due > until { 1 } else { self.slice(nominal, new) };
-        Turn { until, slice: Some(slice), stretched: slice > nominal }
+        let slice = if self.due > until { 1 } else { self.slice(nominal, new).saturating_add(unused) };
+        Turn { until, slice: Some(slice), stretched: self.stretch > 0 }
     }
 
     /// Nothing is dirty any more: the next slice is a plain one. For who hands out the dirty log.

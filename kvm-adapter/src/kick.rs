@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use dirtylimit_core::{Nanos, Penalty, Terms};
+use dirtylimit_core::{Nanos, Penalty, SLICE, Terms};
 
 use crate::Error;
 use crate::error::system;
@@ -29,7 +29,6 @@ pub enum Kick {
 /// Whether kicks end slices of this penalty well: not below 16 pages, which are written while a signal travels. Where such
 /// a slice has a ring that fills by itself, it is better left to fill.
 pub(crate) fn ends_slices(penalty: Penalty) -> bool {
-    const SLICE: Nanos = 4_000_000;
     match penalty.terms() {
         Some(Terms::Pace(price) | Terms::Sleep(price)) => price.of(16) <= SLICE,
         None => false,
