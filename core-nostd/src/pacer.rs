@@ -11,6 +11,8 @@ use crate::rate::{Nanos, SECOND};
 ///
 /// Short against the 100 ms in which a rate is judged, long against the cost of an exit.
 pub const SLICE: Nanos = 3_000_000;
+/// Few pages that cost less are one more: a slice also waits for a reset, and an embedder may have those some 2 ms apart.
+const SHORTEST: Nanos = 2_400_000;
 /// How long a vCPU may have dirtied less than its limit and still catch up: one slice, whose pages are paid when it is
 /// over, and what it may lose to an overslept pause or to the host's scheduler.
 const BURST: Nanos = SLICE + 6_000_000;
@@ -96,7 +98,11 @@ impl Pacer {
         }
         self.quiet = if self.due > now { counts.net.wrapping_add(UNREACHABLE) } else { counts.net };
         let until = self.due.min(now.saturating_add(max_pause));
-        let nominal = price.pages_for(SLICE.min(max_pause)).max(1);
+        let nominal = price
+            .pages_for(SLICE)
+            .max(price.pages_for(SHORTEST).saturating_add(1))
+            .min(price.pages_for(max_pause))
+            .max(1);
         let unused = price.pages_for(now.saturating_sub(self.due));
         // What one pause does not cover stays owed, and the vCPU goes on page by page.
         let slice = if self.due > until { 1 } else { self.slice(nominal, new).saturating_add(unused) };
