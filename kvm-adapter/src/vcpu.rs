@@ -13,8 +13,8 @@ use crate::seat::{Ended, Interrupter, Seat};
 use crate::sys;
 use crate::vm::Vm;
 
-/// Resets are at least so far apart (at most 476 a second), or nine tenths of a shorter `max_pause`, unless a vCPU waits for one that has no limit, or rewrites
-/// dirty pages, or whose slice is as large as its ring.
+/// Resets are at least so far apart (at most 476 a second), or nine tenths of a shorter `max_pause`, unless a vCPU waits
+/// for one that has no limit, or rewrites dirty pages, or whose slice is half its ring or more.
 const RESET_GAP: Nanos = 2_100_000;
 /// How soon a thread that did not get the lock tries again.
 const RETRY: Nanos = 50_000;
