@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use dirtylimit_core::PageRate;
 
+use crate::record::VcpuRecording;
+
 /// Where a run is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -28,6 +30,28 @@ pub struct VcpuNow {
     /// Share of that time that it was paused, 0 to 1.
     pub paused_share: f64,
 }
+
+impl VcpuNow {
+    /// How a vCPU did over its last samples, which are 10 ms apart.
+    pub(crate) fn of(vcpu: &VcpuRecording) -> Self {
+        let limit = vcpu.limits.last().and_then(|&(_, limit)| limit);
+        let recent = &vcpu.samples[vcpu.samples.len().saturating_sub(SHOWN + 1)..];
+        let (Some(first), Some(last)) = (recent.first(), recent.last()) else {
+            return Self { rate: PageRate::ZERO, limit, paused_share: 0.0 };
+        };
+        let time = last.at - first.at;
+        let rate = PageRate::measured(
+            u32::try_from(last.net - first.net).unwrap_or(u32::MAX),
+            u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
+        );
+        let paused = last.paused.saturating_sub(first.paused);
+        let paused_share = if time.is_zero() { 0.0 } else { (paused.as_secs_f64() / time.as_secs_f64()).min(1.0) };
+        Self { rate, limit, paused_share }
+    }
+}
+
+/// Samples over which the rate shown to the user is taken: 250 ms.
+const SHOWN: usize = 25;
 
 /// Follows a run while it goes on. A guest calls it from the thread that was told to run.
 pub trait Progress {

@@ -269,13 +269,4 @@ mod tests {
         let many = draw(&Recording { vcpus: many, ..example::recording() }).unwrap();
         assert!(many.contains("1008 more vCPUs not drawn"));
     }
-
-    /// `SVG_OUT=file cargo test .. svg -- --ignored` writes the examples for a look at them.
-    #[test]
-    #[ignore = "writes files for a person to look at"]
-    fn look() {
-        let out = std::env::var("SVG_OUT").expect("SVG_OUT names the file");
-        write(&example::recording(), Path::new(&out)).unwrap();
-        write(&example::stepped(), Path::new(&format!("{out}.stepped.svg"))).unwrap();
-    }
 }

@@ -22,8 +22,6 @@ use crate::workload::Workload;
 
 /// Distance between two samples.
 const SAMPLE: Duration = Duration::from_millis(10);
-/// Samples over which the rate shown to the user is taken: 250 ms.
-const SHOWN: usize = 25;
 /// Interval of the throttle thread.
 const TICK: Duration = Duration::from_millis(10);
 /// Empty loop turns between the writes of [`Workload::Slow`]: about 10 µs.
@@ -264,7 +262,7 @@ impl Run<'_> {
         Ok(())
     }
     fn show(&mut self, phase: Phase) {
-        let now: Vec<VcpuNow> = self.done.recording.vcpus.iter().map(now).collect();
+        let now: Vec<VcpuNow> = self.done.recording.vcpus.iter().map(VcpuNow::of).collect();
         self.progress.sample(self.start.elapsed(), phase, &now);
     }
 
@@ -291,23 +289,6 @@ impl Run<'_> {
     fn accesses(&self) -> Vec<u64> {
         (0..self.plan.vcpus.len()).map(|index| self.machine.stats(index).accesses()).collect()
     }
-}
-
-/// How a vCPU did over the last samples.
-fn now(vcpu: &VcpuRecording) -> VcpuNow {
-    let limit = vcpu.limits.last().and_then(|&(_, limit)| limit);
-    let recent = &vcpu.samples[vcpu.samples.len().saturating_sub(SHOWN + 1)..];
-    let (Some(first), Some(last)) = (recent.first(), recent.last()) else {
-        return VcpuNow { rate: PageRate::ZERO, limit, paused_share: 0.0 };
-    };
-    let time = last.at - first.at;
-    let rate = PageRate::measured(
-        u32::try_from(last.net - first.net).unwrap_or(u32::MAX),
-        u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
-    );
-    let paused = last.paused.saturating_sub(first.paused);
-    let paused_share = if time.is_zero() { 0.0 } else { (paused.as_secs_f64() / time.as_secs_f64()).min(1.0) };
-    VcpuNow { rate, limit, paused_share }
 }
 
 /// The limiter's name of a vCPU.

@@ -18,8 +18,6 @@ use crate::units::PAGE_SIZE;
 
 /// Distance between two samples.
 const SAMPLE: Nanos = 10_000_000;
-/// Samples over which the rate shown to the user is taken: 250 ms.
-const SHOWN: usize = 25;
 /// Interval of the throttle tick.
 const TICK: Nanos = 50_000_000;
 /// The machine's clock when the run starts: not 0, as no host's is.
@@ -320,7 +318,7 @@ impl<'a> Run<'a> {
     }
 
     fn show(&mut self, phase: Phase, now: Nanos) {
-        let vcpus: Vec<VcpuNow> = self.recording.vcpus.iter().map(vcpu_now).collect();
+        let vcpus: Vec<VcpuNow> = self.recording.vcpus.iter().map(VcpuNow::of).collect();
         self.progress.sample(since(START, now), phase, &vcpus);
     }
 }
@@ -332,20 +330,6 @@ fn since(earlier: Nanos, now: Nanos) -> Duration {
 fn nanos(time: Duration) -> Nanos {
     // A year is as good as for ever.
     u64::try_from(time.as_nanos()).unwrap_or(Nanos::MAX).min(365 * 86_400 * SECOND)
-}
-
-/// How a vCPU did over the last samples.
-fn vcpu_now(vcpu: &VcpuRecording) -> VcpuNow {
-    let limit = vcpu.limits.last().and_then(|&(_, limit)| limit);
-    let recent = &vcpu.samples[vcpu.samples.len().saturating_sub(SHOWN + 1)..];
-    let (Some(first), Some(last)) = (recent.first(), recent.last()) else {
-        return VcpuNow { rate: PageRate::ZERO, limit, paused_share: 0.0 };
-    };
-    let time = last.at - first.at;
-    let rate = PageRate::measured(u32::try_from(last.net - first.net).unwrap_or(u32::MAX), nanos(time));
-    let paused = last.paused.saturating_sub(first.paused);
-    let paused_share = if time.is_zero() { 0.0 } else { (paused.as_secs_f64() / time.as_secs_f64()).min(1.0) };
-    VcpuNow { rate, limit, paused_share }
 }
 
 fn host(machine: &Machine, cpus: usize) -> Host {
