@@ -195,11 +195,11 @@ fn who_rewrites_dirty_pages_gets_longer_slices_until_it_stops() {
 #[test]
 fn unused_time_makes_the_slice_longer() {
     let mut vcpu = Vcpu::new(pace(1000));
-    assert_eq!(vcpu.settle().slice, Some(3));
+    assert_eq!(vcpu.settle().slice, Some(4));
     vcpu.now += 5_000_000;
-    assert_eq!(vcpu.settle().slice, Some(8));
+    assert_eq!(vcpu.settle().slice, Some(9));
     vcpu.now += SECOND;
-    assert_eq!(vcpu.settle().slice, Some(3 + 9), "no more than the burst");
+    assert_eq!(vcpu.settle().slice, Some(4 + 10), "no more than the burst");
 }
 
 #[test]
@@ -207,7 +207,7 @@ fn a_lump_of_sleep_is_paid_for_once() {
     let mut vcpu = Vcpu::new(Some(Terms::Sleep(Price::from_nanos(100_000))));
     vcpu.settle();
     vcpu.turn(4032, 1_000_000);
-    assert_eq!((vcpu.longest, vcpu.turn(0, 0)), (10_000_000, Some(30)));
+    assert_eq!((vcpu.longest, vcpu.turn(0, 0)), (10_000_000, Some(40)));
 }
 
 #[test]
