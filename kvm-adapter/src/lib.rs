@@ -35,8 +35,10 @@
 //!
 //! # Seccomp
 //! vCPU threads need `ioctl` 0xaec7 (`KVM_RESET_DIRTY_RINGS`), `futex` (WAIT_BITSET and WAKE, private), `rt_sigprocmask`,
-//! `getrusage`, and `clock_gettime` where there is no vDSO; whoever takes the dirty log needs the same. The throttle
-//! thread, which starts with a `clone`, is not required: [`DirtyLimit::tick`] serves an event loop.
+//! `getrusage`, and `clock_gettime` where there is no vDSO; whoever takes the dirty log needs the same. With
+//! [`Kick::Signal`] also `ioctl` 0x4004ae8b (`KVM_SET_SIGNAL_MASK`), `timer_create`, `timer_settime` and
+//! `rt_sigtimedwait` on vCPU threads, and `tgkill` where limits are set and ticks come from. The throttle thread, which
+//! starts with a `clone`, is not required: [`DirtyLimit::tick`] serves an event loop.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("KVM is Linux's");
