@@ -132,11 +132,16 @@ impl DirtyLimit {
     /// # Errors
     /// [`Error::NoVcpu`], [`Error::VcpuBusy`] while there is a handle, and what a reset may answer.
     pub fn remove_vcpu(&self, id: u32) -> Result<(), Error> {
-        // Acquire: pairs with the release in `Vcpu`'s drop.
-        if self.seat(id)?.taken.load(Ordering::Acquire) {
+        let seat = self.seat(id)?;
+        // Taken, so that nobody attaches to it meanwhile. Acquire: pairs with the release in `Vcpu`'s drop.
+        if seat.taken.swap(true, Ordering::Acquire) {
             return Err(Error::VcpuBusy(id));
         }
-        self.sync()?;
+        if let Err(error) = self.sync() {
+            // Release: pairs with the acquire in `add_vcpu`.
+            seat.taken.store(false, Ordering::Release);
+            return Err(error);
+        }
         if let Some(place) = self.0.lock().places.remove(&id) {
             self.0.limiter.unregister(place.seat.index);
         }
@@ -201,8 +206,8 @@ impl DirtyLimit {
         self.0.lock().slots.trust(slot)
     }
 
-    /// Limits a vCPU from its next full exit on, or at once by a [`Kick`]; what it dirtied before is forgiven. Takes a tick now and then to stay in
-    /// force: [`DirtyLimit::tick`] or [`DirtyLimit::throttle_thread`].
+    /// Limits a vCPU from its next full exit on, or at once by a [`Kick`]; what it dirtied before is forgiven. Takes a
+    /// tick now and then to stay in force: [`DirtyLimit::tick`] or [`DirtyLimit::throttle_thread`].
     ///
     /// # Errors
     /// [`Error::NoVcpu`].
