@@ -7,6 +7,8 @@ use clap::ValueEnum;
 use dirtylimit_core::PageRate;
 use serde::Serialize;
 
+use crate::plan::Plan;
+use crate::units::PAGE_SIZE;
 use crate::workload::Workload;
 
 /// Where the workload runs.
@@ -77,6 +79,28 @@ pub struct Recording {
     pub reset_calls: u64,
     /// One entry per vCPU, by index.
     pub vcpus: Vec<VcpuRecording>,
+}
+
+impl Recording {
+    /// A recording that begins: nothing has happened yet.
+    pub(crate) fn begun(guest: GuestKind, plan: &Plan, host: Host, vcpus: Vec<VcpuRecording>) -> Self {
+        Self {
+            guest,
+            policy: plan.policy,
+            ring: plan.ring,
+            max_pause: plan.max_pause,
+            page_size: PAGE_SIZE,
+            host,
+            vm_limit: plan.vm_limit,
+            limited_at: Duration::ZERO,
+            end: Duration::ZERO,
+            interrupted: false,
+            lost_pages: None,
+            reset_pages: 0,
+            reset_calls: 0,
+            vcpus,
+        }
+    }
 }
 
 /// What one vCPU did in a run.

@@ -34,8 +34,7 @@
 //! # Wait-freedom
 //! [`PenaltyCell::set`] is one store, [`PenaltyCell::accept`] and [`Pacer::owes`] one load each, [`Report`]'s counters a
 //! load and a store: none loops, none compares and exchanges. [`Pacer::settle`] is straight-line code over eight loads
-//! and a store.
-//! [`Ring::meter`] and [`Ring::collect`] visit each entry of the ring at most once a call.
+//! and a store. [`Ring::meter`] and [`Ring::collect`] visit each entry of the ring at most once a call.
 #![no_std]
 #![forbid(unsafe_code)]
 

@@ -51,7 +51,7 @@ pub(crate) struct Place {
     pub(crate) limited: bool,
     /// That slice is a rewriter's; taken back when the log is taken.
     pub(crate) stretched: bool,
-    /// It had at the last sweep, and at the one before.
+    /// Whether it was `limited` at the last sweep, and at the one before.
     limited_at_sweep: [bool; 2],
     pub(crate) seat: Arc<Seat>,
 }

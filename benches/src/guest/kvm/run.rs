@@ -17,7 +17,6 @@ use crate::plan::Plan;
 use crate::probe;
 use crate::record::{GuestKind, PolicyKind, Recording, Sample, Stalls, VcpuRecording};
 use crate::shadow::Shadow;
-use crate::units::PAGE_SIZE;
 use crate::workload::Workload;
 
 /// Distance between two samples.
@@ -76,22 +75,7 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
     let throttle = limit.throttle_thread(TICK).context("cannot start the throttle thread")?;
     let copier = Copier::start(limit.clone(), shadow, plan.pass)?;
     let vcpus = Vcpus::start(vcpus, placement.vcpus.as_deref())?;
-    let recording = Recording {
-        guest: GuestKind::Kvm,
-        policy: plan.policy,
-        ring: plan.ring,
-        max_pause: plan.max_pause,
-        page_size: PAGE_SIZE,
-        host: probe::host(true, None),
-        vm_limit: plan.vm_limit,
-        limited_at: Duration::ZERO,
-        end: Duration::ZERO,
-        interrupted: false,
-        lost_pages: None,
-        reset_pages: 0,
-        reset_calls: 0,
-        vcpus: recorded,
-    };
+    let recording = Recording::begun(GuestKind::Kvm, plan, probe::host(true, None), recorded);
     let start = Instant::now();
     let done = Scripted { recording, marks: Vec::new(), ticks: Vec::new() };
     Run {

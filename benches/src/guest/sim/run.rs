@@ -99,22 +99,12 @@ impl<'a> Run<'a> {
         ];
         let steps = plan.steps.iter().enumerate();
         events.extend(steps.map(|(index, step)| (limited + nanos(step.after), Event::Limit(index + 1))));
-        let recording = Recording {
-            guest: GuestKind::Sim,
-            policy: plan.policy,
-            ring: plan.ring,
-            max_pause: plan.max_pause,
-            page_size: PAGE_SIZE,
-            host: host(machine, plan.vcpus.len()),
-            vm_limit: plan.vm_limit,
-            limited_at: Duration::ZERO,
-            end: Duration::ZERO,
-            interrupted: false,
-            lost_pages: None,
-            reset_pages: 0,
-            reset_calls: 0,
-            vcpus: (0..plan.vcpus.len()).map(|index| recorded(plan, index)).collect(),
-        };
+        let recording = Recording::begun(
+            GuestKind::Sim,
+            plan,
+            host(machine, plan.vcpus.len()),
+            (0..plan.vcpus.len()).map(|index| recorded(plan, index)).collect(),
+        );
         let dice = Dice::new(machine.seed, u64::MAX);
         Ok(Self {
             accesses: vec![0; vcpus.len()],
