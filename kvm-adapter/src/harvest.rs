@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use dirtylimit_core::{Nanos, Page, Penalty, Ring};
 
@@ -139,15 +138,13 @@ impl Harvest {
 
     /// Frees the slices that vCPUs wait for, all by one reset.
     pub(crate) fn serve(&mut self, kernel: &dyn Kernel) -> Result<(), Error> {
-        // Relaxed: written under this lock.
-        let wanted = |place: &Place| match place.seat.want.load(Ordering::Relaxed) {
+        let wanted = |place: &Place| match place.seat.wanted() {
             0 => 0,
             slice => place.ring.to_collect(slice),
         };
         self.collect(kernel, |_, place, _| wanted(place))?;
         for place in self.places.values().filter(|place| wanted(place) == 0) {
-            // Release: pairs with the acquire in `Vcpu::free`: who reads 0 comes after the reset.
-            place.seat.want.store(0, Ordering::Release);
+            place.seat.serve();
         }
         Ok(())
     }

@@ -54,6 +54,7 @@ mod kick;
 mod limit;
 mod seat;
 mod slots;
+mod sync;
 mod sys;
 #[cfg(test)]
 mod tests;

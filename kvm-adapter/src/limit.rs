@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use dirtylimit_core::{PageRate, Ring, Shipped, Status};
@@ -21,12 +20,6 @@ use crate::vm::Vm;
 /// One VM under the limiter. Cheap to clone; every method may be called from any thread.
 #[derive(Clone, Debug)]
 pub struct DirtyLimit(Arc<Vm>);
-
-impl From<Arc<Vm>> for DirtyLimit {
-    fn from(vm: Arc<Vm>) -> Self {
-        Self(vm)
-    }
-}
 
 /// What a running pass did.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -102,8 +95,7 @@ impl DirtyLimit {
     pub fn add_vcpu(&self, id: u32, vcpu: &impl AsRawFd) -> Result<Vcpu, Error> {
         let mut harvest = self.0.lock();
         if let Some(place) = harvest.places.get(&id) {
-            // Acquire: pairs with the release in `Vcpu`'s drop.
-            if place.seat.taken.swap(true, Ordering::Acquire) {
+            if !place.seat.take() {
                 return Err(Error::VcpuBusy(id));
             }
             return Ok(Vcpu::new(self.0.clone(), place.seat.clone()));
@@ -132,14 +124,13 @@ impl DirtyLimit {
     /// # Errors
     /// [`Error::NoVcpu`], [`Error::VcpuBusy`] while there is a handle, and what a reset may answer.
     pub fn remove_vcpu(&self, id: u32) -> Result<(), Error> {
-        let seat = self.seat(id)?;
-        // Taken, so that nobody attaches to it meanwhile. Acquire: pairs with the release in `Vcpu`'s drop.
-        if seat.taken.swap(true, Ordering::Acquire) {
+        let seat = self.with_seat(id, Arc::clone)?;
+        // Taken, so that nobody attaches to it meanwhile.
+        if !seat.take() {
             return Err(Error::VcpuBusy(id));
         }
         if let Err(error) = self.sync() {
-            // Release: pairs with the acquire in `add_vcpu`.
-            seat.taken.store(false, Ordering::Release);
+            seat.leave();
             return Err(error);
         }
         if let Some(place) = self.0.lock().places.remove(&id) {
@@ -246,8 +237,7 @@ impl DirtyLimit {
     /// # Errors
     /// [`Error::NoVcpu`].
     pub fn set_weight(&self, id: u32, weight: u32) -> Result<(), Error> {
-        self.0.limiter.set_weight(self.seat(id)?.index, weight);
-        Ok(())
+        self.with_seat(id, |seat| self.0.limiter.set_weight(seat.index, weight))
     }
 
     /// Changes the policy.
@@ -261,7 +251,7 @@ impl DirtyLimit {
     /// # Errors
     /// [`Error::NoVcpu`].
     pub fn query(&self, id: u32) -> Result<Status, Error> {
-        self.0.limiter.query(self.seat(id)?.index).ok_or(Error::NoVcpu(id))
+        self.with_seat(id, |seat| self.0.limiter.query(seat.index))?.ok_or(Error::NoVcpu(id))
     }
 
     /// The ids of the VM's vCPUs, in order.
@@ -294,7 +284,8 @@ impl DirtyLimit {
     /// Where no thread can be started.
     pub fn throttle_thread(&self, period: Duration) -> Result<ThrottleThread, Error> {
         self.tick();
-        ThrottleThread::spawn(Arc::downgrade(&self.0), period)
+        let vm = Arc::downgrade(&self.0);
+        ThrottleThread::spawn(move || vm.upgrade().map(|vm| Self(vm).tick()).is_some(), period)
     }
 
     #[cfg(test)]
@@ -302,15 +293,16 @@ impl DirtyLimit {
         &self.0
     }
 
-    fn seat(&self, id: u32) -> Result<Arc<Seat>, Error> {
-        self.0.lock().places.get(&id).map(|place| place.seat.clone()).ok_or(Error::NoVcpu(id))
+    /// Calls `f` with a vCPU's seat, under the lock: its place in the limiter is not another vCPU's meanwhile.
+    fn with_seat<R>(&self, id: u32, f: impl FnOnce(&Arc<Seat>) -> R) -> Result<R, Error> {
+        self.0.lock().places.get(&id).map(|place| f(&place.seat)).ok_or(Error::NoVcpu(id))
     }
 
     fn change(&self, id: u32, limit: Option<PageRate>) -> Result<(), Error> {
-        let seat = self.seat(id)?;
-        self.0.limiter.set_limit(seat.index, limit);
-        seat.tell(&self.0.limiter);
-        Ok(())
+        self.with_seat(id, |seat| {
+            self.0.limiter.set_limit(seat.index, limit);
+            seat.tell(&self.0.limiter);
+        })
     }
 
     fn tell_all(&self) {

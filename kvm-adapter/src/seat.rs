@@ -1,15 +1,14 @@
 //! A vCPU's place in the VM: what outlives its thread, and what others use to reach it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
 use dirtylimit_core::{Limiter, Nanos, Penalty, Shipped, VcpuCell, VcpuIndex};
 
 use crate::kick;
+use crate::sync::{AtomicBool, AtomicI32, AtomicU32, Ordering, VCPUS};
 use crate::sys::{self, KickSignal, RunPage, Wait};
 
-/// As many vCPUs as KVM's x86 allows in most builds.
-pub(crate) type VmLimiter = Limiter<Shipped, 1024>;
+pub(crate) type VmLimiter = Limiter<Shipped, VCPUS>;
 
 /// The longest single wait: flags that no futex wakes (`immediate_exit`, a `stop` closure) are looked at so often.
 const LOOK: Nanos = 10_000_000;
@@ -21,9 +20,9 @@ pub(crate) struct Seat {
     pub(crate) index: VcpuIndex,
     run: RunPage,
     /// Whether a [`crate::Vcpu`] exists.
-    pub(crate) taken: AtomicBool,
+    taken: AtomicBool,
     /// Slice to free at the next reset, in pages; 0 when it is free. Raised by the vCPU's thread, lowered by who resets.
-    pub(crate) want: AtomicU32,
+    want: AtomicU32,
     /// Futex: changes whenever the vCPU's thread shall look up from a pause.
     wake: AtomicU32,
     /// Calls of [`Interrupter::interrupt`].
@@ -65,6 +64,36 @@ impl Seat {
     /// The vCPU's words in the limiter. Its index came from there.
     pub(crate) fn cell<'a>(&self, limiter: &'a VmLimiter) -> &'a VcpuCell {
         limiter.cell(self.index).expect("a seat's index is one of its limiter's")
+    }
+
+    /// Takes the seat; whether it was free.
+    pub(crate) fn take(&self) -> bool {
+        // Acquire: pairs with the release in `leave`, so that the next owner comes after the last.
+        !self.taken.swap(true, Ordering::Acquire)
+    }
+
+    /// Frees the seat for the next owner.
+    pub(crate) fn leave(&self) {
+        // Release: pairs with the acquire in `take`.
+        self.taken.store(false, Ordering::Release);
+    }
+
+    /// Asks for a slice of so many pages (0: for none). For the vCPU's thread, under the VM's lock.
+    pub(crate) fn ask(&self, slice: u32) {
+        // Relaxed: the lock orders it before the reset that frees the slice.
+        self.want.store(slice, Ordering::Relaxed);
+    }
+
+    /// The slice that was asked for and is not free yet; 0 for none.
+    pub(crate) fn wanted(&self) -> u32 {
+        // Acquire: pairs with the release in `serve`: who reads 0 comes after the reset.
+        self.want.load(Ordering::Acquire)
+    }
+
+    /// A reset has freed the slice. Under the VM's lock.
+    pub(crate) fn serve(&self) {
+        // Release: pairs with the acquire in `wanted`.
+        self.want.store(0, Ordering::Release);
     }
 
     /// Makes a pausing thread look again.

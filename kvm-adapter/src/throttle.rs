@@ -1,16 +1,15 @@
 //! The ready-made throttle thread, for VMMs without an event loop.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Weak};
-use std::thread::{self, JoinHandle};
+use std::sync::Arc;
 use std::time::Duration;
 
 use dirtylimit_core::Nanos;
 
+use crate::Error;
 use crate::error::system;
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{AtomicU32, Ordering};
 use crate::sys::{self, SignalsBlocked};
-use crate::vm::Vm;
-use crate::{DirtyLimit, Error};
 
 /// Ticks until it is dropped, or until nobody else holds the VM. All signals are blocked in it.
 #[derive(Debug)]
@@ -20,7 +19,8 @@ pub struct ThrottleThread {
 }
 
 impl ThrottleThread {
-    pub(crate) fn spawn(vm: Weak<Vm>, period: Duration) -> Result<Self, Error> {
+    /// Calls `tick` every `period`, until it returns false.
+    pub(crate) fn spawn(tick: impl FnMut() -> bool + Send + 'static, period: Duration) -> Result<Self, Error> {
         // Penalties lapse when ticks are further apart than the lease.
         let period = period.clamp(Duration::from_millis(1), Duration::from_secs(1));
         let period = Nanos::try_from(period.as_nanos()).unwrap_or(Nanos::MAX);
@@ -30,13 +30,13 @@ impl ThrottleThread {
         let _blocked = SignalsBlocked::new();
         let thread = thread::Builder::new()
             .name("dirtylimit".into())
-            .spawn(move || run(&vm, &word, period))
+            .spawn(move || run(tick, &word, period))
             .map_err(system("starting the throttle thread"))?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }
 
-fn run(vm: &Weak<Vm>, stop: &AtomicU32, period: Nanos) {
+fn run(mut tick: impl FnMut() -> bool, stop: &AtomicU32, period: Nanos) {
     let mut next = sys::now();
     // Acquire: pairs with the release in `drop`.
     while stop.load(Ordering::Acquire) == 0 {
@@ -45,8 +45,9 @@ fn run(vm: &Weak<Vm>, stop: &AtomicU32, period: Nanos) {
             sys::wait(stop, 0, next);
             continue;
         }
-        let Some(vm) = vm.upgrade() else { return };
-        DirtyLimit::from(vm).tick();
+        if !tick() {
+            return;
+        }
         next = next.max(now - period.min(now)) + period; // no burst of ticks after a suspend
     }
 }

@@ -1,7 +1,6 @@
 //! The vCPU's thread: serve a full exit, and ACCEPT PENALTY before KVM_RUN.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use dirtylimit_core::{Nanos, Pacer, Turn};
@@ -171,8 +170,7 @@ impl Vcpu {
         let mut turn = pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report);
         let slice = turn.slice.unwrap_or(BATCH);
         let wanted = place.ring.to_collect(slice) > 0 || (self.full && place.ring.awaiting_reset() > 0);
-        // Relaxed: only this thread raises it, and the lock orders it before the reset that lowers it.
-        seat.want.store(if wanted { slice } else { 0 }, Ordering::Relaxed);
+        seat.ask(if wanted { slice } else { 0 });
         if kicker.learn(self.kicked_slice.unwrap_or(slice), cell.report.counts().gross) == Some(0) {
             // Perhaps the kick came before the first instruction. Two pauses in a row would be one long one.
             turn.until = now;
@@ -205,8 +203,7 @@ impl Vcpu {
 
     /// After the pause: makes sure that a reset has freed the slice. `Some` is when to try again.
     fn free(&mut self, turn: &Turn, now: Nanos) -> Result<Option<Nanos>, Error> {
-        // Acquire: pairs with the release in `Harvest::serve`.
-        if self.seat.want.load(Ordering::Acquire) == 0 {
+        if self.seat.wanted() == 0 {
             self.full = false;
             return Ok(None);
         }
@@ -219,8 +216,8 @@ impl Vcpu {
         }
         harvest.serve(&*self.vm.kernel)?;
         drop(harvest);
-        // Relaxed: this thread did the reset. A want that is left over is for the next full exit.
-        let left = self.seat.want.load(Ordering::Relaxed) != 0;
+        // What is left over is for the next full exit.
+        let left = self.seat.wanted() != 0;
         self.full &= left;
         Ok(left.then_some(now + RETRY))
     }
@@ -228,8 +225,7 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        // Release: pairs with the acquire in `DirtyLimit::add_vcpu`, for the next owner's thread.
-        self.seat.taken.store(false, Ordering::Release);
+        self.seat.leave();
     }
 }
 

@@ -1,9 +1,9 @@
 //! Waiting on a word. Raw calls: the standard library's sleeps hide a VMM's kick signal, and `nanosleep` is not in every
 //! VMM's seccomp filter, while these two operations are.
 
-use std::sync::atomic::AtomicU32;
-
 use dirtylimit_core::{Nanos, SECOND};
+
+use crate::sync::AtomicU32;
 
 /// Why a wait ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -119,7 +119,7 @@ fn one_reset_serves_all_who_wait() {
     {
         let mut harvest = limit.vm().lock();
         for place in harvest.places.values() {
-            place.seat.want.store(100, std::sync::atomic::Ordering::Relaxed);
+            place.seat.ask(100);
         }
         harvest.serve(&fake).unwrap();
     }
