@@ -212,6 +212,11 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
         table.split(&self.cells);
     }
 
+    /// The whole VM's budget, if it has one.
+    pub fn vm_limit(&self) -> Option<PageRate> {
+        self.table.lock().budget
+    }
+
     /// How much a vCPU counts in the split of the VM's budget; 1 by default, 0 counts as 1.
     pub fn set_weight(&self, index: VcpuIndex, weight: u32) {
         self.with_row(index, |row, _, _, _| row.weight = weight.max(1));

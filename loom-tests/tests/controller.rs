@@ -123,6 +123,7 @@ fn budget(tick: Tick) {
         limiter.set_vm_limit(rate(50));
     };
     against_a_tick(tick, call, |limiter, a, b| {
+        assert_eq!(limiter.vm_limit(), rate(50));
         for index in [a, b] {
             let status = limiter.query(index).expect("registered");
             // Nobody is known to want anything, so that either may have it all.

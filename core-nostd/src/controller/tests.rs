@@ -104,7 +104,9 @@ fn a_budget_goes_to_who_needs_it() {
         tick(&limiter, &mut now, &all);
     }
     assert_eq!(vcpus.map(|vcpu| limit_of(&limiter, vcpu)), [Some(450), Some(100), Some(225), Some(225)]);
+    assert_eq!(limiter.vm_limit(), Some(rate(1000)));
     limiter.set_vm_limit(None);
+    assert_eq!(limiter.vm_limit(), None);
     assert_eq!(vcpus.map(|vcpu| limit_of(&limiter, vcpu)), [None, Some(100), None, None]);
 }
 
