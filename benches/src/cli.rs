@@ -105,6 +105,10 @@ pub struct Run {
     /// Draw the rate against the limit over time
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
+
+    /// Write a page with pictures, DIR/index.html; it needs no network
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
 }
 
 /// An optional rate. A type of its own, because clap gives `Option` a meaning.

@@ -14,8 +14,9 @@ use dirtylimit_bench::plan::Plan;
 use dirtylimit_bench::probe;
 use dirtylimit_bench::record::{GuestKind, Recording};
 use dirtylimit_bench::report::json::Report;
+use dirtylimit_bench::report::page::{self, Page};
 use dirtylimit_bench::report::progress::{Interrupt, Live};
-use dirtylimit_bench::report::{svg, table::Table};
+use dirtylimit_bench::report::{self, svg, table::Table};
 use dirtylimit_bench::scenario::verdict::{Results, Verdict};
 use dirtylimit_bench::scenario::{self, Scenarios};
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL};
@@ -55,6 +56,7 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
     for path in [json.filter(|_| !to_stdout), run.svg.as_deref()].into_iter().flatten() {
         writable(path)?;
     }
+    run.report.as_deref().map_or(Ok(()), page::prepare)?;
     let guest = choose(run)?;
     let mut live = Live::new(plan, Interrupt::install()?)?;
     let recording = start(guest, plan, &mut live);
@@ -77,6 +79,9 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
     }
     if let Some(path) = &run.svg {
         svg::write(&recording, path)?;
+    }
+    if let Some(directory) = &run.report {
+        report(&report::run::page(&recording)?, directory)?;
     }
     Ok(if recording.lost_pages > Some(0) { ExitCode::from(LOST) } else { ExitCode::SUCCESS })
 }
@@ -156,6 +161,11 @@ fn writable(path: &Path) -> Result<File> {
     // Not truncated yet: a run that fails leaves an older report as it is.
     let file = OpenOptions::new().create(true).append(true).open(path);
     file.with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn report(page: &Page, directory: &Path) -> Result<()> {
+    eprintln!("The report is {}.", page.write(directory)?.display());
+    Ok(())
 }
 
 /// Writes to stdout; a reader that has gone away is no error.

@@ -262,6 +262,21 @@ impl Stalls {
         self.longest_ms()
     }
 
+    /// `(length in ms, how many stalls were at least that long)`, by length; the last is the longest stall. Empty where there
+    /// was none.
+    pub fn at_least(&self) -> Vec<(f64, u64)> {
+        let mut buckets: Vec<_> = self.buckets().into_iter().filter(|&(.., gaps)| gaps > 0).collect();
+        let mut points: Vec<_> = self.longest_ms().map(|longest| (longest, 1)).into_iter().collect();
+        let mut count = 0u64;
+        while let Some((from, _, gaps)) = buckets.pop() {
+            count = count.saturating_add(gaps);
+            let from = self.ms(from.max(self.threshold_ticks as f64).min(self.longest_ticks as f64));
+            points.extend(from.map(|from| (from, count)));
+        }
+        points.reverse();
+        points
+    }
+
     /// From, to (in ticks), and how many gaps between, of the finest histogram that there is.
     fn buckets(&self) -> Vec<(f64, f64, u64)> {
         if self.fine.iter().all(|&gaps| gaps == 0) {

@@ -1,9 +1,13 @@
 //! What a run looks like to people and to scripts.
 
+pub mod charts;
+mod ink;
 pub mod json;
+pub mod page;
+pub mod plot;
 pub mod progress;
+pub mod run;
 pub mod svg;
-
 pub mod table;
 
 #[cfg(test)]

@@ -3,38 +3,23 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
-use plotters::coord::Shift;
+use anyhow::{Context, Result};
 use plotters::prelude::*;
 
-use crate::measure::{Measures, Series, WINDOW};
+use super::charts;
+use super::ink::{self, PAPER};
+use super::plot::{self, Area, Axis, Chart, Look, Series, font, plain, px};
+use crate::measure::Measures;
 use crate::record::{Recording, VcpuRecording};
-use crate::units::{mib_per_sec, significant};
+use crate::units::significant;
 
 /// Beyond these the panels would be too many to look at.
 const MAX_PANELS: usize = 16;
 const WIDTH: u32 = 960;
 const HEADER: u32 = 64;
-const PANEL: u32 = 260;
-/// How many points a line may have: more than there are pixels say nothing.
-const POINTS: u32 = 900;
-
-/// A colour on white, and the one that takes its place where the viewer asks for a dark page.
-struct Ink {
-    light: RGBColor,
-    dark: &'static str,
-}
-
-const PAPER: Ink = Ink { light: RGBColor(255, 255, 255), dark: "#0D1117" };
-const TEXT: Ink = Ink { light: RGBColor(31, 35, 40), dark: "#E6EDF3" };
-const GRID: Ink = Ink { light: RGBColor(216, 222, 228), dark: "#444C56" };
-const RATE: Ink = Ink { light: RGBColor(9, 105, 218), dark: "#58A6FF" };
-const GROSS: Ink = Ink { light: RGBColor(130, 100, 190), dark: "#A48BD8" };
-const LIMIT: Ink = Ink { light: RGBColor(188, 76, 0), dark: "#F0883E" };
-const PAUSE: Ink = Ink { light: RGBColor(224, 229, 234), dark: "#303844" };
-const INKS: [Ink; 7] = [PAPER, TEXT, GRID, RATE, GROSS, LIMIT, PAUSE];
+const PANEL: u32 = 290;
+const CAPTION: u32 = 28;
 
 /// Writes the drawing of a recording to `path`.
 ///
@@ -51,110 +36,54 @@ pub fn write(recording: &Recording, path: &Path) -> Result<()> {
 pub fn draw(recording: &Recording) -> Result<String> {
     let shown = &recording.vcpus[..recording.vcpus.len().min(MAX_PANELS)];
     let height = HEADER + PANEL * u32::try_from(shown.len())?;
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
-        area.fill(&PAPER.light).map_err(plain)?;
-        let (header, panels) = area.split_vertically(HEADER);
-        title(&header, recording, shown.len())?;
-        for (vcpu, panel) in shown.iter().zip(panels.split_evenly((shown.len().max(1), 1))) {
-            draw_vcpu(&panel, recording, vcpu)?;
-        }
-        area.present().map_err(plain)?;
-    }
-    Ok(themed(svg))
-}
-
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-
-fn title(area: &Area<'_>, recording: &Recording, shown: usize) -> Result<()> {
-    let hidden = recording.vcpus.len() - shown;
+    let hidden = recording.vcpus.len() - shown.len();
     let hidden = if hidden == 0 { String::new() } else { format!(", {hidden} more vCPUs not drawn") };
-    let text = format!("Dirty page rate against its limit{hidden}");
-    area.draw_text(&text, &font(18), (16, 10)).map_err(plain)?;
-    // The legend: a line and its name, side by side.
-    let names = [
-        (RATE, "net rate (100 ms mean)", 170),
-        (GROSS, "gross rate", 90),
-        (LIMIT, "limit", 80),
-        (PAUSE, "share of time paused", 0),
-    ];
+    let title = format!("Dirty page rate against its limit{hidden}");
+    let charts: Vec<_> = shown.iter().map(|vcpu| chart(recording, vcpu)).collect();
+    let svg = plot::svg((WIDTH, height), &title, |area| {
+        area.fill(&PAPER.light).map_err(plain)?;
+        let (header, panels) = area.split_vertically(px(HEADER));
+        header.draw_text(&title, &font(17), at(16, 10)).map_err(plain)?;
+        legend(&header, charts.first())?;
+        for (chart, panel) in charts.iter().zip(panels.split_evenly((charts.len().max(1), 1))) {
+            panel.draw_text(&chart.title, &font(13), at(16, 8)).map_err(plain)?;
+            chart.draw(&panel.margin(px(CAPTION), 0, 0, 0))?;
+        }
+        Ok(())
+    })?;
+    // The colours that the viewer prefers, where it knows of such preferences.
+    let (head, body) = svg.split_once('\n').unwrap_or((&svg, ""));
+    Ok(format!("{head}\n<style>{}</style>\n{body}", ink::style()))
+}
+
+#[expect(clippy::cast_possible_wrap, reason = "places in a drawing")]
+fn at(x: u32, y: u32) -> (i32, i32) {
+    (px(x) as i32, px(y) as i32)
+}
+
+/// What the lines are, side by side.
+fn legend(area: &Area<'_>, chart: Option<&Chart>) -> Result<()> {
     let mut x = 16;
-    for (ink, name, advance) in names {
-        area.draw(&Rectangle::new([(x, 43), (x + 18, 51)], ink.light.filled())).map_err(plain)?;
-        area.draw_text(name, &font(13), (x + 24, 39)).map_err(plain)?;
-        x += 30 + advance;
+    for series in chart.iter().flat_map(|chart| &chart.series) {
+        area.draw(&Rectangle::new([at(x, 43), at(x + 18, 51)], series.look.ink().light.filled())).map_err(plain)?;
+        area.draw_text(&series.name, &font(12), at(x + 24, 41)).map_err(plain)?;
+        x += 56 + 7 * u32::try_from(series.name.len())?;
     }
     Ok(())
 }
 
-fn draw_vcpu(area: &Area<'_>, recording: &Recording, vcpu: &VcpuRecording) -> Result<()> {
-    let series = Series { samples: &vcpu.samples, page_size: recording.page_size };
-    let start = recording.limited_at.as_secs_f64();
-    let end = vcpu.samples.last().map_or(recording.end, |last| last.at.max(recording.end));
-    let xs = -start..(end.as_secs_f64() - start).max(0.001);
-    let rates = sampled(end, |from, to| series.mean_mib_s(from, to));
-    let top = top(recording, vcpu, &rates);
-
-    let caption = caption(recording, vcpu, top);
-    area.draw_text(&caption, &font(14), (16, 4)).map_err(plain)?;
-    let mut chart = ChartBuilder::on(area)
-        .margin_top(26)
-        .margin_right(8)
-        .margin_left(8)
-        .margin_bottom(8)
-        .x_label_area_size(40)
-        .y_label_area_size(64)
-        .right_y_label_area_size(56)
-        .build_cartesian_2d(xs.clone(), 0.0..top)
-        .map_err(plain)?
-        .set_secondary_coord(xs.clone(), 0.0..100.0);
-    let pauses = sampled(end, |from, to| series.paused_pct(from, to));
-    let bars = pauses.windows(2).filter_map(|pair| {
-        let [(from, _), (to, share)] = pair else { return None };
-        Some(Rectangle::new([(from - start, 0.0), (to - start, share.clamp(0.0, 100.0))], PAUSE.light.filled()))
-    });
-    chart.draw_secondary_series(bars).map_err(plain)?;
+/// A vCPU's rate and limit, and the share of the time that it was paused behind them.
+fn chart(recording: &Recording, vcpu: &VcpuRecording) -> Chart {
+    let series = vec![
+        Series::new("share of time paused", Look::Area, charts::paused(recording, vcpu)),
+        Series::new("limit", Look::Allowed, charts::limits(recording, vcpu)),
+        Series::new("gross rate", Look::Thin(3), charts::gross_rate(recording, vcpu)),
+        Series::new("net rate (100 ms mean)", Look::Line(0), charts::net_rate(recording, vcpu)),
+    ];
+    let mut chart = charts::rate_chart(String::new(), series);
+    chart.title = caption(recording, vcpu, chart.y.range.as_ref().map_or(f64::INFINITY, |range| range.end));
+    chart.right = Some(Axis::linear("time paused (%)").over(0.0..100.0));
     chart
-        .configure_mesh()
-        .disable_x_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(GRID.light)
-        .axis_style(TEXT.light)
-        .label_style(font(12))
-        .axis_desc_style(font(12))
-        .x_desc("time since the limit was set (s)")
-        .y_desc("dirty page rate (MiB/s)")
-        .x_labels(12)
-        .y_labels(5)
-        .x_label_formatter(&|x| significant(tidy(*x), 3))
-        .y_label_formatter(&|y| significant(tidy(*y), 3))
-        .draw()
-        .map_err(plain)?;
-    chart
-        .configure_secondary_axes()
-        .axis_style(TEXT.light)
-        .label_style(font(12))
-        .axis_desc_style(font(12))
-        .y_desc("time paused (%)")
-        .y_labels(5)
-        .y_label_formatter(&|y| significant(tidy(*y), 3))
-        .draw()
-        .map_err(plain)?;
-    // Broad and below the rate, so that both are seen where they are one.
-    let ends = vcpu.limits.iter().skip(1).map(|&(at, _)| at).chain([end]);
-    for (&(from, limit), to) in vcpu.limits.iter().zip(ends) {
-        let Some(limit) = limit.map(|limit| mib_per_sec(limit, recording.page_size)) else { continue };
-        let ends = [(from.as_secs_f64() - start, limit.min(top)), (to.as_secs_f64() - start, limit.min(top))];
-        chart.draw_series(LineSeries::new(ends, LIMIT.light.stroke_width(5))).map_err(plain)?;
-    }
-    // Off the scale is drawn along the upper edge: the caption tells the free rate.
-    let gross = sampled(end, |from, to| series.gross_mib_s(from, to));
-    for (rates, ink, width) in [(gross, GROSS, 1), (rates, RATE, 2)] {
-        let line = rates.iter().map(|&(at, rate)| (at - start, rate.min(top)));
-        chart.draw_series(LineSeries::new(line, ink.light.stroke_width(width))).map_err(plain)?;
-    }
-    Ok(())
 }
 
 fn caption(recording: &Recording, vcpu: &VcpuRecording, top: f64) -> String {
@@ -175,57 +104,6 @@ fn caption(recording: &Recording, vcpu: &VcpuRecording, top: f64) -> String {
         let _ = write!(text, ", longest stall {stall:.1} ms");
     }
     text
-}
-
-/// The upper end of the rate's axis: room above the largest limit, so that a deviation shows, or all where there is none.
-fn top(recording: &Recording, vcpu: &VcpuRecording, rates: &[(f64, f64)]) -> f64 {
-    let limits = vcpu.limits.iter().filter_map(|&(_, limit)| limit);
-    let limit = limits.map(|limit| mib_per_sec(limit, recording.page_size)).fold(0.0, f64::max);
-    let rate = rates.iter().map(|&(_, rate)| rate).fold(0.0, f64::max);
-    let top = if limit > 0.0 && vcpu.workload.writes() { 2.0 * limit } else { 1.1 * rate.max(limit) };
-    if top > 0.0 { top } else { 1.0 }
-}
-
-/// `(time in s, value)` of the window that ends then, at as many instants as can be seen.
-fn sampled(end: Duration, value: impl Fn(Duration, Duration) -> Option<f64>) -> Vec<(f64, f64)> {
-    let step = (end / POINTS).max(Duration::from_millis(10));
-    let mut points = Vec::new();
-    let mut to = step;
-    while to <= end {
-        if let Some(value) = value(to.saturating_sub(WINDOW), to) {
-            points.push((to.as_secs_f64(), value));
-        }
-        to += step;
-    }
-    points
-}
-
-fn font(size: u32) -> TextStyle<'static> {
-    ("sans-serif", size).into_font().color(&TEXT.light)
-}
-
-/// Tick marks are sums of steps: without the last bits that these get wrong.
-fn tidy(value: f64) -> f64 {
-    (value * 1e9).round() / 1e9 + 0.0
-}
-
-/// Adds the colours of a dark page, for the viewers that know the difference; the others show the light one.
-fn themed(svg: String) -> String {
-    let mut style = String::from("<style>@media (prefers-color-scheme: dark) {\n");
-    for Ink { light: RGBColor(r, g, b), dark } in INKS {
-        let hex = format!("#{r:02X}{g:02X}{b:02X}");
-        let _ = writeln!(style, "[fill=\"{hex}\"] {{ fill: {dark} }} [stroke=\"{hex}\"] {{ stroke: {dark} }}");
-    }
-    style.push_str("}</style>\n");
-    match svg.find(">\n").map(|end| end + 2) {
-        Some(body) => format!("{}{style}{}", &svg[..body], &svg[body..]),
-        None => svg,
-    }
-}
-
-/// A drawing error without the types of the drawing library, which borrow the drawing.
-fn plain(error: impl std::fmt::Display) -> anyhow::Error {
-    anyhow!("cannot draw: {error}")
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The report for people: a table that fits 80 columns and a few lines below it.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::time::Duration;
 
 use crate::measure::{Measures, StepMeasures, TOLERANCE_PCT, VmMeasures};
@@ -61,21 +61,19 @@ impl fmt::Display for Table<'_> {
             Some(lost) => writeln!(f, "LOST PAGES: {lost} (a copy made from the dirty log is wrong there)")?,
             None => writeln!(f, "lost pages: not checked")?,
         }
-        writeln!(f, "{}", verdict(recording, &measures)?)
+        let what = if recording.interrupted { "interrupted" } else { "verdict" };
+        writeln!(f, "{what}: {}", verdict(recording, &measures))
     }
 }
 
 /// The run in one sentence.
-fn verdict(recording: &Recording, measures: &[Measures]) -> Result<String, fmt::Error> {
-    let mut text = String::from(if recording.interrupted { "interrupted: " } else { "verdict: " });
+pub(super) fn verdict(recording: &Recording, measures: &[Measures]) -> String {
     if let Some(lost @ 1..) = recording.lost_pages {
-        write!(text, "failed, {lost} pages lost")?;
-        return Ok(text);
+        return format!("failed, {lost} pages lost");
     }
     // With a budget of the VM, a vCPU's share may be anything below its own limit: the VM is judged.
     if let Some(error) = VmMeasures::of(recording).and_then(|vm| vm.error_pct) {
-        write!(text, "the VM was held to {} % of its budget", signed(Some(error)))?;
-        return Ok(text);
+        return format!("the VM was held to {} % of its budget", signed(Some(error)));
     }
     let limited = || measures.iter().filter(|measures| measures.last().error_pct.is_some());
     // A vCPU that was hardly ever paused and is below its limit would be there without one too.
@@ -90,28 +88,27 @@ fn verdict(recording: &Recording, measures: &[Measures]) -> Result<String, fmt::
     let unsettled = judged().filter(|measures| !settled(measures.last())).count();
     let worst = judged().filter_map(|measures| measures.last().error_pct).max_by(|a, b| a.abs().total_cmp(&b.abs()));
     match worst {
-        None if limited().next().is_some() => text.push_str("below the limit without being paused"),
-        None => text.push_str("no vCPU that writes was limited long enough to judge"),
+        None if limited().next().is_some() => "below the limit without being paused".to_owned(),
+        None => "no vCPU that writes was limited long enough to judge".to_owned(),
         Some(error) if unsettled == 0 => {
             let ms = judged().filter_map(|measures| measures.last().settle_ms).fold(0.0, f64::max);
-            write!(text, "held to {} % of the limit at worst, settled within {ms:.0} ms", signed(Some(error)))?;
+            format!("held to {} % of the limit at worst, settled within {ms:.0} ms", signed(Some(error)))
         }
         Some(error) => {
             let (all, error) = (judged().count(), signed(Some(error)));
-            write!(text, "{unsettled} of {all} limited vCPUs did not settle; mean error {error} % at worst")?;
+            format!("{unsettled} of {all} limited vCPUs did not settle; mean error {error} % at worst")
         }
     }
-    Ok(text)
 }
 
-const fn guest(kind: GuestKind) -> &'static str {
+pub(super) const fn guest(kind: GuestKind) -> &'static str {
     match kind {
         GuestKind::Kvm => "KVM guest",
         GuestKind::Sim => "simulated guest",
     }
 }
 
-const fn policy(kind: PolicyKind) -> &'static str {
+pub(super) const fn policy(kind: PolicyKind) -> &'static str {
     match kind {
         PolicyKind::Paced => "paced",
         PolicyKind::Stepped => "stepped",
@@ -119,14 +116,14 @@ const fn policy(kind: PolicyKind) -> &'static str {
 }
 
 /// One decimal, none from 1,000 on, so that it fits five columns; `-` where there is none.
-fn number(value: Option<f64>) -> String {
+pub(super) fn number(value: Option<f64>) -> String {
     value.map_or(
         "-".to_owned(),
         |value| if value.abs() < 999.95 { format!("{value:.1}") } else { format!("{value:.0}") },
     )
 }
 
-fn signed(value: Option<f64>) -> String {
+pub(super) fn signed(value: Option<f64>) -> String {
     // Rounded first, so that nothing prints as -0.0.
     let tenth = |value: f64| (value * 10.0).round() / 10.0 + 0.0;
     value.map_or("-".to_owned(), |value| match value.abs() {
@@ -136,7 +133,7 @@ fn signed(value: Option<f64>) -> String {
     })
 }
 
-fn whole(value: Option<f64>) -> String {
+pub(super) fn whole(value: Option<f64>) -> String {
     value.map_or("-".to_owned(), |value| format!("{value:.0}"))
 }
 

@@ -1,0 +1,243 @@
+//! The page of a run.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::charts::{self, net_rate, rate_chart, stall_chart, survival};
+use super::page::{Cell, Page, Table, Tone};
+use super::plot::{Chart, Look, Series};
+use super::table::{guest, number, policy, signed, verdict, whole};
+use crate::measure::{Measures, TOLERANCE_PCT, VmMeasures};
+use crate::record::{Recording, Stalls, VcpuRecording};
+use crate::units::{mib_per_sec, significant};
+
+/// More lines than these cannot be told apart.
+const MAX_LINES: usize = 5;
+
+/// The page of a recording.
+///
+/// # Errors
+/// What the drawing library reports is passed on.
+pub fn page(recording: &Recording) -> Result<Page> {
+    let measures: Vec<_> = recording.vcpus.iter().map(|vcpu| Measures::of(recording, vcpu)).collect();
+    let (kind, vcpus) = (guest(recording.guest), recording.vcpus.len());
+    let plural = if vcpus == 1 { "" } else { "s" };
+    let lede = format!("A {kind} of {vcpus} vCPU{plural}: {}.", verdict(recording, &measures));
+    let mut page = Page::new("Dirty page rate under a limit", lede);
+    page.section("").tiles(tiles(recording, &measures));
+
+    let rates = page.section("Rate against limit");
+    rates.picture(
+        "Pages newly dirtied, which a migration would have to send again, as means over 100 ms. Before 0 s the guest runs \
+         free; what is off the scale is drawn along the upper edge.",
+        &[rate_chart("Dirty page rate of each vCPU", of_vcpus(recording))],
+    )?;
+    if let Some(limit) = recording.vm_limit {
+        let end = since(recording, recording.end);
+        let limit = mib_per_sec(limit, recording.page_size);
+        let series = vec![
+            Series::new("budget", Look::Allowed, vec![(0.0, limit), (end, limit)]),
+            Series::new("whole VM", Look::Line(0), each_instant(recording, |rates| rates.iter().sum())),
+        ];
+        rates.picture("All vCPUs together.", &[rate_chart("Dirty page rate of the VM", series)])?;
+    }
+    rates.table(&vcpu_table(recording, &measures));
+    if measures.iter().any(|measures| measures.steps.len() > 1) {
+        rates.table(&step_table(recording, &measures));
+    }
+
+    if let Some(chart) = stalls(recording) {
+        page.section("Stalls").picture(
+            "How long the guest stood still, as it saw by itself: gaps between two readings of its own clock. A point says \
+             how many gaps in a second were at least that long.",
+            &[chart],
+        )?;
+    }
+
+    let made = page.section("How it was made");
+    made.command().facts(facts(recording)).host(&recording.host);
+    Ok(page)
+}
+
+fn tiles(recording: &Recording, measures: &[Measures]) -> Vec<(&'static str, String, &'static str)> {
+    let worst = |of: fn(&Measures) -> Option<f64>| {
+        measures
+            .iter()
+            .filter(|vcpu| vcpu.last().error_pct.is_some())
+            .filter_map(of)
+            .reduce(|one, other| if other.abs() > one.abs() { other } else { one })
+    };
+    let mut tiles = match VmMeasures::of(recording) {
+        Some(vm) => vec![
+            ("VM's settled rate", number(vm.settled_mib_s), "MiB/s"),
+            ("VM's budget", significant(vm.limit_mib_s, 4), "MiB/s"),
+            ("Error", signed(vm.error_pct), "%"),
+        ],
+        None => vec![
+            ("Error of the settled rate", signed(worst(|vcpu| vcpu.last().error_pct)), "%"),
+            ("Settled in", whole(worst(|vcpu| vcpu.last().settle_ms)), "ms"),
+        ],
+    };
+    tiles.push(("Longest stall", number(worst(|vcpu| vcpu.stall_max_ms)), "ms"));
+    tiles.push(("Lost pages", recording.lost_pages.map_or("-".to_owned(), |lost| lost.to_string()), ""));
+    tiles
+}
+
+fn since(recording: &Recording, at: Duration) -> f64 {
+    at.as_secs_f64() - recording.limited_at.as_secs_f64()
+}
+
+/// The rates of the vCPUs over their limits; where they are many, those of the fastest, the median and the slowest.
+fn of_vcpus(recording: &Recording) -> Vec<Series> {
+    let mut series: Vec<Series> = Vec::new();
+    for vcpu in &recording.vcpus {
+        let limit = Series::new("limit", Look::Allowed, charts::limits(recording, vcpu));
+        // Limits that are the same are one; not a number is not even equal to itself.
+        if !series.iter().any(|other| format!("{:?}", other.points) == format!("{:?}", limit.points)) {
+            series.push(limit);
+        }
+    }
+    if recording.vcpus.len() <= MAX_LINES {
+        series.extend(recording.vcpus.iter().enumerate().map(|(hue, vcpu)| {
+            let name = format!("vCPU {}, {}", vcpu.index, vcpu.workload);
+            Series::new(name, Look::Line(hue), net_rate(recording, vcpu))
+        }));
+        return series;
+    }
+    let ranked = |rank: fn(usize) -> usize| {
+        each_instant(recording, move |rates| {
+            rates.sort_unstable_by(f64::total_cmp);
+            rates.get(rank(rates.len())).copied().unwrap_or(f64::NAN)
+        })
+    };
+    let count = recording.vcpus.len();
+    series.push(Series::new(format!("fastest of {count} vCPUs"), Look::Thin(1), ranked(|count| count - 1)));
+    series.push(Series::new("slowest", Look::Thin(2), ranked(|_| 0)));
+    series.push(Series::new("median", Look::Line(0), ranked(|count| count / 2)));
+    series
+}
+
+/// One number for the rates of all vCPUs at each instant.
+fn each_instant(recording: &Recording, of: impl Fn(&mut [f64]) -> f64) -> Vec<(f64, f64)> {
+    let rates: Vec<_> = recording.vcpus.iter().map(|vcpu| net_rate(recording, vcpu)).collect();
+    let Some(first) = rates.first() else { return Vec::new() };
+    let at = |number: usize| rates.iter().filter_map(|rates| Some(rates.get(number)?.1)).collect::<Vec<_>>();
+    first.iter().enumerate().map(|(number, &(instant, _))| (instant, of(&mut at(number)))).collect()
+}
+
+/// The stalls of the limited writers; where they are many, of all together.
+fn stalls(recording: &Recording) -> Option<Chart> {
+    let limited = |vcpu: &&VcpuRecording| vcpu.stalls.longest_ticks > 0;
+    let vcpus: Vec<_> = recording.vcpus.iter().filter(limited).collect();
+    let seconds = |vcpu: &VcpuRecording| vcpu.limited_time.as_secs_f64();
+    let title = "Stalls while limited";
+    let series = if vcpus.len() <= MAX_LINES {
+        let line = |vcpu: &VcpuRecording| {
+            let name = format!("vCPU {}, {}", vcpu.index, vcpu.workload);
+            Series::new(name, Look::Line(vcpu.index), survival(&vcpu.stalls, seconds(vcpu)))
+        };
+        vcpus.into_iter().map(line).collect()
+    } else {
+        let name = format!("a vCPU, mean of {}", vcpus.len());
+        let time = vcpus.iter().map(|vcpu| seconds(vcpu)).sum();
+        let all = vcpus.into_iter().map(|vcpu| vcpu.stalls.clone()).reduce(|mut sum: Stalls, stalls| {
+            sum.add(&stalls);
+            sum
+        })?;
+        vec![Series::new(name, Look::Line(0), survival(&all, time))]
+    };
+    (!series.is_empty()).then(|| stall_chart(title, series, recording.max_pause))
+}
+
+fn limit(limit: Option<f64>) -> Cell {
+    limit.map_or("none".into(), |limit| significant(limit, 4).into())
+}
+
+fn error(error_pct: Option<f64>) -> Cell {
+    let tone = match error_pct {
+        Some(error) if error.abs() > TOLERANCE_PCT => Tone::Bad,
+        _ => Tone::Plain,
+    };
+    Cell::from(signed(error_pct)).toned(tone)
+}
+
+fn vcpu_table(recording: &Recording, measures: &[Measures]) -> Table {
+    let columns = [
+        "vCPU",
+        "workload",
+        "limit (MiB/s)",
+        "free (MiB/s)",
+        "settled (MiB/s)",
+        "error (%)",
+        "settled in (ms)",
+        "worst window (%)",
+        "stall p99 (ms)",
+        "longest stall (ms)",
+        "paused (%)",
+        "work kept (%)",
+    ];
+    let row = |(vcpu, measures): (&VcpuRecording, &Measures)| {
+        let last = measures.last();
+        vec![
+            vcpu.index.to_string().into(),
+            vcpu.workload.to_string().into(),
+            limit(last.limit_mib_s),
+            number(measures.free_mib_s).into(),
+            number(last.settled_mib_s).into(),
+            error(last.error_pct),
+            whole(last.settle_ms).into(),
+            number(last.worst_window_error_pct).into(),
+            number(measures.stall_p99_ms).into(),
+            number(measures.stall_max_ms).into(),
+            number(measures.paused_pct).into(),
+            number(measures.work_kept_pct).into(),
+        ]
+    };
+    Table {
+        caption: "Each vCPU. Settled is the second half; windows are of 100 ms; work is the guest's own count.".into(),
+        columns: columns.map(str::to_owned).into(),
+        rows: recording.vcpus.iter().zip(measures).map(row).collect(),
+    }
+}
+
+fn step_table(recording: &Recording, measures: &[Measures]) -> Table {
+    let steps = recording.vcpus.iter().zip(measures).flat_map(|(vcpu, measures)| {
+        measures.steps.iter().map(move |step| {
+            vec![
+                vcpu.index.to_string().into(),
+                format!("{:.1}", since(recording, step.from)).into(),
+                limit(step.limit_mib_s),
+                number(step.settled_mib_s).into(),
+                error(step.error_pct),
+                whole(step.settle_ms).into(),
+                number(step.overshoot_pct).into(),
+            ]
+        })
+    });
+    let columns =
+        ["vCPU", "from (s)", "limit (MiB/s)", "settled (MiB/s)", "error (%)", "settled in (ms)", "overshoot (%)"];
+    Table {
+        caption: "Each change of a limit.".into(),
+        columns: columns.map(str::to_owned).into(),
+        rows: steps.collect(),
+    }
+}
+
+fn facts(recording: &Recording) -> Vec<(&'static str, String)> {
+    let limited = recording.end.saturating_sub(recording.limited_at).as_secs_f64();
+    let interrupted = if recording.interrupted { ", then interrupted" } else { "" };
+    let lost = match recording.lost_pages {
+        Some(lost) => format!("{lost}, by comparing a copy made from the dirty log alone with the guest's memory"),
+        None => "not checked".to_owned(),
+    };
+    vec![
+        ("Guest", guest(recording.guest).to_owned()),
+        ("Policy", policy(recording.policy).to_owned()),
+        ("Ring", format!("{} entries for each vCPU", recording.ring)),
+        ("Longest pause", format!("{:?} asked for", recording.max_pause)),
+        ("Limited for", format!("{limited:.1} s{interrupted}")),
+        ("Resets", format!("{} calls, {} pages given back", recording.reset_calls, recording.reset_pages)),
+        ("Lost pages", lost),
+    ]
+}
