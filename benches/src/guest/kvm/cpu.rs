@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_regs, kvm_run, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::machine::{DOORBELL_BYTES, PAGE_TABLES};
+use super::layout::{self, DOORBELL_BYTES, PAGE_TABLES};
 use super::memory::GuestMemory;
 use crate::payload::IMAGE_ADDRESS;
 use crate::units::PAGE_SIZE;
@@ -75,7 +75,7 @@ impl GuestCpu {
 
     /// `time` in TSC ticks, rounded down.
     pub fn ticks(&self, time: Duration) -> u64 {
-        u64::try_from(time.as_nanos() * u128::from(self.tsc_hz) / 1_000_000_000).unwrap_or(u64::MAX)
+        layout::ticks(time, self.tsc_hz)
     }
 
     /// What gets this vCPU out of the guest, for other threads.

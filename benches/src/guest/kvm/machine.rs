@@ -16,85 +16,24 @@
 //! # Ok(())
 //! # }
 //! ```
-//!
-//! Guest-physical layout, one memslot (id 0) for all of it:
-//!
-//! | from | what |
-//! |---|---|
-//! | 0x1000 | page tables, accessed and dirty bits set already, so that nothing writes them |
-//! | 0x100000 | the image, at most 1 MiB |
-//! | 0x200000 | stats pages, one per vCPU |
-//! | 0x280000 | parameter blocks, one page per vCPU |
-//! | 0x300000 | stacks, 16 KiB per vCPU |
-//! | 0x1000000 | workload memory, each vCPU's from the next multiple of 2 MiB |
-//! | end of RAM | 2 MiB that are mapped for the guest but have no memory: the doorbell |
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
 use super::cpu::{self, GuestCpu};
+use super::layout::{
+    DOORBELL_BYTES, HUGE_PAGE, Layout, Load, MAX_VCPUS, PAGE_TABLES, PARAMETERS, STACK_BYTES, STACKS, STATS,
+};
 use super::memory::GuestMemory;
-use crate::payload::{self, IMAGE_ADDRESS, Mode, Parameters, WORKLOAD_ADDRESS, stats};
+use crate::payload::{self, IMAGE_ADDRESS, stats};
 use crate::units::PAGE_SIZE;
 
-/// The most vCPUs that the layout has room for.
-pub const MAX_VCPUS: usize = 64;
 /// The id of the one memslot.
 pub const SLOT: u32 = 0;
-
-/// Guest-physical address of the top page table.
-pub(super) const PAGE_TABLES: u64 = 0x1000;
-/// Bytes of the doorbell, a huge page.
-pub(super) const DOORBELL_BYTES: u64 = HUGE_PAGE;
-
-const STATS: u64 = 0x20_0000;
-const PARAMETERS: u64 = 0x28_0000;
-const STACKS: u64 = 0x30_0000;
-const STACK_BYTES: u64 = 0x4000;
-const HUGE_PAGE: u64 = 2 << 20;
-/// The page directories must end below the image: one page of them maps 1 GiB.
-const MAX_RAM: u64 = 64 << 30;
-const _: () = assert!(PAGE_TABLES + (2 + MAX_RAM / (1 << 30)) * PAGE_SIZE as u64 <= IMAGE_ADDRESS);
-const _: () = assert!(STACKS + MAX_VCPUS as u64 * STACK_BYTES <= WORKLOAD_ADDRESS);
-
-/// What one vCPU works on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Load {
-    /// What it does.
-    pub mode: Mode,
-    /// Bytes of its memory, in whole pages; a power of two for [`Mode::Random`], and may be 0 for [`Mode::Idle`] only.
-    pub bytes: u64,
-    /// Empty loop turns after each access.
-    pub delay: u64,
-    /// A gap between two TSC reads that is longer counts as a stall.
-    pub stall: Duration,
-    /// How long a [`Mode::Burst`] writes, and how long it rests.
-    pub half_period: Duration,
-}
-
-impl Load {
-    /// `mode` on `bytes` of memory at full speed, with stalls counted from 50 µs and bursts of 100 ms.
-    pub const fn new(mode: Mode, bytes: u64) -> Self {
-        Self { mode, bytes, delay: 0, stall: Duration::from_micros(50), half_period: Duration::from_millis(100) }
-    }
-
-    fn check(&self) -> Result<()> {
-        let Self { mode, bytes, .. } = *self;
-        let page = u64::from(PAGE_SIZE);
-        ensure!(bytes % page == 0, "{bytes} bytes of memory: it must be whole pages of {page}");
-        ensure!(bytes > 0 || mode == Mode::Idle, "no memory: {mode:?} needs at least one page of {page} bytes");
-        ensure!(
-            mode != Mode::Random || bytes.is_power_of_two(),
-            "{bytes} bytes of memory: Random needs a power of two"
-        );
-        Ok(())
-    }
-}
 
 /// A VM with its memory, whose vCPUs are made one by one.
 #[derive(Debug)]
@@ -102,7 +41,7 @@ pub struct Machine {
     vm: VmFd,
     cpuid: CpuId,
     memory: Arc<GuestMemory>,
-    loads: Vec<(Load, u64)>,
+    layout: Layout,
 }
 
 impl Machine {
@@ -115,23 +54,13 @@ impl Machine {
         let most = MAX_VCPUS.min(kvm.get_max_vcpus());
         ensure!((1..=most).contains(&loads.len()), "{} vCPUs: this machine's guest has 1 to {most}", loads.len());
         payload::check(image)?;
-        let mut end = WORKLOAD_ADDRESS;
-        let mut placed = Vec::with_capacity(loads.len());
-        for (index, load) in loads.iter().enumerate() {
-            load.check().with_context(|| format!("vCPU {index}"))?;
-            placed.push((*load, end));
-            end = end
-                .checked_add(load.bytes)
-                .map(|end| end.next_multiple_of(HUGE_PAGE))
-                .filter(|&end| end <= MAX_RAM - DOORBELL_BYTES)
-                .with_context(|| format!("vCPU {index}: a guest has less than {} GiB of memory", MAX_RAM >> 30))?;
-        }
-        let memory = GuestMemory::new(usize::try_from(end)?)?;
+        let layout = Layout::new(loads)?;
+        let memory = GuestMemory::new(usize::try_from(layout.ram())?)?;
         write_page_tables(&memory);
         memory.write_bytes(IMAGE_ADDRESS, image);
         let vm = kvm.create_vm().context("KVM_CREATE_VM")?;
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
-        Ok(Self { vm, cpuid, memory: Arc::new(memory), loads: placed })
+        Ok(Self { vm, cpuid, memory: Arc::new(memory), layout })
     }
 
     /// The VM's descriptor.
@@ -149,8 +78,7 @@ impl Machine {
     /// # Panics
     /// If there is no load of that index.
     pub fn workload(&self, index: usize) -> std::ops::Range<u64> {
-        let (load, start) = self.loads[index];
-        start..start + load.bytes
+        self.layout.workload(index)
     }
 
     /// Gives the VM its memory as slot [`SLOT`]; again, to switch its dirty logging on or off.
@@ -190,7 +118,6 @@ impl Machine {
     /// # Panics
     /// If there is no load of that index.
     pub fn vcpu(&self, index: usize) -> Result<GuestCpu> {
-        let (load, start) = self.loads[index];
         let id = index as u64;
         let fd = self.vm.create_vcpu(id).with_context(|| format!("cannot create vCPU {index}"))?;
         fd.set_cpuid2(&self.cpuid).with_context(|| format!("vCPU {index}: KVM refused the CPUID that it offered"))?;
@@ -198,17 +125,7 @@ impl Machine {
         let parameters = PARAMETERS + id * page;
         let at = (STATS + id * page, parameters, STACKS + (id + 1) * STACK_BYTES);
         let cpu = GuestCpu::new(fd, index, at, &self.memory)?;
-        let block = Parameters {
-            start,
-            end: start + load.bytes,
-            stride: if load.mode == Mode::Random { load.bytes / page - 1 } else { page },
-            delay: load.delay,
-            mode: load.mode,
-            stall_ticks: cpu.ticks(load.stall),
-            index: id,
-            half_period: cpu.ticks(load.half_period),
-            doorbell: self.memory.bytes() as u64,
-        };
+        let block = self.layout.parameters(index, cpu.tsc_hz(), self.layout.ram());
         self.memory.write(parameters, &block.words());
         Ok(cpu)
     }
@@ -218,7 +135,7 @@ impl Machine {
     /// # Panics
     /// If there is no load of that index.
     pub fn stats(&self, index: usize) -> StatsPage<'_> {
-        assert!(index < self.loads.len(), "no vCPU {index}");
+        assert!(index < self.layout.vcpus(), "no vCPU {index}");
         let number = usize::try_from(STATS / u64::from(PAGE_SIZE)).expect("the layout fits usize") + index;
         StatsPage { number, words: self.memory.page(number) }
     }

@@ -2,6 +2,7 @@
 
 pub mod affinity;
 mod cpu;
+pub(crate) mod layout;
 mod machine;
 mod memory;
 pub mod raw_ring;
@@ -13,7 +14,8 @@ use std::io::Write;
 use std::panic::Location;
 
 pub use cpu::{Exit, GuestCpu, Kicker, open};
-pub use machine::{Load, MAX_VCPUS, Machine, SLOT, StatsPage};
+pub use layout::{Load, MAX_VCPUS};
+pub use machine::{Machine, SLOT, StatsPage};
 pub use memory::GuestMemory;
 pub use run::{run, run_scripted};
 pub use script::{Hold, Mark, Script, Scripted};

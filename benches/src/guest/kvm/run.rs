@@ -12,7 +12,7 @@ use super::script::{Event, Mark, Script, Scripted};
 use super::threads::{Copier, Limited, Vcpus};
 use super::{GuestCpu, Load, Machine, SLOT};
 use crate::guest::{Phase, Progress, VcpuNow};
-use crate::payload::{self, Mode};
+use crate::payload;
 use crate::plan::Plan;
 use crate::probe;
 use crate::record::{GuestKind, PolicyKind, Recording, Sample, Stalls, VcpuRecording};
@@ -23,8 +23,6 @@ use crate::workload::Workload;
 const SAMPLE: Duration = Duration::from_millis(10);
 /// Interval of the throttle thread.
 const TICK: Duration = Duration::from_millis(10);
-/// Empty loop turns between the writes of [`Workload::Slow`]: about 10 µs.
-const SLOW_DELAY: u64 = 20_000;
 /// Memory that must stay free for everybody else.
 const SPARE: u64 = 128 << 20;
 
@@ -43,7 +41,7 @@ pub fn run(plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
 /// As [`run`].
 pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -> Result<Scripted> {
     let image = plan.payload.as_deref().map(payload::load).transpose()?;
-    let loads: Vec<Load> = plan.vcpus.iter().map(|vcpu| load(vcpu.workload)).collect();
+    let loads: Vec<Load> = plan.vcpus.iter().map(|vcpu| Load::of(vcpu.workload)).collect();
     let machine = Machine::new(&loads, image.as_deref().unwrap_or(payload::image()))?;
     check_memory(machine.memory().bytes() as u64)?;
 
@@ -302,18 +300,6 @@ fn recorded(workload: Workload, load: &Load, cpu: &GuestCpu) -> VcpuRecording {
         net_pages: 0,
         gross_pages: 0,
     }
-}
-
-fn load(workload: Workload) -> Load {
-    let mode = match workload {
-        Workload::Write(_) | Workload::Slow(_) => Mode::Write,
-        Workload::Random(_) => Mode::Random,
-        Workload::Read(_) => Mode::Read,
-        Workload::Burst(_) => Mode::Burst,
-        Workload::Idle => Mode::Idle,
-    };
-    let delay = if matches!(workload, Workload::Slow(_)) { SLOW_DELAY } else { 0 };
-    Load { delay, ..Load::new(mode, workload.bytes()) }
 }
 
 /// The guest and its copy must fit into what is free: the kernel would end this process, or another, in mid-run.
