@@ -59,6 +59,11 @@ impl Place {
     pub(crate) fn new(ring: Ring<RingPages>, seat: Arc<Seat>) -> Self {
         Self { ring, slice: None, limited: false, stretched: false, limited_at_sweep: [false; 2], seat }
     }
+
+    /// Whether there is a limit that the vCPU's thread has not noticed.
+    pub(crate) fn is_to_notice(&self, limiter: &VmLimiter) -> bool {
+        !self.limited && self.seat.cell(limiter).penalty.accept() != Penalty::NONE
+    }
 }
 
 /// Everything the lock owns.
@@ -119,7 +124,7 @@ impl Harvest {
         for place in self.places.values_mut() {
             let entries = meter(place, &mut self.slots, limiter);
             let penalty = place.seat.cell(limiter).penalty.accept();
-            let is_news = entries > 0 && penalty != Penalty::NONE && !place.limited;
+            let is_news = entries > 0 && place.is_to_notice(limiter);
             if is_news && (kick::ends_slices(penalty) || entries < place.ring.room() / 4) {
                 place.seat.kick();
             }

@@ -150,12 +150,14 @@ impl DirtyLimit {
     }
 
     /// As [`DirtyLimit::sync`], but leaves limited vCPUs inside their slices: of their rings only what a slice frees is
-    /// collected, and the rest, which stays dirty, is counted.
+    /// collected (nothing before they have noticed their limit), and the rest, which stays dirty, is counted.
     ///
     /// # Errors
     /// As [`DirtyLimit::sync`].
     pub fn pass(&self) -> Result<Pass, Error> {
         self.sweep(|place| match place.slice {
+            // Left to fill, so that it notices: it might never, were it emptied by each pass.
+            None if place.is_to_notice(&self.0.limiter) => 0,
             None => place.ring.held_back(),
             Some(slice) => place.ring.to_collect(slice),
         })
