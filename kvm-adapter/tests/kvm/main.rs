@@ -1,5 +1,7 @@
 //! The adapter on real KVM. Where there is none, each test says so and passes.
 
+mod changes;
 mod common;
 mod disturbed;
 mod machines;
+mod rig;
