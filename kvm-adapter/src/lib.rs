@@ -52,6 +52,8 @@ mod fake;
 mod harvest;
 mod kick;
 mod limit;
+#[cfg(feature = "qmp")]
+pub mod qmp;
 mod seat;
 mod slots;
 mod sync;

@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dirtylimit_core::{PageRate, Ring, Shipped, Status};
+use dirtylimit_core::{Nanos, PageRate, Ring, Shipped, Status};
 
 use crate::caps::{Caps, Config};
 use crate::error::{Error, system};
@@ -245,6 +245,17 @@ impl DirtyLimit {
     /// Changes the policy.
     pub fn set_policy(&self, policy: Shipped) {
         self.0.limiter.set_policy(policy);
+        self.tell_all();
+    }
+
+    /// The longest single pause of a vCPU.
+    pub fn max_pause(&self) -> Duration {
+        Duration::from_nanos(self.0.limiter.vm().max_pause())
+    }
+
+    /// Changes the longest single pause, 100 µs to 1 s (clamped).
+    pub fn set_max_pause(&self, pause: Duration) {
+        self.0.limiter.vm().set_max_pause(Nanos::try_from(pause.as_nanos()).unwrap_or(Nanos::MAX));
         self.tell_all();
     }
 

@@ -1,0 +1,107 @@
+//! One client's conversation: bytes in, replies out, no I/O.
+
+use std::time::Instant;
+
+use serde_json::{Map, Value, json};
+
+use super::Monitor;
+use super::command::{Arguments, Command};
+use super::error::Error;
+use super::stream::Splitter;
+
+/// The protocol's state for one client: greeted, then negotiating, then commanding.
+#[derive(Debug, Default)]
+pub struct Session {
+    splitter: Splitter,
+    negotiated: bool,
+}
+
+impl Session {
+    /// The state of a client that has just connected.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// What it is to be sent first. Lines end with CR LF, as the protocol has it.
+    pub fn greeting() -> Vec<u8> {
+        line(&json!({ "QMP": { "version": version(), "capabilities": [] } }))
+    }
+
+    /// Takes bytes off `input` up to the end of the next message, and answers it. `None` when all are taken and none
+    /// ended: nothing more than the begun message (64 KiB at most) is kept.
+    ///
+    /// A caller that sends each reply before it asks for the next holds one reply at a time, whatever the client sends.
+    pub fn answer(&mut self, monitor: &mut Monitor, now: Instant, input: &mut &[u8]) -> Option<Vec<u8>> {
+        while let Some((&byte, rest)) = input.split_first() {
+            *input = rest;
+            match self.splitter.push(byte) {
+                None => {}
+                Some(Ok(text)) => return Some(self.reply(monitor, now, &text)),
+                Some(Err(malformed)) => return Some(Error::generic(malformed).line()),
+            }
+        }
+        None
+    }
+
+    fn reply(&mut self, monitor: &mut Monitor, now: Instant, text: &[u8]) -> Vec<u8> {
+        let mut request = match serde_json::from_slice(text) {
+            Ok(Value::Object(request)) => request,
+            Ok(_) => return Error::generic("QMP input must be a JSON object").line(),
+            Err(error) => return Error::generic(format!("JSON parse error, {error}")).line(),
+        };
+        let id = request.remove("id");
+        let mut reply = match self.execute(monitor, now, request) {
+            Ok(value) => json!({ "return": value }),
+            Err(error) => json!({ "error": error }),
+        };
+        if let Some(id) = id {
+            reply["id"] = id;
+        }
+        line(&reply)
+    }
+
+    fn execute(&mut self, monitor: &mut Monitor, now: Instant, request: Map<String, Value>) -> Result<Value, Error> {
+        let (mut name, mut arguments) = (None, Map::new());
+        for (member, value) in request {
+            match (member.as_str(), value) {
+                ("execute", Value::String(command)) => name = Some(command),
+                ("execute", _) => return Err(Error::generic("QMP input member 'execute' must be a string")),
+                ("arguments", Value::Object(given)) => arguments = given,
+                ("arguments", _) => return Err(Error::generic("QMP input member 'arguments' must be an object")),
+                _ => return Err(Error::generic(format!("QMP input member '{member}' is unexpected"))),
+            }
+        }
+        let name = name.ok_or_else(|| Error::generic("QMP input lacks member 'execute'"))?;
+        match (name.as_str(), self.negotiated) {
+            ("qmp_capabilities", false) => self.negotiate(arguments),
+            ("qmp_capabilities", true) => {
+                Err(Error::no_command("Capabilities negotiation is already complete, command ignored"))
+            }
+            (_, false) => Err(Error::no_command("Expecting capabilities negotiation with 'qmp_capabilities'")),
+            (_, true) => Command::find(monitor, &name)?.run(monitor, now, arguments),
+        }
+    }
+
+    fn negotiate(&mut self, arguments: Map<String, Value>) -> Result<Value, Error> {
+        let mut arguments = Arguments::new(arguments, &["enable"])?;
+        for capability in arguments.strings("enable")?.unwrap_or_default() {
+            return Err(Error::generic(match capability.as_str() {
+                "oob" => "Capability oob not available".to_owned(),
+                other => format!("Parameter 'enable' does not accept value '{other}'"),
+            }));
+        }
+        self.negotiated = true;
+        Ok(json!({}))
+    }
+}
+
+/// `qemu` is the version whose commands, arguments and messages these are; `package` says who really answers.
+pub(crate) fn version() -> Value {
+    let package = concat!("dirtylimit ", env!("CARGO_PKG_VERSION"));
+    json!({ "qemu": { "major": 10, "minor": 0, "micro": 2 }, "package": package })
+}
+
+/// A JSON text and its line end.
+pub(crate) fn line(value: &Value) -> Vec<u8> {
+    format!("{value}\r\n").into_bytes()
+}
