@@ -52,6 +52,8 @@ mod fake;
 mod harvest;
 mod kick;
 mod limit;
+#[cfg(feature = "metrics")]
+pub mod metrics;
 #[cfg(feature = "qmp")]
 pub mod qmp;
 mod seat;

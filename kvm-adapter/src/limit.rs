@@ -301,8 +301,8 @@ impl DirtyLimit {
         ThrottleThread::spawn(move || vm.upgrade().map(|vm| Self(vm).tick()).is_some(), period)
     }
 
-    #[cfg(test)]
-    pub(crate) fn vm(&self) -> &Vm {
+    #[cfg(any(test, feature = "metrics"))]
+    pub(crate) fn vm(&self) -> &Arc<Vm> {
         &self.0
     }
 

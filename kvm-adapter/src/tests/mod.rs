@@ -1,5 +1,7 @@
 //! The whole path without KVM, on [`crate::fake`].
 
 mod enabling;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod resets;
 mod turns;
