@@ -98,6 +98,11 @@ pub struct Run {
     #[arg(long, value_name = "FILE")]
     pub payload: Option<PathBuf>,
 
+    /// Serve a control socket that speaks QEMU's protocol; what it sets overrides the options from then on, and its `quit`
+    /// ends the run
+    #[arg(long, value_name = "PATH")]
+    pub qmp: Option<PathBuf>,
+
     /// Write the report as JSON; `-` is standard output, and nothing else goes there then
     #[arg(long, value_name = "FILE|-")]
     pub json: Option<PathBuf>,
@@ -131,6 +136,9 @@ impl Run {
     /// # Errors
     /// Options that contradict each other or are out of range; the message names the option and what is allowed.
     pub fn plan(&self) -> Result<Plan, String> {
+        if self.qmp.is_some() && self.guest == Some(GuestKind::Sim) {
+            return Err("--qmp needs the KVM guest: the simulated one runs in virtual time".to_owned());
+        }
         let count = self.vcpus.unwrap_or(self.workload.len());
         if !(1..=MAX_VCPUS).contains(&count) {
             return Err(format!("--vcpus {count}: 1 to {MAX_VCPUS} vCPUs are possible"));
@@ -175,6 +183,7 @@ impl Run {
             limited: self.seconds,
             steps: self.steps.clone(),
             payload: self.payload.clone(),
+            qmp: self.qmp.clone(),
         })
     }
 }
@@ -270,6 +279,7 @@ mod tests {
             ("--limit 0", "`none`"),
             ("--vm-limit -1", "unexpected argument"),
             ("--workload wirte:1MiB", "write:SIZE"),
+            ("--guest sim --qmp x", "--qmp needs the KVM guest"),
             ("--guest xen", "[possible values: kvm, sim]"),
             ("--policy fast", "[possible values: paced, stepped]"),
         ] {

@@ -149,6 +149,10 @@ fn choose(run: &Run) -> Result<GuestKind> {
 }
 
 /// Whether KVM opens and has a dirty ring.
+    ensure!(
+        kind == GuestKind::Kvm || run.qmp.is_none(),
+        "--qmp needs the KVM guest: the simulated one runs in virtual time"
+    );
 fn kvm() -> Result<()> {
     let kvm = guest::kvm::open()?;
     let rings = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING];

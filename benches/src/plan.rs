@@ -31,6 +31,8 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// A guest image in place of the built-in one.
     pub payload: Option<PathBuf>,
+    /// A control socket to serve; a limit that it sets stays, whatever the plan says.
+    pub qmp: Option<PathBuf>,
 }
 
 /// What one vCPU runs, and its limit.

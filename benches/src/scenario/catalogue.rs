@@ -212,6 +212,7 @@ fn writers(vcpus: Vec<VcpuPlan>) -> Plan {
         limited: ms(3000),
         steps: Vec::new(),
         payload: None,
+        qmp: None,
     }
 }
 

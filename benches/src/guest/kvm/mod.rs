@@ -1,6 +1,7 @@
 //! The real guest: a small VM whose vCPUs run the [payload](crate::payload) at CPL 3.
 
 pub mod affinity;
+mod control;
 mod cpu;
 pub(crate) mod layout;
 mod machine;

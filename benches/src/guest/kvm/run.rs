@@ -4,10 +4,11 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use dirtylimit_core::{PageRate, Totals};
+use dirtylimit_core::{PageRate, Status, Totals};
 use dirtylimit_kvm::{Config, DirtyLimit, Kick, Shipped, Stepped, ThrottleThread};
 
 use super::affinity::Placement;
+use super::control::Control;
 use super::script::{Event, Mark, Script, Scripted};
 use super::threads::{Copier, Limited, Vcpus};
 use super::{GuestCpu, Load, Machine, SLOT};
@@ -74,6 +75,7 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
     let copier = Copier::start(limit.clone(), shadow, plan.pass)?;
     let vcpus = Vcpus::start(vcpus, placement.vcpus.as_deref())?;
     let recording = Recording::begun(GuestKind::Kvm, plan, probe::host(true, None), recorded);
+    let control = plan.qmp.as_deref().map(|path| Control::serve(limit.clone(), path)).transpose()?;
     let start = Instant::now();
     let done = Scripted { recording, marks: Vec::new(), ticks: Vec::new() };
     Run {
@@ -85,6 +87,7 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
         vcpus,
         copier,
         _throttle: throttle,
+        control,
         start,
         next: SAMPLE,
         done,
@@ -102,6 +105,7 @@ struct Run<'a> {
     vcpus: Vcpus,
     copier: Copier,
     _throttle: ThrottleThread,
+    control: Option<Control>,
     limit: DirtyLimit,
     start: Instant,
     /// When the next sample is due.
@@ -141,7 +145,9 @@ impl Run<'_> {
         let began = self.start.elapsed();
         self.done.recording.limited_at = began;
         if !self.done.recording.interrupted {
-            self.limit.set_vm_limit(self.plan.vm_limit);
+            if !self.overridden() {
+                self.limit.set_vm_limit(self.plan.vm_limit);
+            }
             for index in 0..self.plan.vcpus.len() {
                 self.set_limit(index, self.plan.vcpus[index].limit, began)?;
             }
@@ -214,7 +220,8 @@ impl Run<'_> {
             std::thread::sleep(self.next.min(until).saturating_sub(now));
             if self.start.elapsed() >= self.next {
                 self.sample(phase)?;
-                self.done.recording.interrupted = self.progress.interrupted();
+                let quit = self.control.as_ref().is_some_and(Control::quits);
+                self.done.recording.interrupted = quit || self.progress.interrupted();
             }
         }
         Ok(())
@@ -231,9 +238,15 @@ impl Run<'_> {
         }
         self.limit.meter();
         for index in 0..self.plan.vcpus.len() {
-            let Totals { net_pages: net, gross_pages: gross, paused_us, .. } = self.totals(index)?;
+            let Status { limit, totals, .. } = self.query(index)?;
+            let Totals { net_pages: net, gross_pages: gross, paused_us, .. } = totals;
             let (at, paused) = (self.start.elapsed(), Duration::from_micros(paused_us));
-            self.done.recording.vcpus[index].samples.push(Sample { at, net, gross, paused });
+            let overridden = self.overridden();
+            let vcpu = &mut self.done.recording.vcpus[index];
+            vcpu.samples.push(Sample { at, net, gross, paused });
+            if overridden && vcpu.limits.last().is_some_and(|&(_, recorded)| recorded != limit) {
+                vcpu.limits.push((at, limit));
+            }
         }
         // A sample that is late is not made up for: the next one stands where it would have stood anyway.
         let now = self.start.elapsed();
@@ -248,19 +261,33 @@ impl Run<'_> {
         self.progress.sample(self.start.elapsed(), phase, &now);
     }
 
-    /// Sets or lifts a vCPU's limit, and records it as of `at`.
+    /// Sets or lifts a vCPU's limit, and records it as of `at`. The control socket has the last word.
     fn set_limit(&mut self, index: usize, limit: Option<PageRate>, at: Duration) -> Result<()> {
-        match limit {
-            Some(rate) => self.limit.set_limit(id(index), rate),
-            None => self.limit.cancel(id(index)),
-        }
-        .with_context(|| format!("cannot set the limit of vCPU {index}"))?;
+        let limit = if self.overridden() {
+            self.query(index)?.limit
+        } else {
+            match limit {
+                Some(rate) => self.limit.set_limit(id(index), rate),
+                None => self.limit.cancel(id(index)),
+            }
+            .with_context(|| format!("cannot set the limit of vCPU {index}"))?;
+            limit
+        };
         self.done.recording.vcpus[index].limits.push((at, limit));
         Ok(())
     }
 
+    /// Whether somebody has set a limit by the control socket.
+    fn overridden(&self) -> bool {
+        self.control.as_ref().is_some_and(Control::overrides)
+    }
+
+    fn query(&self, index: usize) -> Result<Status> {
+        self.limit.query(id(index)).with_context(|| format!("cannot query vCPU {index}"))
+    }
+
     fn totals(&self, index: usize) -> Result<Totals> {
-        Ok(self.limit.query(id(index)).with_context(|| format!("cannot query vCPU {index}"))?.totals)
+        Ok(self.query(index)?.totals)
     }
 
     fn mark(&mut self) {

@@ -43,6 +43,7 @@ fn plan(workloads: &[Workload]) -> Plan {
         limited: Duration::from_millis(700),
         steps: Vec::new(),
         payload: None,
+        qmp: None,
     }
 }
 

@@ -84,6 +84,7 @@ mod tests {
             limited: ms(500),
             steps: vec![Step { after: ms(200), limit: None }],
             payload: None,
+            qmp: None,
         };
         let holds = vec![Hold { after: ms(100), held: vec![0] }, Hold { after: ms(300), held: vec![] }];
         let script = Script { holds, time_ticks: false };
