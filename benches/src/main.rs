@@ -17,7 +17,7 @@ use dirtylimit_bench::report::json::Report;
 use dirtylimit_bench::report::page::{self, Page};
 use dirtylimit_bench::report::progress::{Interrupt, Live};
 use dirtylimit_bench::report::{self, svg, table::Table};
-use dirtylimit_bench::scenario::verdict::{Results, Verdict};
+use dirtylimit_bench::scenario::verdict::Results;
 use dirtylimit_bench::scenario::{self, Scenarios};
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL};
 
@@ -94,26 +94,34 @@ fn scenario(asked: &Scenarios) -> Result<ExitCode> {
     if let Some(path) = asked.json.as_deref().filter(|_| !to_stdout) {
         writable(path)?;
     }
+    asked.report.as_deref().map_or(Ok(()), page::prepare)?;
     kvm().context("a scenario measures the real thing")?;
     let interrupt = Interrupt::install()?;
-    let mut verdicts = Vec::new();
+    let mut all = Vec::new();
     for chosen in asked.chosen() {
-        let verdict = scenario::run(&chosen, asked.runs, &interrupt)?;
+        let tried = scenario::run(chosen, asked.runs, &interrupt)?;
+        let verdict = &tried.verdict;
         if to_stdout {
             eprintln!("{verdict}");
         } else {
             say(&format!("{verdict}\n"))?;
         }
-        verdicts.push(verdict);
+        all.push(tried);
     }
-    let (lost, met) = (verdicts.iter().any(|verdict| verdict.lost_pages > 0), verdicts.iter().all(Verdict::met));
+    let host = probe::host(true, None);
+    let verdicts: Vec<_> = all.iter().map(|tried| &tried.verdict).collect();
+    let (lost, met) =
+        (verdicts.iter().any(|verdict| verdict.lost_pages > 0), verdicts.iter().all(|verdict| verdict.met()));
     if let Some(path) = &asked.json {
-        let document = serde_json::to_string(&Results { host: probe::host(true, None), scenarios: verdicts })?;
+        let document = serde_json::to_string(&Results { host: &host, scenarios: verdicts })?;
         if to_stdout {
             say(&document)?;
         } else {
             fs::write(path, document + "\n").with_context(|| format!("cannot write {}", path.display()))?;
         }
+    }
+    if let Some(directory) = &asked.report {
+        report(&report::scenario::page(&all, &host)?, directory)?;
     }
     Ok(ExitCode::from(match (lost, met) {
         (true, _) => LOST,
@@ -142,6 +150,10 @@ fn choose(run: &Run) -> Result<GuestKind> {
         },
     };
     ensure!(
+        kind == GuestKind::Kvm || run.qmp.is_none(),
+        "--qmp needs the KVM guest: the simulated one runs in virtual time"
+    );
+    ensure!(
         kind == GuestKind::Kvm || run.payload.is_none(),
         "--payload needs the KVM guest: the simulated one runs no code"
     );
@@ -149,10 +161,6 @@ fn choose(run: &Run) -> Result<GuestKind> {
 }
 
 /// Whether KVM opens and has a dirty ring.
-    ensure!(
-        kind == GuestKind::Kvm || run.qmp.is_none(),
-        "--qmp needs the KVM guest: the simulated one runs in virtual time"
-    );
 fn kvm() -> Result<()> {
     let kvm = guest::kvm::open()?;
     let rings = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING];

@@ -299,6 +299,14 @@ impl Stalls {
         std::iter::zip(&mut self.fine, &other.fine).for_each(|(sum, gaps)| *sum += gaps);
     }
 
+    /// All of them together; `None` without any.
+    pub fn sum<'a>(all: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
+        all.into_iter().cloned().reduce(|mut sum, other| {
+            sum.add(&other);
+            sum
+        })
+    }
+
     fn ms(&self, ticks: f64) -> Option<f64> {
         ratio(ticks * 1e3, self.tsc_hz as f64)
     }

@@ -79,9 +79,10 @@ fn sampled(
     let samples = measure::Series { samples: &vcpu.samples, page_size: recording.page_size };
     let end = vcpu.samples.last().map_or(recording.end, |last| last.at.max(recording.end));
     let step = (end / POINTS).max(Duration::from_millis(10));
-    let instants = std::iter::successors(Some(step), |&at| Some(at + step)).take_while(|&at| at <= end);
+    let instants = std::iter::successors(Some(Duration::ZERO), |&at| Some(at + step)).take_while(|&at| at <= end);
     let point = |at: Duration| {
-        let value = value(&samples, at.saturating_sub(WINDOW), at)?;
+        // The first window is that of the second instant: one of no length has no mean.
+        let value = value(&samples, at.saturating_sub(WINDOW), at.max(step))?;
         Some((at.as_secs_f64() - recording.limited_at.as_secs_f64(), value))
     };
     instants.filter_map(point).collect()

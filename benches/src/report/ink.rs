@@ -26,7 +26,7 @@ pub(crate) const ALLOWED: Ink = ink("allowed", (219, 161, 38), "#BB8009");
 /// What was measured, by number.
 pub(crate) const HUES: [Ink; 5] = [
     ink("hue0", (0, 104, 181), "#58A6FF"),
-    ink("hue1", (204, 82, 0), "#FF8A4C"),
+    ink("hue1", (194, 77, 0), "#FF8A4C"),
     ink("hue2", (0, 133, 96), "#3FD0A0"),
     ink("hue3", (163, 71, 142), "#E08CCB"),
     ink("hue4", (87, 96, 106), "#B1BAC4"),

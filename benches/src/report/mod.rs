@@ -7,6 +7,7 @@ pub mod page;
 pub mod plot;
 pub mod progress;
 pub mod run;
+pub mod scenario;
 pub mod svg;
 pub mod table;
 

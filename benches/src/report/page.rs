@@ -210,8 +210,10 @@ impl Section {
 
     /// Command lines, to be copied.
     pub fn commands(&mut self, lines: impl IntoIterator<Item = String>) -> &mut Self {
-        let lines: Vec<_> = lines.into_iter().collect();
-        self.add(html! { pre { code { (lines.join("\n")) } } })
+        // Broken between words alone.
+        let word = |word: &str| html! { span { (word) } };
+        let line = |line: String| html! { @for part in line.split(' ') { (word(part)) " " } "\n" };
+        self.add(html! { pre { code { @for text in lines { (line(text)) } } } })
     }
 
     /// A table.
@@ -233,9 +235,9 @@ impl Section {
         };
         self.add(html! {
             // A table that is wider than the screen can be scrolled, by keyboard too.
+            p.caption { (table.caption) }
             div.scroll tabindex="0" role="region" aria-label=(table.caption) {
                 table {
-                    caption { (table.caption) }
                     thead { tr {
                         @for (number, name) in table.columns.iter().enumerate() { th scope="col" class=[class(number)] { (name) } }
                     } }

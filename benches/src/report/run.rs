@@ -30,29 +30,26 @@ pub fn page(recording: &Recording) -> Result<Page> {
     let rates = page.section("Rate against limit");
     rates.picture(
         "Pages newly dirtied, which a migration would have to send again, as means over 100 ms. Before 0 s the guest runs \
-         free; what is off the scale is drawn along the upper edge.",
+         free: it soon has dirtied all its memory, and none anew until the next pass. What is off the scale is drawn along \
+         the upper edge.",
         &[rate_chart("Dirty page rate of each vCPU", of_vcpus(recording))],
     )?;
-    if let Some(limit) = recording.vm_limit {
-        let end = since(recording, recording.end);
-        let limit = mib_per_sec(limit, recording.page_size);
-        let series = vec![
-            Series::new("budget", Look::Allowed, vec![(0.0, limit), (end, limit)]),
-            Series::new("whole VM", Look::Line(0), each_instant(recording, |rates| rates.iter().sum())),
-        ];
+    if let Some(series) = of_vm(recording) {
         rates.picture("All vCPUs together.", &[rate_chart("Dirty page rate of the VM", series)])?;
     }
-    rates.table(&vcpu_table(recording, &measures));
+    rates.table(&rate_table(recording, &measures));
     if measures.iter().any(|measures| measures.steps.len() > 1) {
         rates.table(&step_table(recording, &measures));
     }
 
     if let Some(chart) = stalls(recording) {
-        page.section("Stalls").picture(
+        let stalls = page.section("Stalls");
+        stalls.picture(
             "How long the guest stood still, as it saw by itself: gaps between two readings of its own clock. A point says \
              how many gaps in a second were at least that long.",
             &[chart],
         )?;
+        stalls.table(&stall_table(recording, &measures));
     }
 
     let made = page.section("How it was made");
@@ -88,8 +85,18 @@ fn since(recording: &Recording, at: Duration) -> f64 {
     at.as_secs_f64() - recording.limited_at.as_secs_f64()
 }
 
+/// The rate of the whole VM over its budget, if it has one.
+pub(super) fn of_vm(recording: &Recording) -> Option<Vec<Series>> {
+    let end = since(recording, recording.end);
+    let budget = mib_per_sec(recording.vm_limit?, recording.page_size);
+    Some(vec![
+        Series::new("budget", Look::Allowed, vec![(0.0, budget), (end, budget)]),
+        Series::new("whole VM", Look::Line(0), each_instant(recording, |rates| rates.iter().sum())),
+    ])
+}
+
 /// The rates of the vCPUs over their limits; where they are many, those of the fastest, the median and the slowest.
-fn of_vcpus(recording: &Recording) -> Vec<Series> {
+pub(super) fn of_vcpus(recording: &Recording) -> Vec<Series> {
     let mut series: Vec<Series> = Vec::new();
     for vcpu in &recording.vcpus {
         let limit = Series::new("limit", Look::Allowed, charts::limits(recording, vcpu));
@@ -141,10 +148,7 @@ fn stalls(recording: &Recording) -> Option<Chart> {
     } else {
         let name = format!("a vCPU, mean of {}", vcpus.len());
         let time = vcpus.iter().map(|vcpu| seconds(vcpu)).sum();
-        let all = vcpus.into_iter().map(|vcpu| vcpu.stalls.clone()).reduce(|mut sum: Stalls, stalls| {
-            sum.add(&stalls);
-            sum
-        })?;
+        let all = Stalls::sum(vcpus.into_iter().map(|vcpu| &vcpu.stalls))?;
         vec![Series::new(name, Look::Line(0), survival(&all, time))]
     };
     (!series.is_empty()).then(|| stall_chart(title, series, recording.max_pause))
@@ -162,7 +166,7 @@ fn error(error_pct: Option<f64>) -> Cell {
     Cell::from(signed(error_pct)).toned(tone)
 }
 
-fn vcpu_table(recording: &Recording, measures: &[Measures]) -> Table {
+fn rate_table(recording: &Recording, measures: &[Measures]) -> Table {
     let columns = [
         "vCPU",
         "workload",
@@ -172,12 +176,8 @@ fn vcpu_table(recording: &Recording, measures: &[Measures]) -> Table {
         "error (%)",
         "settled in (ms)",
         "worst window (%)",
-        "stall p99 (ms)",
-        "longest stall (ms)",
-        "paused (%)",
-        "work kept (%)",
     ];
-    let row = |(vcpu, measures): (&VcpuRecording, &Measures)| {
+    let row = |vcpu: &VcpuRecording, measures: &Measures| {
         let last = measures.last();
         vec![
             vcpu.index.to_string().into(),
@@ -188,16 +188,39 @@ fn vcpu_table(recording: &Recording, measures: &[Measures]) -> Table {
             error(last.error_pct),
             whole(last.settle_ms).into(),
             number(last.worst_window_error_pct).into(),
+        ]
+    };
+    table("Settled is the second half of the limited time; windows are of 100 ms.", &columns, recording, measures, row)
+}
+
+fn stall_table(recording: &Recording, measures: &[Measures]) -> Table {
+    let columns = ["vCPU", "workload", "p99 (ms)", "p99.9 (ms)", "longest (ms)", "time paused (%)", "work kept (%)"];
+    let row = |vcpu: &VcpuRecording, measures: &Measures| {
+        vec![
+            vcpu.index.to_string().into(),
+            vcpu.workload.to_string().into(),
             number(measures.stall_p99_ms).into(),
+            number(measures.stall_p999_ms).into(),
             number(measures.stall_max_ms).into(),
             number(measures.paused_pct).into(),
             number(measures.work_kept_pct).into(),
         ]
     };
+    table("Work is the guest's own count, limited against free.", &columns, recording, measures, row)
+}
+
+/// A table with a row for each vCPU.
+fn table(
+    caption: &str,
+    columns: &[&str],
+    recording: &Recording,
+    measures: &[Measures],
+    row: impl Fn(&VcpuRecording, &Measures) -> Vec<Cell>,
+) -> Table {
     Table {
-        caption: "Each vCPU. Settled is the second half; windows are of 100 ms; work is the guest's own count.".into(),
-        columns: columns.map(str::to_owned).into(),
-        rows: recording.vcpus.iter().zip(measures).map(row).collect(),
+        caption: caption.into(),
+        columns: columns.iter().map(|&name| name.to_owned()).collect(),
+        rows: recording.vcpus.iter().zip(measures).map(|(vcpu, measures)| row(vcpu, measures)).collect(),
     }
 }
 

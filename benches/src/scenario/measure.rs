@@ -114,11 +114,7 @@ impl Measure {
             _ => None,
         });
         let vcpus = runs.flat_map(|done| &done.recording.vcpus).filter(|vcpu| vcpu.workload.writes());
-        let sum = vcpus.map(|vcpu| vcpu.stalls.clone()).reduce(|mut sum: Stalls, stalls| {
-            sum.add(&stalls);
-            sum
-        });
-        sum?.percentile_ms(99.9)
+        Stalls::sum(vcpus.map(|vcpu| &vcpu.stalls))?.percentile_ms(99.9)
     }
 
     fn of_run(self, Scripted { recording, marks, ticks }: &Scripted) -> Option<f64> {

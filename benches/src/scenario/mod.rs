@@ -18,7 +18,7 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use crate::report::progress::Interrupt;
-pub use measure::Measure;
+pub use measure::{Evidence, Measure};
 pub use trial::Trial;
 pub use verdict::Verdict;
 
@@ -45,6 +45,10 @@ pub struct Scenarios {
     /// Write the result as JSON; `-` is standard output, and nothing else goes there then
     #[arg(long, value_name = "FILE|-")]
     pub json: Option<PathBuf>,
+
+    /// Write a page with pictures, DIR/index.html; it needs no network
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
 
     /// Say which scenarios there are
     #[arg(long)]
@@ -119,20 +123,32 @@ impl Scenarios {
     }
 }
 
+/// A scenario, what was tried of it, and what came of that.
+#[derive(Clone, Debug)]
+pub struct Tried {
+    /// The scenario.
+    pub scenario: Scenario,
+    /// One piece for each run, by case.
+    pub evidence: Vec<Vec<Evidence>>,
+    /// What came of it.
+    pub verdict: Verdict,
+}
+
 /// Runs a scenario and judges it; says on stderr what it is at.
 ///
 /// # Errors
 /// A run that fails, or the user's wish to end.
-pub fn run(scenario: &Scenario, runs: u8, interrupt: &Interrupt) -> Result<Verdict> {
-    let mut tried = vec![Vec::new(); scenario.cases.len()];
+pub fn run(scenario: Scenario, runs: u8, interrupt: &Interrupt) -> Result<Tried> {
+    let mut evidence = vec![Vec::new(); scenario.cases.len()];
     for round in 0..runs {
-        for (number, (case, tried)) in scenario.cases.iter().zip(&mut tried).enumerate() {
+        for (number, (case, tried)) in scenario.cases.iter().zip(&mut evidence).enumerate() {
             let (case_of, cases) = (number + 1, scenario.cases.len());
             eprintln!("{} run {} of {runs}, case {case_of} of {cases}: {}", scenario.name, round + 1, case.name);
-            let evidence = case.trial.run(usize::from(round), interrupt)?;
+            let found = case.trial.run(usize::from(round), interrupt)?;
             ensure!(!interrupt.requested(), "interrupted");
-            tried.push(evidence);
+            tried.push(found);
         }
     }
-    Ok(Verdict::of(scenario, runs, &tried))
+    let verdict = Verdict::of(&scenario, runs, &evidence);
+    Ok(Tried { scenario, evidence, verdict })
 }

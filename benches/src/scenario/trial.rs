@@ -50,6 +50,14 @@ impl Trial {
         Self::Run(plan, Script::default())
     }
 
+    /// What the limiter's guest runs; `None` where there is no guest.
+    pub const fn plan(&self) -> Option<&Plan> {
+        match self {
+            Self::Run(plan, _) | Self::Versus(Versus { plan, .. }) => Some(plan),
+            Self::Interrupt { .. } => None,
+        }
+    }
+
     /// Tries it once; `round` decides who of two goes first.
     ///
     /// # Errors

@@ -11,11 +11,11 @@ use crate::units::significant;
 
 /// The document for scripts.
 #[derive(Clone, Debug, Serialize)]
-pub struct Results {
+pub struct Results<'a> {
     /// The machine.
-    pub host: Host,
+    pub host: &'a Host,
     /// In the order in which they ran.
-    pub scenarios: Vec<Verdict>,
+    pub scenarios: Vec<&'a Verdict>,
 }
 
 /// A scenario, judged.
@@ -130,7 +130,7 @@ impl fmt::Display for Verdict {
 }
 
 /// Enough digits to tell it from its bound, in at most nine characters.
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     if value.abs() < 1e6 { significant(value, 4) } else { format!("{value:.1e}") }
 }
 
