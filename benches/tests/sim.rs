@@ -53,6 +53,7 @@ fn plan(vcpus: &str, ring: u32, policy: PolicyKind) -> Plan {
         limited: Duration::from_secs(6),
         steps: Vec::new(),
         payload: None,
+        qmp: None,
     }
 }
 
