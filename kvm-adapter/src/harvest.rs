@@ -12,6 +12,7 @@ use dirtylimit_core::{Nanos, Page, Penalty, Ring};
 
 use crate::Error;
 use crate::error::system;
+use crate::events::State;
 use crate::kick;
 use crate::seat::{Seat, VmLimiter};
 use crate::slots::{Seen, Slots};
@@ -77,6 +78,9 @@ pub(crate) struct Harvest {
     suspect: bool,
     pub(crate) last_reset: Nanos,
     stats: Stats,
+    /// Of which the log is told, beside what is found in the rest; and what it was told.
+    pub(crate) news: State,
+    pub(crate) told: State,
 }
 
 impl Harvest {
@@ -88,12 +92,23 @@ impl Harvest {
             suspect: false,
             last_reset: 0,
             stats: Stats::default(),
+            news: State::default(),
+            told: State::default(),
         }
     }
 
     pub(crate) fn stats(&self) -> Stats {
-        let soft_limit = self.places.values().map(|place| place.ring.soft_limit()).min().unwrap_or(0);
+        let soft_limit = self.soft_limit();
         Stats { dropped: self.slots.dropped, suspect_pages: self.slots.suspects(), soft_limit, ..self.stats }
+    }
+
+    fn soft_limit(&self) -> u32 {
+        self.places.values().map(|place| place.ring.soft_limit()).min().unwrap_or(0)
+    }
+
+    /// What the log may be told.
+    pub(crate) fn state(&self) -> State {
+        State { suspect_resets: self.stats.suspect_resets, soft_limit: self.soft_limit(), ..self.news }
     }
 
     /// Meters the ring of `id` and passes its place on, with the number of new entries; `None` if there is none.
@@ -167,7 +182,9 @@ impl Harvest {
             let count = choose(*id, place, room).min(room);
             place.ring.collect(count, |page| batch.push(page));
         }
-        self.reset(kernel)?;
+        let reset = self.reset(kernel);
+        self.news.reset_error = reset.as_ref().err().map(Error::errno);
+        reset?;
         let published = u32::try_from(self.batch.len()).unwrap_or(BATCH);
         for page in self.batch.drain(..) {
             self.slots.publish(page, self.suspect);

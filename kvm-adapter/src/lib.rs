@@ -47,6 +47,7 @@ pub use dirtylimit_core;
 
 mod caps;
 mod error;
+mod events;
 #[cfg(test)]
 mod fake;
 mod harvest;

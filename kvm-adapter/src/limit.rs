@@ -9,6 +9,7 @@ use dirtylimit_core::{Nanos, PageRate, Ring, Shipped, Status};
 
 use crate::caps::{Caps, Config};
 use crate::error::{Error, system};
+use crate::events::{self, Limit, info};
 use crate::harvest::{Place, Stats};
 use crate::kick::Kick;
 use crate::seat::Seat;
@@ -50,6 +51,7 @@ impl DirtyLimit {
     pub(crate) fn on(kernel: Box<dyn Kernel>, config: &Config) -> Result<Self, Error> {
         let caps = Caps::of(&*kernel)?;
         caps.enable(&*kernel, config.ring_entries)?;
+        info!("enabled: dirty rings of {} entries, {caps:?}", config.ring_entries);
         Ok(Self(Arc::new(Vm::new(kernel, caps, config))))
     }
 
@@ -98,7 +100,10 @@ impl DirtyLimit {
             if !place.seat.take() {
                 return Err(Error::VcpuBusy(id));
             }
-            return Ok(Vcpu::new(self.0.clone(), place.seat.clone()));
+            let seat = place.seat.clone();
+            drop(harvest);
+            info!("vCPU {id} is attached again");
+            return Ok(Vcpu::new(self.0.clone(), seat));
         }
         let pages =
             RingPages::map(vcpu.as_raw_fd(), self.0.ring_entries).map_err(system("mapping the vCPU's dirty ring"))?;
@@ -116,6 +121,8 @@ impl DirtyLimit {
         let index = self.0.limiter.register().map_err(|source| Error::TooManyVcpus { id, source })?;
         let seat = Arc::new(Seat::new(id, index, run, kick));
         harvest.places.insert(id, Place::new(ring, seat.clone()));
+        drop(harvest);
+        info!("vCPU {id} is added");
         Ok(Vcpu::new(self.0.clone(), seat))
     }
 
@@ -136,6 +143,7 @@ impl DirtyLimit {
         if let Some(place) = self.0.lock().places.remove(&id) {
             self.0.limiter.unregister(place.seat.index);
         }
+        info!("vCPU {id} is removed");
         Ok(())
     }
 
@@ -220,18 +228,21 @@ impl DirtyLimit {
     pub fn set_limit_all(&self, limit: PageRate) {
         self.0.limiter.set_limit_all(Some(limit));
         self.tell_all();
+        info!("limit of every vCPU: {}", Limit(Some(limit)));
     }
 
     /// Lifts every limit.
     pub fn cancel_all(&self) {
         self.0.limiter.set_limit_all(None);
         self.tell_all();
+        info!("limit of every vCPU: none");
     }
 
     /// Sets the budget of the whole VM, shared by max-min fairness among the vCPUs' demands; `None` lifts it.
     pub fn set_vm_limit(&self, budget: Option<PageRate>) {
         self.0.limiter.set_vm_limit(budget);
         self.tell_all();
+        info!("budget of the VM: {}", Limit(budget));
     }
 
     /// How much a vCPU counts in the split of the VM's budget (1 by default).
@@ -239,13 +250,16 @@ impl DirtyLimit {
     /// # Errors
     /// [`Error::NoVcpu`].
     pub fn set_weight(&self, id: u32, weight: u32) -> Result<(), Error> {
-        self.with_seat(id, |seat| self.0.limiter.set_weight(seat.index, weight))
+        self.with_seat(id, |seat| self.0.limiter.set_weight(seat.index, weight))?;
+        info!("weight of vCPU {id}: {weight}");
+        Ok(())
     }
 
     /// Changes the policy.
     pub fn set_policy(&self, policy: Shipped) {
         self.0.limiter.set_policy(policy);
         self.tell_all();
+        info!("policy: {policy:?}");
     }
 
     /// The longest single pause of a vCPU.
@@ -257,6 +271,7 @@ impl DirtyLimit {
     pub fn set_max_pause(&self, pause: Duration) {
         self.0.limiter.vm().set_max_pause(Nanos::try_from(pause.as_nanos()).unwrap_or(Nanos::MAX));
         self.tell_all();
+        info!("longest pause: {:?}", self.max_pause());
     }
 
     /// What is known of a vCPU, as of the last [`DirtyLimit::meter`] or tick.
@@ -288,7 +303,10 @@ impl DirtyLimit {
         if let Some(mut harvest) = self.0.try_lock() {
             harvest.meter_and_kick(&self.0.limiter);
         }
-        self.0.limiter.tick(sys::now());
+        let now = sys::now();
+        events::tell_lapse(&self.0, now);
+        self.0.limiter.tick(now);
+        events::tell(&self.0);
     }
 
     /// Ticks every `period` (1 ms to 1 s, clamped) from a thread of its own, which ends when it is dropped.
@@ -298,7 +316,14 @@ impl DirtyLimit {
     pub fn throttle_thread(&self, period: Duration) -> Result<ThrottleThread, Error> {
         self.tick();
         let vm = Arc::downgrade(&self.0);
-        ThrottleThread::spawn(move || vm.upgrade().map(|vm| Self(vm).tick()).is_some(), period)
+        let ends = events::ThrottleThreadEnds;
+        let tick = move || {
+            let _told = &ends;
+            vm.upgrade().map(|vm| Self(vm).tick()).is_some()
+        };
+        let thread = ThrottleThread::spawn(tick, period)?;
+        info!("the throttle thread ticks every {period:?}");
+        Ok(thread)
     }
 
     #[cfg(any(test, feature = "metrics"))]
@@ -315,7 +340,9 @@ impl DirtyLimit {
         self.with_seat(id, |seat| {
             self.0.limiter.set_limit(seat.index, limit);
             seat.tell(&self.0.limiter);
-        })
+        })?;
+        info!("limit of vCPU {id}: {}", Limit(limit));
+        Ok(())
     }
 
     fn tell_all(&self) {
@@ -324,6 +351,12 @@ impl DirtyLimit {
 
     /// Collects of each ring as much as `choose` says of it at the start, in batches between which others get the lock.
     fn sweep(&self, choose: impl Fn(&Place) -> u32) -> Result<Pass, Error> {
+        let swept = self.sweep_untold(choose);
+        events::tell(&self.0);
+        swept
+    }
+
+    fn sweep_untold(&self, choose: impl Fn(&Place) -> u32) -> Result<Pass, Error> {
         let mut left: BTreeMap<u32, u32> = {
             let mut harvest = self.0.lock();
             harvest.begin_sweep(&self.0.limiter);

@@ -197,7 +197,12 @@ impl Vcpu {
         self.idle_at = now;
         match self.idle_exits {
             exits if exits < WEDGED => Ok(1000 << exits.min(10)),
-            exits => Err(Error::Wedged { id: self.seat.id, exits }),
+            exits => {
+                if let Some(mut harvest) = self.vm.try_lock() {
+                    harvest.news.wedged = Some(self.seat.id);
+                }
+                Err(Error::Wedged { id: self.seat.id, exits })
+            }
         }
     }
 

@@ -1,0 +1,95 @@
+//! What a log is told, with the feature `log`: changes of state. Without it nothing here is compiled into anything.
+//!
+//! Only the control plane's threads tell: a vCPU's may sit in a signal handler, where a logger's lock must not be taken.
+//! What happens there is kept under the harvest's lock, and told by the next tick or sweep.
+
+use std::fmt;
+use std::mem::replace;
+
+use dirtylimit_core::{Nanos, PageRate};
+
+use crate::sys;
+use crate::vm::Vm;
+
+#[cfg(feature = "log")]
+pub(crate) use log::{error, info, warn};
+
+/// Checks the message's types, and does nothing.
+#[cfg(not(feature = "log"))]
+macro_rules! nothing {
+    ($($message:tt)*) => { if false { let _ = format_args!($($message)*); } };
+}
+#[cfg(not(feature = "log"))]
+pub(crate) use {nothing as error, nothing as info, nothing as warn};
+
+/// What there is to tell of what goes on under the harvest's lock.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub(crate) struct State {
+    pub(crate) suspect_resets: u64,
+    pub(crate) soft_limit: u32,
+    /// The `errno` of the last reset, if it failed.
+    pub(crate) reset_error: Option<i32>,
+    /// The last vCPU whose ring was found wedged.
+    pub(crate) wedged: Option<u32>,
+}
+
+/// Tells what has changed since it was last told.
+pub(crate) fn tell(vm: &Vm) {
+    if !cfg!(feature = "log") {
+        return;
+    }
+    let Some((was, is)) = vm.try_lock().map(|mut harvest| {
+        let is = harvest.state();
+        (replace(&mut harvest.told, is), is)
+    }) else {
+        return;
+    };
+    if was.soft_limit != is.soft_limit && was.soft_limit > 0 && is.soft_limit > 0 {
+        info!("a ring is full at {} entries, not {}", is.soft_limit, was.soft_limit);
+    }
+    if was.suspect_resets < is.suspect_resets {
+        let more = is.suspect_resets - was.suspect_resets;
+        warn!("{more} resets were short or disturbed: their pages are dirty in every take until they are armed again");
+    }
+    match (was.reset_error, is.reset_error) {
+        (was, Some(errno)) if was != is.reset_error => {
+            error!("KVM_RESET_DIRTY_RINGS fails, errno {errno}: what was collected waits for a later one");
+        }
+        (Some(_), None) => info!("KVM_RESET_DIRTY_RINGS works again"),
+        _ => {}
+    }
+    if let (true, Some(id)) = (was.wedged != is.wedged, is.wedged) {
+        error!("the dirty ring of vCPU {id} is wedged: its dirty pages are unknown");
+    }
+}
+
+/// To be called before a tick: tells if it comes too late.
+pub(crate) fn tell_lapse(vm: &Vm, now: Nanos) {
+    let lease = vm.limiter.vm();
+    // Before the first tick it is as if renewed when the clock began.
+    if cfg!(feature = "log") && !lease.is_leased(now) && !lease.is_leased(0) {
+        warn!("there was no tick for over 5 s, so that limits had lapsed: they hold again from now on");
+    }
+}
+
+/// Tells when it is dropped.
+pub(crate) struct ThrottleThreadEnds;
+
+impl Drop for ThrottleThreadEnds {
+    fn drop(&mut self) {
+        info!("the throttle thread ends");
+    }
+}
+
+/// A limit, for people.
+pub(crate) struct Limit(pub(crate) Option<PageRate>);
+
+impl fmt::Display for Limit {
+    #[expect(clippy::cast_precision_loss, reason = "for people")]
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(rate) => write!(f, "{:.1} MiB/s", rate.bytes_per_sec(sys::page_size()) as f64 / f64::from(1 << 20)),
+            None => f.write_str("none"),
+        }
+    }
+}
