@@ -4,11 +4,10 @@
 use std::rc::Rc;
 
 use anyhow::Result;
-use dirtylimit_core::{Entry, Limiter, Nanos, Page, Ring, Shipped, VcpuCell, VcpuIndex};
+use dirtylimit_core::{Entry, Limiter, Nanos, Page, Penalty, Policy, Ring, VcpuCell, VcpuIndex};
 
-use super::Fault;
-use super::costs;
 use super::kernel::{KernelRing, Memory};
+use super::{Fault, Machine, costs, kick};
 
 /// As many as the adapter takes.
 pub(super) const MAX_VCPUS: usize = 1024;
@@ -21,19 +20,23 @@ pub(super) const RESET_GAP: Nanos = 2_100_000;
 #[derive(Debug)]
 pub(super) struct Place {
     pub(super) ring: Ring<Rc<[Entry]>>,
-    /// The slice that the vCPU was last given; `None` while it is not limited.
+    /// The slice that the vCPU was last given and that the ring ends; `None` while it is not limited, or kicked.
     pub(super) slice: Option<u32>,
+    /// The vCPU's thread has noticed that it is limited.
+    pub(super) limited: bool,
+    /// The slice last given is a rewriter's; taken back when the log is taken.
+    pub(super) stretched: bool,
     /// Slice to free at the next reset, in pages; 0 when it is free.
     pub(super) want: u32,
-    /// Whether it was limited at the last pass, and at the one before.
+    /// Whether it was `limited` at the last pass, and at the one before.
     limited_at_pass: [bool; 2],
     index: VcpuIndex,
 }
 
 /// The adapter, and the machine under it.
 #[derive(Debug)]
-pub(super) struct Adapter {
-    pub(super) limiter: Box<Limiter<Shipped, MAX_VCPUS>>,
+pub(super) struct Adapter<P: Policy> {
+    pub(super) limiter: Box<Limiter<P, MAX_VCPUS>>,
     pub(super) places: Vec<Place>,
     pub(super) kernel: Vec<KernelRing>,
     pub(super) memory: Memory,
@@ -46,11 +49,11 @@ pub(super) struct Adapter {
     pub(super) last_reset: Nanos,
     pub(super) reset_pages: u64,
     pub(super) reset_calls: u64,
-    fault: Option<Fault>,
+    machine: Machine,
 }
 
-impl Adapter {
-    pub(super) fn new(policy: Shipped, memory: Memory, fault: Option<Fault>) -> Self {
+impl<P: Policy> Adapter<P> {
+    pub(super) fn new(policy: P, memory: Memory, machine: Machine) -> Self {
         Self {
             limiter: Box::new(Limiter::new(policy)),
             places: Vec::new(),
@@ -62,18 +65,20 @@ impl Adapter {
             last_reset: 0,
             reset_pages: 0,
             reset_calls: 0,
-            fault,
+            machine,
         }
     }
 
     /// # Errors
     /// A ring that the core or the kernel refuses, too many vCPUs.
-    pub(super) fn add_vcpu(&mut self, ring: u32, pml: bool) -> Result<VcpuIndex> {
-        let kernel = KernelRing::new(ring, pml)?;
+    pub(super) fn add_vcpu(&mut self, ring: u32) -> Result<VcpuIndex> {
+        let kernel = KernelRing::new(ring, self.machine.pml)?;
         let index = self.limiter.register()?;
         self.places.push(Place {
             ring: Ring::new(kernel.entries())?,
             slice: None,
+            limited: false,
+            stretched: false,
             want: 0,
             limited_at_pass: [false; 2],
             index,
@@ -87,24 +92,58 @@ impl Adapter {
         self.limiter.cell(self.places[vcpu].index).expect("the index is the limiter's own")
     }
 
-    /// Meters a vCPU's ring.
-    pub(super) fn meter(&mut self, vcpu: usize) {
+    /// Whether there is somebody to end a slice.
+    pub(super) fn kicks(&self) -> bool {
+        self.machine.kick
+    }
+
+    /// Meters a vCPU's ring; returns the number of new entries.
+    pub(super) fn meter(&mut self, vcpu: usize) -> u32 {
         let Self { places, memory, limiter, .. } = self;
         let place = &mut places[vcpu];
         let mut net = 0;
         let gross = place.ring.meter(|page| net += u32::from(memory.see(page)));
         limiter.cell(place.index).expect("the index is the limiter's own").report.add_pages(net, gross);
+        gross
     }
 
     /// Meters every ring.
     pub(super) fn meter_all(&mut self) {
-        (0..self.places.len()).for_each(|vcpu| self.meter(vcpu));
+        for vcpu in 0..self.places.len() {
+            self.meter(vcpu);
+        }
+    }
+
+    /// Whether there is a limit that the vCPU's thread has not noticed.
+    fn is_to_notice(&self, vcpu: usize) -> bool {
+        !self.places[vcpu].limited && self.cell(vcpu).penalty.accept() != Penalty::NONE
+    }
+
+    /// Meters every ring, at a tick; whom to kick, because a limit is news to a vCPU that dirties pages.
+    pub(super) fn meter_and_kick(&mut self) -> Vec<usize> {
+        let mut kicked = Vec::new();
+        for vcpu in 0..self.places.len() {
+            let entries = self.meter(vcpu);
+            let is_news = entries > 0 && self.is_to_notice(vcpu);
+            let will_fill = entries >= self.places[vcpu].ring.room() / 4;
+            if is_news && (kick::ends_slices(self.cell(vcpu).penalty.accept()) || !will_fill) {
+                kicked.push(vcpu);
+            }
+        }
+        kicked
+    }
+
+    /// After a pass: whom to kick, because the ring was so emptied that it no longer ends the slice.
+    pub(super) fn emptied(&mut self) -> Vec<usize> {
+        let emptied =
+            |(vcpu, place): (usize, &mut Place)| place.slice.take_if(|slice| !place.ring.ends(*slice)).map(|_| vcpu);
+        self.places.iter_mut().enumerate().filter_map(emptied).collect()
     }
 
     /// How much of a ring to collect, so that its vCPU may dirty `slice` more pages.
     fn to_collect(&self, vcpu: usize, slice: u32) -> u32 {
         let ring = &self.places[vcpu].ring;
-        match self.fault {
+        match self.machine.fault {
             Some(Fault::NothingHeldBack) => ring.held_back(),
             _ => ring.to_collect(slice),
         }
@@ -118,20 +157,21 @@ impl Adapter {
         }
     }
 
-    /// What a vCPU shall be freed at the next reset, once it was metered and is given `slice`.
-    pub(super) fn want(&mut self, vcpu: usize, slice: Option<u32>) {
+    /// What a vCPU shall be freed at the next reset, once it was metered and is given `slice`; `full`: because it waits.
+    pub(super) fn want(&mut self, vcpu: usize, slice: Option<u32>, full: bool) {
         let pages = slice.unwrap_or(BATCH);
-        let wanted = self.to_collect(vcpu, pages) > 0 || self.places[vcpu].ring.awaiting_reset() > 0;
-        let place = &mut self.places[vcpu];
-        (place.slice, place.want) = (slice, if wanted { pages } else { 0 });
+        let wanted = self.to_collect(vcpu, pages) > 0 || full && self.places[vcpu].ring.awaiting_reset() > 0;
+        self.places[vcpu].want = if wanted { pages } else { 0 };
     }
 
     /// What a running pass collects of each ring.
     pub(super) fn pass(&mut self) -> Vec<u32> {
         for place in &mut self.places {
-            place.limited_at_pass = [place.slice.is_some(), place.limited_at_pass[0]];
+            place.limited_at_pass = [place.limited, place.limited_at_pass[0]];
         }
         let of = |vcpu: usize| match self.places[vcpu].slice {
+            // Left to fill, so that it notices.
+            None if self.is_to_notice(vcpu) && self.machine.fault != Some(Fault::NothingHeldBack) => 0,
             None => self.places[vcpu].ring.held_back(),
             Some(slice) => self.to_collect(vcpu, slice),
         };
@@ -160,7 +200,7 @@ impl Adapter {
             self.lower_wants();
             return None;
         }
-        if self.fault == Some(Fault::PublishBeforeReset) {
+        if self.machine.fault == Some(Fault::PublishBeforeReset) {
             self.publish();
         }
         let end = now + costs::reset(waiting, others_run);
@@ -194,17 +234,22 @@ impl Adapter {
     }
 
     /// Hands out the published pages. Those that lie in a ring again are to be sent again: they count anew,
-    /// but for vCPUs whose limit is newer than the last pass but one.
-    pub(super) fn take(&mut self) {
+    /// but for vCPUs whose limit is newer than the last pass but one. Returns those whose slice it took back, to be told.
+    pub(super) fn take(&mut self) -> Vec<usize> {
         let Self { published, memory, places, limiter, .. } = self;
         published.drain(..).for_each(|page| memory.take(page));
-        for place in places {
+        let mut told = Vec::new();
+        for (vcpu, place) in places.iter_mut().enumerate() {
+            if std::mem::replace(&mut place.stretched, false) {
+                told.push(vcpu);
+            }
             let mut net = 0;
             place.ring.for_each_held_back(|page| net += u32::from(memory.see(page)));
-            if place.limited_at_pass[1] || place.slice.is_none() {
+            if place.limited_at_pass[1] || !place.limited {
                 limiter.cell(place.index).expect("the index is the limiter's own").report.add_pages(net, 0);
             }
         }
+        told
     }
 
     /// With every vCPU out of the guest: collects, resets and publishes everything.

@@ -73,6 +73,11 @@ impl Dice {
         }
     }
 
+    /// From a timer, or from who sends a signal, until the guest is left: 2 to 10 µs.
+    pub(super) fn signal(&mut self) -> Nanos {
+        self.between(2_000, 10_000)
+    }
+
     /// The host's scheduler takes the CPU away after so long …
     pub(super) fn undisturbed(&mut self) -> Nanos {
         self.between(2_000_000, 40_000_000)

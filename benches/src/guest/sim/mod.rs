@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `kernel` | pages with their protection and version, rings with their soft limit, reset, Intel's PML |
 //! | `cpu` | the workloads, the host's scheduler, and the gaps that the guest sees |
-//! | `vcpu`, `adapter` | what `dirtylimit-kvm` does on the vCPU's thread, and under its lock |
+//! | `vcpu`, `kick`, `adapter` | what `dirtylimit-kvm` does on the vCPU's thread, and under its lock |
 //! | `run` | throttle ticks, samples, a migration's passes, changes of the limit |
 //! | `costs` | what each of them takes |
 //!
@@ -20,16 +20,18 @@ mod adapter;
 mod costs;
 mod cpu;
 mod kernel;
+mod kick;
 mod run;
 mod vcpu;
 
 use std::time::Duration;
 
 use anyhow::Result;
+use dirtylimit_core::{Policy, Shipped, Stepped};
 
 use super::Progress;
 use crate::plan::Plan;
-use crate::record::Recording;
+use crate::record::{PolicyKind, Recording};
 
 /// The machine that is simulated.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,14 +40,16 @@ pub struct Machine {
     pub seed: u64,
     /// Whether its CPUs hand pages over in lumps of up to 512, as Intel's do.
     pub pml: bool,
+    /// Whether a signal ends the slices that a ring cannot, as in `dirtylimit-bench`'s real guest.
+    pub kick: bool,
     /// What is broken in it.
     pub fault: Option<Fault>,
 }
 
 impl Default for Machine {
-    /// Seed 1, no lumps, nothing broken.
+    /// Seed 1, no lumps, kicks, nothing broken.
     fn default() -> Self {
-        Self { seed: 1, pml: false, fault: None }
+        Self { seed: 1, pml: false, kick: true, fault: None }
     }
 }
 
@@ -64,7 +68,19 @@ impl Machine {
     /// # Errors
     /// A ring that no kernel takes; more memory or vCPUs than are simulated.
     pub fn run(&self, plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
-        run::Run::new(self, plan, progress)?.all()
+        let policy = match plan.policy {
+            PolicyKind::Paced => Shipped::default(),
+            PolicyKind::Stepped => Shipped::Stepped(Stepped::default()),
+        };
+        self.run_under(policy, plan, progress)
+    }
+
+    /// As [`Machine::run`], under any policy instead of the plan's.
+    ///
+    /// # Errors
+    /// As [`Machine::run`].
+    pub fn run_under(&self, policy: impl Policy, plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
+        run::Run::new(*self, policy, plan, progress)?.all()
     }
 
     /// The longest gap that a guest may see while it is limited: a pause of `max_pause`, the wait for the next reset, and

@@ -1,9 +1,10 @@
 //! One run in virtual time: free, then limited, then the proof that nothing was lost.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use dirtylimit_core::{Nanos, PageRate, SECOND, Shipped, Stepped, Totals, VcpuIndex};
+use dirtylimit_core::{Nanos, PageRate, Policy, SECOND, Totals, VcpuIndex};
 
 use super::adapter::{Adapter, MAX_VCPUS};
 use super::costs::Dice;
@@ -13,7 +14,7 @@ use super::vcpu::Vcpu;
 use super::{Machine, costs};
 use crate::guest::{Phase, Progress, VcpuNow};
 use crate::plan::Plan;
-use crate::record::{GuestKind, Host, PolicyKind, Recording, Sample, Stalls, VcpuRecording};
+use crate::record::{GuestKind, Host, Recording, Sample, Stalls, VcpuRecording};
 use crate::units::PAGE_SIZE;
 
 /// Distance between two samples.
@@ -43,10 +44,10 @@ enum Event {
 }
 
 /// A run that goes on.
-pub(super) struct Run<'a> {
+pub(super) struct Run<'a, P: Policy> {
     plan: &'a Plan,
     progress: &'a mut dyn Progress,
-    adapter: Adapter,
+    adapter: Adapter<P>,
     vcpus: Vec<Vcpu>,
     indices: Vec<VcpuIndex>,
     /// What happens next; each event that recurs puts itself back.
@@ -63,8 +64,8 @@ pub(super) struct Run<'a> {
     recording: Recording,
 }
 
-impl<'a> Run<'a> {
-    pub(super) fn new(machine: &Machine, plan: &'a Plan, progress: &'a mut dyn Progress) -> Result<Self> {
+impl<'a, P: Policy> Run<'a, P> {
+    pub(super) fn new(machine: Machine, policy: P, plan: &'a Plan, progress: &'a mut dyn Progress) -> Result<Self> {
         ensure!(plan.vcpus.len() <= MAX_VCPUS, "{} vCPUs: at most {MAX_VCPUS} are simulated", plan.vcpus.len());
         let sizes = plan.vcpus.iter().map(|vcpu| vcpu.workload.bytes() / u64::from(PAGE_SIZE));
         let pages = sizes.clone().fold(0, u64::saturating_add);
@@ -74,15 +75,11 @@ impl<'a> Run<'a> {
             pages >> 8,
             MAX_PAGES >> 8
         );
-        let policy = match plan.policy {
-            PolicyKind::Paced => Shipped::default(),
-            PolicyKind::Stepped => Shipped::Stepped(Stepped::default()),
-        };
-        let mut adapter = Adapter::new(policy, Memory::new(usize::try_from(pages)?), machine.fault);
+        let mut adapter = Adapter::new(policy, Memory::new(usize::try_from(pages)?), machine);
         adapter.limiter.vm().set_max_pause(nanos(plan.max_pause));
         let (mut vcpus, mut indices, mut first) = (Vec::new(), Vec::new(), 0);
         for (id, (vcpu, pages)) in plan.vcpus.iter().zip(sizes).enumerate() {
-            indices.push(adapter.add_vcpu(plan.ring, machine.pml).with_context(|| format!("cannot add vCPU {id}"))?);
+            indices.push(adapter.add_vcpu(plan.ring).with_context(|| format!("cannot add vCPU {id}"))?);
             let end = first + usize::try_from(pages)?;
             let cpu = Cpu::new(vcpu.workload, first..end, machine.seed, id, START);
             vcpus.push(Vcpu::new(id, cpu, &adapter, START));
@@ -102,7 +99,7 @@ impl<'a> Run<'a> {
         let recording = Recording::begun(
             GuestKind::Sim,
             plan,
-            host(machine, plan.vcpus.len()),
+            host(&machine, plan.vcpus.len()),
             (0..plan.vcpus.len()).map(|index| recorded(plan, index)).collect(),
         );
         let dice = Dice::new(machine.seed, u64::MAX);
@@ -147,28 +144,27 @@ impl<'a> Run<'a> {
 
     /// Lets the vCPUs do what they have to do before `until`, in order of their clocks.
     fn run_vcpus(&mut self, until: Nanos) {
-        loop {
-            let (mut first, mut second, mut who) = (Nanos::MAX, Nanos::MAX, 0);
-            for (id, vcpu) in self.vcpus.iter().enumerate() {
-                if vcpu.at < first {
-                    (first, second, who) = (vcpu.at, first, id);
-                } else {
-                    second = second.min(vcpu.at);
-                }
-            }
-            if first >= until {
-                return;
-            }
-            let others_run = self.others_run(who);
-            let horizon = until.min(second.saturating_add(SLACK));
-            if self.vcpus[who].act(horizon, &mut self.adapter, others_run) {
+        let mut due = self.due();
+        let mut in_guest = self.vcpus.iter().filter(|vcpu| vcpu.is_in_guest()).count();
+        while let Some((at, who)) = due.pop_first().filter(|(at, _)| *at < until) {
+            debug_assert_eq!(at, self.vcpus[who].at);
+            let next = due.first().map_or(Nanos::MAX, |(at, _)| *at);
+            let horizon = until.min(next.saturating_add(SLACK));
+            in_guest -= usize::from(self.vcpus[who].is_in_guest());
+            let has_reset = self.vcpus[who].act(horizon, &mut self.adapter, in_guest > 0);
+            in_guest += usize::from(self.vcpus[who].is_in_guest());
+            if has_reset {
                 self.flush_others(who);
+                due = self.due();
+            } else {
+                due.insert((self.vcpus[who].at, who));
             }
         }
     }
 
-    fn others_run(&self, who: usize) -> bool {
-        self.vcpus.iter().enumerate().any(|(id, vcpu)| id != who && vcpu.is_in_guest())
+    /// When each vCPU has something to do next.
+    fn due(&self) -> BTreeSet<(Nanos, usize)> {
+        self.vcpus.iter().enumerate().map(|(id, vcpu)| (vcpu.at, id)).collect()
     }
 
     fn flush_others(&mut self, who: usize) {
@@ -179,7 +175,8 @@ impl<'a> Run<'a> {
         match event {
             Event::Tick => {
                 if self.adapter.locked.is_none() {
-                    self.adapter.meter_all();
+                    let kicked = self.adapter.meter_and_kick();
+                    self.kick(now, &kicked);
                 }
                 self.adapter.limiter.tick(now);
                 self.events.push((now + TICK - (now - START) % TICK + self.dice.oversleep(), event));
@@ -223,13 +220,27 @@ impl<'a> Run<'a> {
             }
             Some((left, false)) => left,
         };
-        if let Some(end) = self.adapter.begin_reset(now, self.others_run(usize::MAX), &mut left) {
+        let others_run = self.vcpus.iter().any(Vcpu::is_in_guest);
+        if let Some(end) = self.adapter.begin_reset(now, others_run, &mut left) {
             self.pass = Some((left, true));
             return self.events.push((end, Event::Pass));
         }
-        self.adapter.take();
+        let emptied = self.adapter.emptied();
+        self.kick(now, &emptied);
+        for vcpu in self.adapter.take() {
+            self.tell(now, vcpu);
+        }
         let interval = nanos(self.plan.pass).max(1);
         self.events.push((now + interval - (now - START) % interval + self.dice.oversleep(), Event::Pass));
+    }
+
+    fn kick(&mut self, now: Nanos, vcpus: &[usize]) {
+        let kicks = self.adapter.kicks();
+        vcpus.iter().filter(|_| kicks).for_each(|vcpu| self.vcpus[*vcpu].kick(now));
+    }
+
+    fn tell(&mut self, now: Nanos, vcpu: usize) {
+        self.vcpus[vcpu].tell(now, &self.adapter);
     }
 
     /// From here on is counted.
@@ -258,7 +269,7 @@ impl<'a> Run<'a> {
 
     fn set_limit(&mut self, now: Nanos, vcpu: usize, limit: Option<PageRate>) {
         self.adapter.limiter.set_limit(self.indices[vcpu], limit);
-        self.vcpus[vcpu].poke(now);
+        self.tell(now, vcpu);
         self.recording.vcpus[vcpu].limits.push((since(START, now), limit));
     }
 

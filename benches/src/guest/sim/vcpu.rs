@@ -1,11 +1,12 @@
 //! The vCPU's thread: the guest, a full exit, and paying before it enters again. As in `dirtylimit-kvm`'s `vcpu.rs`, as
 //! a state machine in virtual time.
 
-use dirtylimit_core::{Nanos, Pacer, Penalty, Turn};
+use dirtylimit_core::{Nanos, Pacer, Penalty, Policy, Turn};
 
-use super::adapter::{Adapter, RESET_GAP};
+use super::adapter::{Adapter, BATCH, RESET_GAP};
 use super::costs;
 use super::cpu::Cpu;
+use super::kick::{self, Kicker};
 
 /// The adapter's: how soon a thread that did not get the lock tries again.
 const RETRY: Nanos = 50_000;
@@ -17,8 +18,8 @@ const LOOK: Nanos = 10_000_000;
 enum State {
     /// It is in the guest.
     Guest,
-    /// It is on the way out of the guest, with a full ring.
-    Exit,
+    /// It is on the way out of the guest, with a full ring or kicked.
+    Exit { full: bool },
     /// It pauses.
     Pause(Pay),
     /// It resets.
@@ -28,7 +29,6 @@ enum State {
 /// One call of `before_run`.
 #[derive(Clone, Copy, Debug)]
 struct Pay {
-    start: Nanos,
     /// From here on it is let through, come what may.
     patience: Nanos,
     /// `None` while somebody else harvests.
@@ -47,15 +47,27 @@ pub(super) struct Vcpu {
     pacer: Pacer,
     /// A full exit has not been served.
     full: bool,
+    kicker: Kicker,
+    /// The slice last given, where only a kick can end it.
+    kicked_slice: Option<u32>,
     state: State,
     /// When it has something to do next.
     pub(super) at: Nanos,
 }
 
 impl Vcpu {
-    pub(super) fn new(id: usize, cpu: Cpu, adapter: &Adapter, now: Nanos) -> Self {
+    pub(super) fn new<P: Policy>(id: usize, cpu: Cpu, adapter: &Adapter<P>, now: Nanos) -> Self {
         let at = if cpu.is_idle() { Nanos::MAX } else { now };
-        Self { id, cpu, pacer: Pacer::new(&adapter.cell(id).report), full: false, state: State::Guest, at }
+        Self {
+            id,
+            cpu,
+            pacer: Pacer::new(&adapter.cell(id).report),
+            full: false,
+            kicker: Kicker::new(),
+            kicked_slice: None,
+            state: State::Guest,
+            at,
+        }
     }
 
     /// Whether it is in the guest, and does something there.
@@ -70,33 +82,44 @@ impl Vcpu {
         }
     }
 
-    /// Wakes a pausing thread, so that it looks at its penalty again.
-    pub(super) fn poke(&mut self, now: Nanos) {
+    /// The penalty may be another: ends a pause, and a run where that is of use.
+    pub(super) fn tell<P: Policy>(&mut self, now: Nanos, adapter: &Adapter<P>) {
         if matches!(self.state, State::Pause(_)) {
             self.at = self.at.min(now + self.cpu.dice.oversleep());
         }
+        if adapter.kicks() && kick::ends_slices(adapter.cell(self.id).penalty.accept()) {
+            self.kick(now);
+        }
+    }
+
+    /// Makes it leave the guest, or leave it again at once.
+    pub(super) fn kick(&mut self, now: Nanos) {
+        self.kicker.kick(now, &mut self.cpu.dice);
     }
 
     /// Does what is due at `self.at`; in the guest, goes on to `horizon`. Whether a reset has just returned.
-    pub(super) fn act(&mut self, horizon: Nanos, adapter: &mut Adapter, others_run: bool) -> bool {
+    pub(super) fn act<P: Policy>(&mut self, horizon: Nanos, adapter: &mut Adapter<P>, others_run: bool) -> bool {
         let now = self.at;
         match self.state {
             State::Guest => {
                 let Adapter { kernel, memory, .. } = adapter;
                 let ring = &mut kernel[self.id];
-                self.at = self.cpu.run(now, horizon, ring, memory);
-                if ring.is_full() {
+                self.at = self.cpu.run(now, horizon.min(self.kicker.at), ring, memory);
+                let full = ring.is_full();
+                if full || self.at >= self.kicker.at {
                     ring.flush();
                     self.at += costs::EXIT;
-                    self.state = State::Exit;
+                    self.state = State::Exit { full };
                 }
                 false
             }
-            State::Exit => {
-                adapter.cell(self.id).report.add_full_exit();
-                self.full = true;
+            State::Exit { full } => {
+                if full {
+                    adapter.cell(self.id).report.add_full_exit();
+                    self.full = true;
+                }
+                self.kicker.disarm();
                 let mut pay = Pay {
-                    start: now,
                     patience: now + adapter.limiter.vm().max_pause() + RESET_GAP,
                     turn: None,
                     until: now,
@@ -113,46 +136,69 @@ impl Vcpu {
             }
             State::Reset(mut pay) => {
                 adapter.finish_reset(now);
-                self.full = adapter.places[self.id].want != 0;
-                if self.full && now < pay.patience {
+                let left = adapter.places[self.id].want != 0;
+                self.full &= left;
+                if left && now < pay.patience {
                     (pay.until, pay.since) = (now + RETRY, now);
                     self.pay(now, pay, adapter, others_run);
                 } else {
-                    self.enter(now);
+                    self.enter(now, adapter);
                 }
                 true
             }
         }
     }
 
-    fn enter(&mut self, now: Nanos) {
+    fn enter<P: Policy>(&mut self, now: Nanos, adapter: &Adapter<P>) {
+        if self.kicked_slice.is_some() {
+            let gross = adapter.cell(self.id).report.counts().gross;
+            self.kicker.arm(now, gross, &mut self.cpu.dice);
+        }
         (self.state, self.at) = (State::Guest, now);
     }
 
-    /// Meters a full ring, charges what was metered, and asks for the next slice.
-    fn settle(&mut self, now: Nanos, pay: &mut Pay, adapter: &mut Adapter) {
+    /// Meters the ring, charges what was metered, and asks for the next slice.
+    fn settle<P: Policy>(&mut self, now: Nanos, pay: &mut Pay, adapter: &mut Adapter<P>) {
         pay.since = now;
-        if self.full && adapter.locked.is_some() {
+        if adapter.locked.is_some() {
             pay.turn = None;
             pay.until = now + RETRY;
         } else {
-            if self.full {
-                adapter.meter(self.id);
-                adapter.places[self.id].ring.learn_soft_limit();
-            }
-            let cell = adapter.cell(self.id);
-            let turn = self.pacer.settle(now, adapter.limiter.vm(), &cell.penalty, &cell.report);
-            if self.full {
-                adapter.want(self.id, turn.slice);
-            }
+            let turn = self.harvest(now, adapter);
             pay.turn = Some(turn);
             pay.until = turn.until;
         }
         pay.penalty = adapter.cell(self.id).penalty.accept();
     }
 
+    /// What of that is done under the lock.
+    fn harvest<P: Policy>(&mut self, now: Nanos, adapter: &mut Adapter<P>) -> Turn {
+        adapter.meter(self.id);
+        if self.full {
+            adapter.places[self.id].ring.learn_soft_limit();
+        }
+        if !adapter.places[self.id].stretched {
+            self.pacer.forget_stretch();
+        }
+        let cell = adapter.cell(self.id);
+        let mut turn = self.pacer.settle(now, adapter.limiter.vm(), &cell.penalty, &cell.report);
+        let gross = cell.report.counts().gross;
+        adapter.want(self.id, turn.slice, self.full);
+        let given = self.kicked_slice.or(turn.slice).unwrap_or(BATCH);
+        if self.kicker.learn(given, gross) == Some(0) {
+            turn.until = now;
+        }
+        let kicks = adapter.kicks();
+        let place = &mut adapter.places[self.id];
+        let kicked_slice = turn.slice.filter(|slice| kicks && !place.ring.ends(*slice));
+        (place.limited, place.stretched) = (turn.slice.is_some(), turn.stretched);
+        place.slice = turn.slice.filter(|_| kicked_slice.is_none());
+        self.kicked_slice = kicked_slice.map(|slice| slice.div_ceil(2));
+        turn
+    }
+
     /// Pauses, or does what follows a pause that is over at `now`.
-    fn pay(&mut self, now: Nanos, mut pay: Pay, adapter: &mut Adapter, others_run: bool) {
+    fn pay<P: Policy>(&mut self, now: Nanos, mut pay: Pay, adapter: &mut Adapter<P>, others_run: bool) {
         loop {
             let changed = adapter.cell(self.id).penalty.accept() != pay.penalty;
             if now < pay.until && !changed {
@@ -164,8 +210,8 @@ impl Vcpu {
                 adapter.cell(self.id).report.add_pause(now - pay.since);
             }
             match pay.turn {
-                Some(turn) if now >= pay.until => match self.free(&turn, now, pay.start, adapter, others_run) {
-                    Freed::Done => return self.enter(now),
+                Some(turn) if now >= pay.until => match self.free(&turn, now, adapter, others_run) {
+                    Freed::Done => return self.enter(now, adapter),
                     Freed::At(end) => {
                         (self.state, self.at) = (State::Reset(pay), end);
                         return;
@@ -178,31 +224,32 @@ impl Vcpu {
                 _ => self.settle(now, &mut pay, adapter),
             }
             if now >= pay.patience {
-                return self.enter(now);
+                return self.enter(now, adapter);
             }
         }
     }
 
     /// After the pause: makes sure that a reset frees the slice.
-    fn free(&mut self, turn: &Turn, now: Nanos, start: Nanos, adapter: &mut Adapter, others_run: bool) -> Freed {
-        if !self.full || adapter.places[self.id].want == 0 {
+    fn free<P: Policy>(&mut self, turn: &Turn, now: Nanos, adapter: &mut Adapter<P>, others_run: bool) -> Freed {
+        if adapter.places[self.id].want == 0 {
             self.full = false;
             return Freed::Done;
         }
         if adapter.locked.is_some() {
             return Freed::Retry(now + RETRY);
         }
-        let next_reset = adapter.last_reset + RESET_GAP;
+        let next_reset = adapter.last_reset + RESET_GAP.min(adapter.limiter.vm().max_pause() / 10 * 9);
         let ring = adapter.places[self.id].ring.size();
-        let patient = turn.until > start && turn.slice.is_some_and(|slice| slice < ring / 2);
+        let patient = !turn.stretched && turn.slice.is_some_and(|slice| slice < ring / 2);
         if patient && now < next_reset {
             return Freed::Retry(next_reset);
         }
         match adapter.serve(now, others_run) {
             Some(end) => Freed::At(end),
             None => {
-                self.full = adapter.places[self.id].want != 0;
-                if self.full { Freed::Retry(now + RETRY) } else { Freed::Done }
+                let left = adapter.places[self.id].want != 0;
+                self.full &= left;
+                if left { Freed::Retry(now + RETRY) } else { Freed::Done }
             }
         }
     }
