@@ -22,18 +22,20 @@ fetch() {
         exit 1
     fi
     echo "debian-cargo: fetching Rust $full" >&2
-    # The last three are the libraries that rustc and cargo need and a fresh machine lacks.
+    # lld links for machines that the host's linker does not know; the last three are the libraries that rustc and cargo
+    # need and a fresh machine lacks.
     (cd "$new/packages" && apt-get download -qq -o APT::Sandbox::User=root \
         "rustc-web=$full" "cargo-web=$full" "libstd-rust-web-dev=$full" "libstd-rust-web-$version=$full" \
-        "rust-web-src=$full" libllvm19 libpcre3 libhttp-parser2.9)
+        "rust-web-src=$full" lld-19 libllvm19 libpcre3 libhttp-parser2.9)
     for package in "$new"/packages/*.deb; do dpkg -x "$package" "$new"; done
     rm -r "$new/packages"
+    ln -s ../lib/llvm-19/bin/lld "$new/usr/bin/rust-lld" # the name that rustc calls it by
     rm -rf "$home"
     mv "$new" "$home"
 }
 
-[[ -x $home/usr/bin/cargo ]] || fetch
-export LD_LIBRARY_PATH=$lib:$home/lib/x86_64-linux-gnu RUSTC=$home/usr/bin/rustc
+[[ -x $home/usr/bin/rust-lld ]] || fetch
+export PATH=$PATH:$home/usr/bin LD_LIBRARY_PATH=$lib:$home/lib/x86_64-linux-gnu RUSTC=$home/usr/bin/rustc
 # The rustup proxies, where there are any, must not put their own choice in.
 unset RUSTUP_TOOLCHAIN
 exec "$home/usr/bin/cargo" "$@"

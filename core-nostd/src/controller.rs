@@ -287,9 +287,12 @@ impl<P: Policy, const N: usize> Table<P, N> {
             let claim = |row: &Row<P::State>| {
                 Claim::new(row.limit.map_or(row.meter.demand(), |limit| limit.min(row.meter.demand())), row.weight)
             };
-            let mut claims: Vec<Claim, N> = self.rows.iter().flatten().map(claim).collect();
+            let mut claims = Vec::<Claim, N>::new();
+            for claim in self.rows.iter().flatten().map(claim) {
+                let _ = claims.push(claim); // as much room as for rows
+            }
             // Where every demand is covered, any one vCPU may still grow to the whole.
-            level(&mut claims, budget).unwrap_or(budget)
+            level(&claims, budget).unwrap_or(budget)
         });
         for (row, cell) in self.rows.iter_mut().zip(cells) {
             if let Some(row) = row {

@@ -65,12 +65,16 @@ impl PenaltyCell {
     }
 
     /// SET PENALTY: one store, by the controller alone (under its lock, so that the last call wins).
+    ///
+    /// Wait-free: at most 3 instructions.
     pub fn set(&self, penalty: Penalty) {
         // Release: pairs with the acquire in `accept`, so that whoever sees the penalty sees the lease renewed before it.
         self.0.store(penalty, Ordering::Release);
     }
 
     /// ACCEPT PENALTY: one load, from any thread; never older than one already seen.
+    ///
+    /// Wait-free: at most 3 instructions.
     #[inline]
     pub fn accept(&self) -> Penalty {
         // Acquire: pairs with the release in `set`.
@@ -121,6 +125,8 @@ impl VmCell {
     }
 
     /// Whether the last tick is recent enough at `now`; a clock some ticks behind the controller's counts as recent.
+    ///
+    /// Wait-free: at most 10 instructions.
     pub fn is_leased(&self, now: Nanos) -> bool {
         // Relaxed: the acquire in `PenaltyCell::accept`, before this, pairs with the release after `renew`.
         let age = Self::stamp(now).wrapping_sub(self.renewed.load(Ordering::Relaxed));
@@ -129,6 +135,8 @@ impl VmCell {
     }
 
     /// The longest single pause.
+    ///
+    /// Wait-free: at most 4 instructions.
     pub fn max_pause(&self) -> Nanos {
         // Relaxed: a value by itself.
         Nanos::from(self.max_pause.load(Ordering::Relaxed)) * 1000

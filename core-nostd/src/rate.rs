@@ -168,8 +168,16 @@ impl Price {
         if mantissa == 0 {
             return u32::MAX;
         }
-        let pages = (((time as u128) << Self::UNIT_BITS) >> exponent) / mantissa as u128;
-        if pages > u32::MAX as u128 { u32::MAX } else { pages as u32 }
+        // In units of the mantissa; 64 bits do, for no mantissa divides more by so much that it is less than 2^32.
+        let time = if exponent >= Self::UNIT_BITS {
+            time >> (exponent - Self::UNIT_BITS)
+        } else if time.leading_zeros() >= Self::UNIT_BITS - exponent {
+            time << (Self::UNIT_BITS - exponent)
+        } else {
+            return u32::MAX;
+        };
+        let pages = time / mantissa;
+        if pages > u32::MAX as u64 { u32::MAX } else { pages as u32 }
     }
 }
 
@@ -208,6 +216,15 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn time_pays_for_what_exact_arithmetic_says(bits in 1..=Price::BITS, time: Nanos) {
+            let price = Price::from_bits(bits);
+            let (mantissa, exponent) = price.parts();
+            prop_assume!(mantissa > 0);
+            let exact = ((u128::from(time) << Price::UNIT_BITS) >> exponent) / u128::from(mantissa);
+            prop_assert_eq!(u128::from(price.pages_for(time)), exact.min(u32::MAX.into()));
+        }
+
         #[test]
         fn a_price_is_monotone_and_inverts(a in 1u64..=PageRate::MAX.0, b in 1u64..=PageRate::MAX.0, pages in 1u32..1 << 20) {
             let (slow, fast) = (PageRate(a.min(b)), PageRate(a.max(b)));

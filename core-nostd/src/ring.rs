@@ -293,7 +293,7 @@ impl<E: AsRef<[Entry]>> Ring<E> {
     /// `slice` more pages (at least one; all of the ring for more than that). With PML exact to ±512 pages.
     pub fn to_collect(&self, slice: u32) -> u32 {
         let held = self.held_back();
-        (slice.clamp(1, self.soft) + held).saturating_sub(self.soft).min(held)
+        (slice.min(self.soft).max(1) + held).saturating_sub(self.soft).min(held)
     }
 }
 

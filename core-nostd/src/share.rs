@@ -27,28 +27,27 @@ impl Claim {
 /// The level: what a vCPU of weight 1 may dirty so that all together, each taking the lesser of its demand and
 /// weight × level, use up the budget. `None` where the budget covers every demand.
 ///
-/// The order of `claims` is lost. Linear in their number: each round halves those that are left.
-pub fn level(claims: &mut [Claim], budget: PageRate) -> Option<PageRate> {
-    let mut left = u128::from(budget.raw());
-    let mut open = claims;
-    // The weight of the claims above `open`: known to be capped by the level.
-    let mut capped = 0u128;
-    while !open.is_empty() {
-        let (below, pivot, above) = open.select_nth_unstable_by_key(open.len() / 2, |claim| claim.ask);
-        // All at the pivot's level: those below and the pivot have what they want, those above as much as the pivot.
-        let satisfied: u128 = below.iter().map(Claim::demand).sum::<u128>() + pivot.demand();
-        let above_weight = capped + above.iter().map(|claim| u128::from(claim.weight)).sum::<u128>();
-        let needed = satisfied.saturating_add(above_weight.saturating_mul(u128::from(pivot.ask)));
-        if needed <= left {
-            left -= satisfied;
-            open = above;
-        } else {
-            capped = above_weight + u128::from(pivot.weight);
-            open = below;
+/// Newton's method from below: what is used up is concave in the level, so that what the satisfied leave over, shared by
+/// the others, never is too much. Each pass halves what is left over times the weight of who wants more, at least: a few
+/// passes, and never more than 90.
+pub fn level(claims: &[Claim], budget: PageRate) -> Option<PageRate> {
+    let mut level = 0;
+    loop {
+        // At this level. The satisfied fit in: never below 0.
+        let (mut left, mut open_weight) = (u128::from(budget.raw()), 0u128);
+        for claim in claims {
+            if u128::from(claim.ask) <= level {
+                left -= claim.demand();
+            } else {
+                open_weight += u128::from(claim.weight);
+            }
         }
+        let higher = left.checked_div(open_weight)?;
+        if higher <= level {
+            return Some(PageRate::from_raw(u64::try_from(level).unwrap_or(u64::MAX)));
+        }
+        level = higher;
     }
-    let level = left.checked_div(capped)?;
-    Some(PageRate::from_raw(u64::try_from(level).unwrap_or(u64::MAX)))
 }
 
 /// What `level` allows a vCPU of `weight`.
@@ -83,8 +82,8 @@ mod tests {
     #[test]
     fn by_hand() {
         let split = |demands: &[(u32, u32)], budget| {
-            let mut claims: Vec<_> = demands.iter().map(|&(pages, weight)| Claim::new(rate(pages), weight)).collect();
-            level(&mut claims, rate(budget)).map(PageRate::pages_per_sec)
+            let claims: Vec<_> = demands.iter().map(|&(pages, weight)| Claim::new(rate(pages), weight)).collect();
+            level(&claims, rate(budget)).map(PageRate::pages_per_sec)
         };
         assert_eq!(split(&[], 100), None);
         assert_eq!(split(&[(50, 1), (50, 1)], 100), None);
@@ -102,10 +101,10 @@ mod tests {
             demands in prop::collection::vec((0u64..1 << 42, 1u32..10), 1..40),
             budget in 0u64..1 << 43,
         ) {
-            let mut claims: Vec<_> =
+            let claims: Vec<_> =
                 demands.iter().map(|&(raw, weight)| Claim::new(PageRate::from_raw(raw), weight)).collect();
             let expected = oracle(&claims, budget.min(PageRate::MAX.raw()));
-            prop_assert_eq!(level(&mut claims, PageRate::from_raw(budget)).map(PageRate::raw), expected);
+            prop_assert_eq!(level(&claims, PageRate::from_raw(budget)).map(PageRate::raw), expected);
         }
     }
 }

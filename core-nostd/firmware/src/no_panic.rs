@@ -1,0 +1,188 @@
+//! Calls everything public of dirtylimit-core with arguments that the optimizer knows nothing of, beside a panic handler
+//! that cannot be linked. So this links only if no call can panic, whatever it is given; `ci/no-panic.sh` links it, and
+//! checks that nothing public is missing here.
+#![no_std]
+#![no_main]
+
+use core::fmt::{self, Write};
+use core::hint::black_box as any;
+
+use dirtylimit_core::{
+    BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, Paced, Pacer, Page, PageRate, Penalty, PenaltyCell,
+    Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn, VcpuCell,
+    VcpuIndex, VmCell, level, share,
+};
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    unsafe extern "C" {
+        fn the_core_can_panic() -> !;
+    }
+    // SAFETY: there is no such function, so that no program with this call exists.
+    unsafe { the_core_can_panic() }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn _start() -> ! {
+    rates();
+    cells();
+    meters();
+    pacers();
+    rings();
+    policies();
+    shares();
+    limiters();
+    texts();
+    #[cfg(feature = "planted")]
+    any(any(None::<u32>).unwrap());
+    loop {}
+}
+
+fn rate() -> PageRate {
+    any(PageRate::MAX)
+}
+
+fn price() -> Price {
+    any(Price::MAX)
+}
+
+fn rates() {
+    any(PageRate::from_pages_per_sec(any(0)));
+    any(PageRate::from_bytes_per_sec(any(0), any(0)));
+    any(PageRate::measured(any(0), any(0)));
+    any(PageRate::pages_per_sec(rate()));
+    any(PageRate::bytes_per_sec(rate(), any(0)));
+    any(PageRate::price(rate()));
+    any(Price::from_nanos(any(0)));
+    any(Price::split(any(0), any(0)));
+    any(Price::of(price(), any(0)));
+    any(Price::pages_for(price(), any(0)));
+}
+
+fn cells() {
+    for terms in [Terms::Pace(price()), Terms::Sleep(price())] {
+        any(Penalty::new(any(terms)));
+    }
+    any(Penalty::terms(any(Penalty::NONE)));
+    let (cell, vm) = (&any(PenaltyCell::new()), &any(VmCell::new()));
+    PenaltyCell::set(cell, any(Penalty::NONE));
+    any(PenaltyCell::accept(cell));
+    any(VmCell::is_leased(vm, any(0)));
+    any(VmCell::max_pause(vm));
+    VmCell::set_max_pause(vm, any(0));
+    any(VcpuCell::new());
+}
+
+fn meters() {
+    let (report, mut meter) = (&any(Report::new()), any(Meter::default()));
+    Report::add_pages(report, any(0), any(0));
+    Report::add_full_exit(report);
+    Report::add_pause(report, any(0));
+    Report::set_needed_pause(report, any(0));
+    any(Report::needed_pause(report));
+    any(Report::net(report));
+    let counts: Counts = any(Report::counts(report));
+    any(Counts::since(counts, any(counts)));
+    any(Totals::plus(any(Totals::default()), counts));
+    any(Meter::starting_at(counts));
+    any(Meter::read(&mut meter, report, any(0)));
+    let meter = &any(meter);
+    any(Meter::rate(meter));
+    any(Meter::demand(meter));
+    any(Meter::totals(meter, report));
+}
+
+fn pacers() {
+    let (report, vm, cell) = (&any(Report::new()), &any(VmCell::new()), &any(PenaltyCell::new()));
+    let mut pacer = any(Pacer::new(report));
+    any(Pacer::owes(&pacer, report));
+    any(Pacer::settle(&mut pacer, any(0), vm, cell, report));
+    Pacer::forget_stretch(any(&mut pacer));
+}
+
+fn page() -> Page {
+    any(Page { slot: 0, offset: 0 })
+}
+
+fn rings() {
+    static MEMORY: [Entry; 256] = [const { Entry::new() }; 256];
+    let memory = &any(&MEMORY[..])[..];
+    any(Entry::new());
+    for entry in memory {
+        Entry::push(entry, page());
+        any(Entry::reset(entry));
+    }
+    any(Ring::new(memory).is_ok());
+    let Ok(mut ring) = Ring::starting_at(memory, any(0)) else { return };
+    let ring = any(&mut ring);
+    let each = |page: Page| _ = any(page);
+    any(Ring::meter(ring, each));
+    any(Ring::collect(ring, any(0), each));
+    Ring::for_each_held_back(ring, each);
+    any(Ring::reclaim(ring));
+    any(Ring::occupied(ring));
+    any(Ring::held_back(ring));
+    any(Ring::awaiting_reset(ring));
+    any(Ring::room(ring));
+    any(Ring::size(ring));
+    any(Ring::soft_limit(ring));
+    Ring::learn_soft_limit(any(ring));
+    any(Ring::ends(any(ring), any(0)));
+    any(Ring::to_collect(ring, any(0)));
+}
+
+fn stepped() -> Stepped {
+    any(Stepped::default())
+}
+
+fn policies() {
+    let (state, reading, current) = (&mut any(SteppedState::default()), &any(Reading::default()), any(Penalty::NONE));
+    any(Policy::penalty(&Paced, &mut (), reading, rate(), current));
+    any(Policy::penalty(&stepped(), state, reading, rate(), current));
+    any(Policy::penalty(&any(Shipped::default()), any(state), reading, rate(), any(current)));
+}
+
+fn shares() {
+    let claims = [(); 64].map(|()| any(Claim::new(rate(), any(0))));
+    let claims = any(&claims[..]);
+    any(level(claims, rate()));
+    any(share(rate(), any(0)));
+}
+
+fn limiters() {
+    static LIMITER: Limiter<Shipped, 16> = Limiter::new(Shipped::Paced(Paced));
+    let limiter = any(&LIMITER);
+    any(Limiter::vm(limiter));
+    // Any index, of whatever limiter.
+    let Ok(vcpu) = any(Limiter::register(limiter)) else { return };
+    any(VcpuIndex::get(vcpu));
+    any(Limiter::cell(limiter, vcpu));
+    let limit = || any(Some(rate()));
+    Limiter::set_limit(limiter, vcpu, limit());
+    Limiter::set_limit_all(limiter, limit());
+    Limiter::set_vm_limit(limiter, limit());
+    Limiter::set_weight(limiter, vcpu, any(0));
+    Limiter::set_policy(limiter, any(Shipped::Stepped(stepped())));
+    any(Limiter::vm_limit(limiter));
+    any(Limiter::query(limiter, vcpu));
+    Limiter::tick(limiter, any(0));
+    Limiter::unregister(limiter, vcpu);
+}
+
+/// Takes any text, and fails when it likes.
+struct Sink;
+
+impl Write for Sink {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        any(text);
+        any(Ok(()))
+    }
+}
+
+fn texts() {
+    let _ = write!(Sink, "{}", any(BadRingSize { entries: 0 }));
+    let _ = write!(Sink, "{}", any(Full { capacity: 0 }));
+}
+
+/// What the calls above return is public as well.
+const _: fn(Turn, Status, Nanos) = |_, _, _| ();
