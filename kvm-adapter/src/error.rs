@@ -85,6 +85,12 @@ pub enum Error {
         /// How often it came back.
         exits: u32,
     },
+    /// The kernel has used up its reserve: every entry of a ring is dirty.
+    #[error(
+        "KVM has filled the dirty ring of vCPU {0} to its last entry, beyond those that it keeps in reserve, and may have \
+         overwritten some: its dirty pages are unknown, so every page of this VM must be sent again"
+    )]
+    Overrun(u32),
     /// Resets went on to return less than was collected.
     #[error(
         "KVM_RESET_DIRTY_RINGS gave back {given} of {expected} collected entries, tried {tries} times: the pages stay \
@@ -113,7 +119,7 @@ impl Error {
             Self::NoSlot(_) | Self::NoVcpu(_) => libc::ENOENT,
             Self::VcpuBusy(_) => libc::EBUSY,
             Self::TooManyVcpus { .. } => libc::ENOSPC,
-            Self::Wedged { .. } | Self::ShortReset { .. } => libc::EIO,
+            Self::Wedged { .. } | Self::Overrun(_) | Self::ShortReset { .. } => libc::EIO,
         }
     }
 }

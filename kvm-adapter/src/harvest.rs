@@ -177,6 +177,10 @@ impl Harvest {
         mut choose: impl FnMut(u32, &Place, u32) -> u32,
     ) -> Result<u32, Error> {
         let Self { places, batch, .. } = self;
+        // A ring without an empty entry stays as it is, and so do its pages: unknown.
+        if let Some((&id, _)) = places.iter().find(|(_, place)| place.ring.occupied() == place.ring.size()) {
+            return Err(Error::Overrun(id));
+        }
         for (id, place) in places {
             let room = BATCH.saturating_sub(u32::try_from(batch.len()).unwrap_or(BATCH));
             let count = choose(*id, place, room).min(room);
