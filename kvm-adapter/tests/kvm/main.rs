@@ -4,4 +4,7 @@ mod changes;
 mod common;
 mod disturbed;
 mod machines;
+mod overrun;
 mod rig;
+mod rounds;
+mod stopped;
