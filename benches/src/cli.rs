@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use dirtylimit_core::PageRate;
 
-use crate::plan::{Plan, Step, VcpuPlan};
+use crate::plan::{MetricsTo, Plan, Step, VcpuPlan};
 use crate::record::{GuestKind, PolicyKind};
 use crate::scenario::Scenarios;
 use crate::units::{parse_duration, parse_limit, parse_seconds};
@@ -103,6 +103,10 @@ pub struct Run {
     #[arg(long, value_name = "PATH")]
     pub qmp: Option<PathBuf>,
 
+    /// Serve counters for Prometheus at this loopback address (IP:PORT), or write them to this file once a second
+    #[arg(long, value_name = "ADDR|FILE", value_parser = metrics_to)]
+    pub metrics: Option<MetricsTo>,
+
     /// Write the report as JSON; `-` is standard output, and nothing else goes there then
     #[arg(long, value_name = "FILE|-")]
     pub json: Option<PathBuf>,
@@ -130,6 +134,17 @@ fn step(text: &str) -> Result<Step, String> {
     Ok(Step { limit: parse_limit(limit)?, after: parse_duration(after)? })
 }
 
+fn metrics_to(text: &str) -> Result<MetricsTo, String> {
+    match text.parse() {
+        Ok(address) => Ok(MetricsTo::Address(address)),
+        // Not a file that anybody means.
+        Err(_) if text.contains(':') && !text.contains('/') => {
+            Err(format!("`{text}` is no address, as 127.0.0.1:9100 is (a file's name with a `:` needs a `/`)"))
+        }
+        Err(_) => Ok(MetricsTo::File(text.into())),
+    }
+}
+
 impl Run {
     /// The run that was asked for.
     ///
@@ -138,6 +153,9 @@ impl Run {
     pub fn plan(&self) -> Result<Plan, String> {
         if self.qmp.is_some() && self.guest == Some(GuestKind::Sim) {
             return Err("--qmp needs the KVM guest: the simulated one runs in virtual time".to_owned());
+        }
+        if self.metrics.is_some() && self.guest == Some(GuestKind::Sim) {
+            return Err("--metrics needs the KVM guest: the simulated one runs in virtual time".to_owned());
         }
         let count = self.vcpus.unwrap_or(self.workload.len());
         if !(1..=MAX_VCPUS).contains(&count) {
@@ -184,6 +202,7 @@ impl Run {
             steps: self.steps.clone(),
             payload: self.payload.clone(),
             qmp: self.qmp.clone(),
+            metrics: self.metrics.clone(),
         })
     }
 }
@@ -255,6 +274,15 @@ mod tests {
     }
 
     #[test]
+    fn metrics_go_to_an_address_or_to_a_file() {
+        let to = |text: &str| plan(&format!("--metrics {text}")).unwrap().metrics.unwrap();
+        assert_eq!(to("127.0.0.1:9100"), MetricsTo::Address(([127, 0, 0, 1], 9100).into()));
+        assert!(matches!(to("[::1]:0"), MetricsTo::Address(address) if address.port() == 0));
+        assert_eq!(to("./a:b.prom"), MetricsTo::File("./a:b.prom".into()));
+        assert_eq!(to("9100"), MetricsTo::File("9100".into()));
+    }
+
+    #[test]
     fn bad_usage_names_the_option_and_what_is_allowed() {
         for (line, told) in [
             ("--vcpus 0", "1 to 1024"),
@@ -280,6 +308,8 @@ mod tests {
             ("--vm-limit -1", "unexpected argument"),
             ("--workload wirte:1MiB", "write:SIZE"),
             ("--guest sim --qmp x", "--qmp needs the KVM guest"),
+            ("--guest sim --metrics x", "--metrics needs the KVM guest"),
+            ("--metrics localhost:9100", "127.0.0.1:9100 is"),
             ("--guest xen", "[possible values: kvm, sim]"),
             ("--policy fast", "[possible values: paced, stepped]"),
         ] {

@@ -154,6 +154,10 @@ fn choose(run: &Run) -> Result<GuestKind> {
         "--qmp needs the KVM guest: the simulated one runs in virtual time"
     );
     ensure!(
+        kind == GuestKind::Kvm || run.metrics.is_none(),
+        "--metrics needs the KVM guest: the simulated one runs in virtual time"
+    );
+    ensure!(
         kind == GuestKind::Kvm || run.payload.is_none(),
         "--payload needs the KVM guest: the simulated one runs no code"
     );

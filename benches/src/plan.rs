@@ -1,5 +1,6 @@
 //! What one run shall do: the command line, checked, in the units that a guest works with.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -33,6 +34,17 @@ pub struct Plan {
     pub payload: Option<PathBuf>,
     /// A control socket to serve; a limit that it sets stays, whatever the plan says.
     pub qmp: Option<PathBuf>,
+    /// Where the counters go, for Prometheus.
+    pub metrics: Option<MetricsTo>,
+}
+
+/// Where counters go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetricsTo {
+    /// Served over HTTP.
+    Address(SocketAddr),
+    /// Written once a second.
+    File(PathBuf),
 }
 
 /// What one vCPU runs, and its limit.

@@ -213,6 +213,7 @@ fn writers(vcpus: Vec<VcpuPlan>) -> Plan {
         steps: Vec::new(),
         payload: None,
         qmp: None,
+        metrics: None,
     }
 }
 

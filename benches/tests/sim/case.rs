@@ -47,6 +47,7 @@ pub(crate) fn plan(vcpus: &str, ring: u32, policy: PolicyKind) -> Plan {
         steps: Vec::new(),
         payload: None,
         qmp: None,
+        metrics: None,
     }
 }
 

@@ -6,6 +6,7 @@ mod cpu;
 pub(crate) mod layout;
 mod machine;
 mod memory;
+mod metrics;
 pub mod raw_ring;
 mod run;
 mod script;

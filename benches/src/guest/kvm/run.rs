@@ -9,6 +9,7 @@ use dirtylimit_kvm::{Config, DirtyLimit, Kick, Shipped, Stepped, ThrottleThread}
 
 use super::affinity::Placement;
 use super::control::Control;
+use super::metrics::Exporter;
 use super::script::{Event, Mark, Script, Scripted};
 use super::threads::{Copier, Limited, Vcpus};
 use super::{GuestCpu, Load, Machine, SLOT};
@@ -76,6 +77,7 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
     let vcpus = Vcpus::start(vcpus, placement.vcpus.as_deref())?;
     let recording = Recording::begun(GuestKind::Kvm, plan, probe::host(true, None), recorded);
     let control = plan.qmp.as_deref().map(|path| Control::serve(limit.clone(), path)).transpose()?;
+    let exporter = plan.metrics.as_ref().map(|to| Exporter::start(&limit, to)).transpose()?;
     let start = Instant::now();
     let done = Scripted { recording, marks: Vec::new(), ticks: Vec::new() };
     Run {
@@ -88,6 +90,7 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
         copier,
         _throttle: throttle,
         control,
+        exporter,
         start,
         next: SAMPLE,
         done,
@@ -106,6 +109,7 @@ struct Run<'a> {
     copier: Copier,
     _throttle: ThrottleThread,
     control: Option<Control>,
+    exporter: Option<Exporter>,
     limit: DirtyLimit,
     start: Instant,
     /// When the next sample is due.
@@ -172,6 +176,7 @@ impl Run<'_> {
             self.until(began + self.plan.limited, Phase::Limited)?;
         }
         self.sample(Phase::Limited)?;
+        self.exporter.as_mut().map_or(Ok(()), Exporter::write)?;
         self.mark();
         self.done.recording.end = self.start.elapsed();
         let (after, resets) = (self.accesses(), self.limit.stats());
@@ -253,6 +258,7 @@ impl Run<'_> {
         while self.next <= now {
             self.next += SAMPLE;
         }
+        self.exporter.as_mut().map_or(Ok(()), Exporter::write_if_due)?;
         self.show(phase);
         Ok(())
     }

@@ -44,6 +44,7 @@ fn plan(workloads: &[Workload]) -> Plan {
         steps: Vec::new(),
         payload: None,
         qmp: None,
+        metrics: None,
     }
 }
 

@@ -85,6 +85,7 @@ mod tests {
             steps: vec![Step { after: ms(200), limit: None }],
             payload: None,
             qmp: None,
+            metrics: None,
         };
         let holds = vec![Hold { after: ms(100), held: vec![0] }, Hold { after: ms(300), held: vec![] }];
         let script = Script { holds, time_ticks: false };
