@@ -6,32 +6,21 @@ cd "$(dirname "$0")/.."
 
 table=loom-tests/README.md
 
-# The public functions of $1's types (a regular expression), as Type::function, outside its tests.
+# The public functions of file $1's types (a regular expression).
 functions() {
-    awk -v types="^($2)\$" '
-        /^#\[cfg\(test\)\]$/ { exit }
-        /^impl/ {
-            type = $0
-            sub(/ *\{$/, "", type)
-            sub(/<[^<>]*>$/, "", type)
-            sub(/.* /, "", type)
-            trait = $0 ~ / for /
-        }
-        /^ +pub (const )?fn / && !trait && type ~ types {
-            name = $0
-            sub(/.*fn /, "", name)
-            sub(/[(<].*/, "", name)
-            print type "::" name
-        }
-    ' "core-nostd/src/$1"
+    ci/public-functions.sh "$1" | grep -E "^($2)::"
 }
 
+core=core-nostd/src adapter=kvm-adapter/src
 wanted=$(
-    functions penalty.rs 'PenaltyCell|VmCell'
-    functions meter.rs 'Report|Meter'
-    functions ring.rs 'Entry|Ring'
-    functions pacer.rs 'Pacer'
-    functions controller.rs 'Limiter|VcpuCell'
+    functions $core/penalty.rs 'PenaltyCell|VmCell'
+    functions $core/meter.rs 'Report|Meter'
+    functions $core/ring.rs 'Entry|Ring'
+    functions $core/pacer.rs 'Pacer'
+    functions $core/controller.rs 'Limiter|VcpuCell'
+    functions $adapter/seat.rs 'Interrupter'
+    functions $adapter/vcpu.rs 'Vcpu'
+    functions $adapter/limit.rs 'DirtyLimit'
 )
 rows=$(sed -nE 's/^\| `([A-Za-z]+::[a-z_]+)`.*/\1/p' "$table")
 bad=0

@@ -69,7 +69,7 @@ impl Seat {
     /// Takes the seat; whether it was free.
     pub(crate) fn take(&self) -> bool {
         // Acquire: pairs with the release in `leave`, so that the next owner comes after the last.
-        !self.taken.swap(true, Ordering::Acquire)
+        self.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
     }
 
     /// Frees the seat for the next owner.

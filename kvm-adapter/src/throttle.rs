@@ -38,8 +38,8 @@ impl ThrottleThread {
 
 fn run(mut tick: impl FnMut() -> bool, stop: &AtomicU32, period: Nanos) {
     let mut next = sys::now();
-    // Acquire: pairs with the release in `drop`.
-    while stop.load(Ordering::Acquire) == 0 {
+    // Relaxed: a flag by itself; the futex sees it at the latest.
+    while stop.load(Ordering::Relaxed) == 0 {
         let now = sys::now();
         if now < next {
             sys::wait(stop, 0, next);
@@ -54,8 +54,8 @@ fn run(mut tick: impl FnMut() -> bool, stop: &AtomicU32, period: Nanos) {
 
 impl Drop for ThrottleThread {
     fn drop(&mut self) {
-        // Release: pairs with the acquire in `run`.
-        self.stop.store(1, Ordering::Release);
+        // Relaxed: as in `run`.
+        self.stop.store(1, Ordering::Relaxed);
         sys::wake(&self.stop);
         if let Some(thread) = self.thread.take() {
             // The thread may be the one that drops the VM's last handle; it has nothing to say in any case.

@@ -1,4 +1,5 @@
-//! The core's own source files, compiled against loom's atomics and lock, and what the models in `tests/` share.
+//! The core's own source files, and those of the adapter that are concurrent outside its lock, compiled against loom's
+//! atomics and lock; and what the models in `tests/` share.
 //!
 //! README.md has the table *operation → model → what it proves*. Plain `cargo test` explores each model up to two
 //! preemptions; `ci/loom.sh` explores more.
@@ -32,10 +33,35 @@ pub mod ring;
 #[path = "../../core-nostd/src/share.rs"]
 pub mod share;
 
+#[rustfmt::skip]
+#[expect(dead_code, unreachable_pub, reason = "public in the adapter, and only in part used here")]
+#[path = "../../kvm-adapter/src/kick.rs"]
+mod kick;
+#[rustfmt::skip]
+#[expect(dead_code, unreachable_pub, reason = "as above")]
+#[path = "../../kvm-adapter/src/seat.rs"]
+mod seat;
+#[rustfmt::skip]
+#[expect(unreachable_pub, reason = "as above")]
+#[path = "../../kvm-adapter/src/throttle.rs"]
+mod throttle;
+
+pub mod adapter;
+mod error;
 pub mod explore;
 pub mod kernel;
 mod sync;
+mod sys;
 pub mod weaken;
+
+// The adapter's files take the core's parts from its crate.
+extern crate self as dirtylimit_core;
+use controller::{Limiter, VcpuCell, VcpuIndex};
+use error::Error;
+use pacer::SLICE;
+use penalty::{Penalty, Terms};
+use policy::Shipped;
+use rate::Nanos;
 
 /// The lease's renewal by itself, which only the core's `Limiter::tick` may call: for twins that call it too late.
 pub fn renew(vm: &penalty::VmCell, now: rate::Nanos) {

@@ -1,12 +1,13 @@
-//! What the core's `sync` offers, made of loom's types.
+//! What the `sync` of the core and that of the adapter offer, made of loom's types.
 
 use std::marker::PhantomData;
 use std::panic::Location;
 
 use bytemuck::Pod;
-use loom::sync::atomic::AtomicU32;
+use loom::sync::atomic;
 
 pub(crate) use loom::sync::MutexGuard;
+pub(crate) use loom::thread;
 pub(crate) use std::sync::atomic::Ordering;
 
 use crate::weaken;
@@ -14,14 +15,14 @@ use crate::weaken;
 /// A typed atomic of 32 bits.
 #[derive(Debug)]
 pub(crate) struct Atomic<T> {
-    word: AtomicU32,
+    word: atomic::AtomicU32,
     value: PhantomData<T>,
 }
 
 impl<T: Pod> Atomic<T> {
     pub(crate) fn new(value: T) -> Self {
         const { assert!(size_of::<T>() == 4, "every atomic of the core has 32 bits") };
-        Self { word: AtomicU32::new(bytemuck::cast(value)), value: PhantomData }
+        Self { word: atomic::AtomicU32::new(bytemuck::cast(value)), value: PhantomData }
     }
 
     #[track_caller]
@@ -32,6 +33,80 @@ impl<T: Pod> Atomic<T> {
     #[track_caller]
     pub(crate) fn store(&self, value: T, order: Ordering) {
         self.word.store(bytemuck::cast(value), weaken::order(order, Location::caller()));
+    }
+}
+
+/// The adapter's atomics, as the standard library's.
+macro_rules! atomics {
+    ($($name:ident: $value:ty;)*) => {$(
+        #[derive(Debug)]
+        pub(crate) struct $name(atomic::$name);
+
+        impl $name {
+            pub(crate) fn new(value: $value) -> Self {
+                Self(atomic::$name::new(value))
+            }
+
+            #[track_caller]
+            pub(crate) fn store(&self, value: $value, order: Ordering) {
+                self.0.store(value, weaken::order(order, Location::caller()));
+            }
+        }
+    )*};
+}
+atomics! {
+    AtomicBool: bool;
+    AtomicI32: i32;
+}
+
+impl AtomicBool {
+    #[track_caller]
+    pub(crate) fn compare_exchange(
+        &self,
+        current: bool,
+        new: bool,
+        success: Ordering,
+        failure: Ordering,
+    ) -> Result<bool, bool> {
+        self.0.compare_exchange(current, new, weaken::order(success, Location::caller()), failure)
+    }
+}
+
+impl AtomicI32 {
+    #[track_caller]
+    pub(crate) fn load(&self, order: Ordering) -> i32 {
+        self.0.load(weaken::order(order, Location::caller()))
+    }
+}
+
+/// A word that threads may wait for, as a futex.
+#[derive(Debug)]
+pub(crate) struct AtomicU32 {
+    pub(crate) word: atomic::AtomicU32,
+    /// The kernel's queue for the word, under its lock.
+    pub(crate) queue: loom::sync::Mutex<()>,
+    pub(crate) woken: loom::sync::Condvar,
+}
+
+impl AtomicU32 {
+    pub(crate) fn new(value: u32) -> Self {
+        let (queue, woken) = (loom::sync::Mutex::new(()), loom::sync::Condvar::new());
+        Self { word: atomic::AtomicU32::new(value), queue, woken }
+    }
+
+    #[track_caller]
+    pub(crate) fn load(&self, order: Ordering) -> u32 {
+        self.word.load(weaken::order(order, Location::caller()))
+    }
+
+    #[track_caller]
+    pub(crate) fn store(&self, value: u32, order: Ordering) {
+        self.word.store(value, weaken::order(order, Location::caller()));
+    }
+
+    #[track_caller]
+    pub(crate) fn fetch_add(&self, value: u32, order: Ordering) -> u32 {
+        self.word.fetch_add(value, weaken::order(order, Location::caller()))
     }
 }
 
@@ -67,3 +142,5 @@ pub(crate) use array_of;
 
 /// Small, so that the models' rings are.
 pub const RESERVED: u32 = 1;
+/// As many vCPUs as a model needs.
+pub(crate) const VCPUS: usize = 1;

@@ -1,13 +1,13 @@
-//! Takes one memory ordering of the core's source away, for as long as a twin runs.
+//! Takes one memory ordering of the core's or the adapter's source away, for as long as a twin runs.
 
 use std::cell::Cell;
 use std::panic::Location;
 use std::sync::atomic::Ordering;
 
-/// A place in the core that is stronger than relaxed: the first such line of a function, counted from its `fn`.
+/// A place in the core or the adapter that is stronger than relaxed: the first such line of a function, counted from its `fn`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Site {
-    /// File of `core-nostd/src`.
+    /// File of `core-nostd/src` or `kvm-adapter/src`.
     pub file: &'static str,
     /// The line that names the ordering.
     pub line: u32,
@@ -20,7 +20,7 @@ thread_local! {
     static WEAKENED: Cell<Option<Site>> = const { Cell::new(None) };
 }
 
-const SOURCES: [(&str, &str); 8] = [
+const SOURCES: [(&str, &str); 11] = [
     ("controller.rs", include_str!("../../core-nostd/src/controller.rs")),
     ("meter.rs", include_str!("../../core-nostd/src/meter.rs")),
     ("pacer.rs", include_str!("../../core-nostd/src/pacer.rs")),
@@ -29,9 +29,12 @@ const SOURCES: [(&str, &str); 8] = [
     ("rate.rs", include_str!("../../core-nostd/src/rate.rs")),
     ("ring.rs", include_str!("../../core-nostd/src/ring.rs")),
     ("share.rs", include_str!("../../core-nostd/src/share.rs")),
+    ("kick.rs", include_str!("../../kvm-adapter/src/kick.rs")),
+    ("seat.rs", include_str!("../../kvm-adapter/src/seat.rs")),
+    ("throttle.rs", include_str!("../../kvm-adapter/src/throttle.rs")),
 ];
 
-/// Every line of the core, outside its tests, with an ordering stronger than relaxed.
+/// Every line of them, outside their tests, with an ordering stronger than relaxed.
 pub fn sites() -> Vec<Site> {
     let mut sites = vec![];
     for (file, source) in SOURCES {

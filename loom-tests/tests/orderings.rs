@@ -1,9 +1,9 @@
-//! No ordering of the core is stronger than it must be, as far as the models can tell.
+//! No ordering of the core or the adapter is stronger than it must be, as far as the models can tell.
 
 use dirtylimit_loom::weaken::sites;
 
-/// The models with, for each function of the core that orders memory, a twin that has it relaxed.
-const MODELS: [&str; 2] = [include_str!("penalty.rs"), include_str!("ring.rs")];
+/// The models with, for each function that orders memory, a twin that has it relaxed.
+const MODELS: [&str; 3] = [include_str!("adapter.rs"), include_str!("penalty.rs"), include_str!("ring.rs")];
 
 #[test]
 fn every_ordering_has_a_twin_that_fails_without_it() {

@@ -1,0 +1,9 @@
+//! What the adapter's `error` offers, as far as it is needed here.
+
+use std::io;
+
+pub(crate) type Error = io::Error;
+
+pub(crate) fn system(_: &'static str) -> impl FnOnce(io::Error) -> Error {
+    |error| error
+}
