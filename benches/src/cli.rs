@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use dirtylimit_core::PageRate;
 
+use crate::compare::Compare;
 use crate::plan::{MetricsTo, Plan, Step, VcpuPlan};
 use crate::record::{GuestKind, PolicyKind};
 use crate::scenario::Scenarios;
@@ -35,6 +36,8 @@ pub enum Command {
     Probe,
     /// Measure the figures that the limiter must reach, on this host, under KVM
     Scenario(Scenarios),
+    /// Run the same guest under QEMU's dirty limit and under this one, by turns
+    Compare(Box<Compare>),
 }
 
 /// Start a guest, let it run free, limit it, report
@@ -237,7 +240,7 @@ mod tests {
         let line = ["dirtylimit-bench", "run"].into_iter().chain(line.split_whitespace());
         match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
             Command::Run(run) => run.plan(),
-            Command::Probe | Command::Scenario(_) => unreachable!("`run` was given"),
+            Command::Probe | Command::Scenario(_) | Command::Compare(_) => unreachable!("`run` was given"),
         }
     }
 

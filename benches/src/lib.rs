@@ -1,6 +1,7 @@
 //! The harness of dirtylimit: guests that write memory, and the measures of what a limit did to them.
 
 pub mod cli;
+pub mod compare;
 pub mod guest;
 pub mod measure;
 pub mod payload;

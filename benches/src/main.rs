@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use dirtylimit_bench::cli::{Cli, Command, Run};
+use dirtylimit_bench::compare::{Compare, cases::Case};
 use dirtylimit_bench::guest::{self, Progress};
 use dirtylimit_bench::plan::Plan;
 use dirtylimit_bench::probe;
@@ -30,20 +31,26 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Run(run) => match run.plan() {
             Ok(plan) => execute(&run, &plan),
-            Err(message) => {
-                let mut cli = Cli::command();
-                cli.build();
-                let run = cli.find_subcommand_mut("run").expect("`run` was parsed");
-                run.error(ErrorKind::ValueValidation, message).exit()
-            }
+            Err(message) => bad_usage("run", message),
         },
         Command::Scenario(scenarios) => scenario(&scenarios),
+        Command::Compare(asked) => match asked.cases() {
+            Ok(cases) => compare(&asked, &cases),
+            Err(message) => bad_usage("compare", message),
+        },
         Command::Probe => say(&probe::probe().to_string()).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
         eprintln!("dirtylimit-bench: {error:#}");
         ExitCode::from(FAILED)
     })
+}
+
+fn bad_usage(subcommand: &str, message: String) -> ! {
+    let mut cli = Cli::command();
+    cli.build();
+    let subcommand = cli.find_subcommand_mut(subcommand).expect("it was parsed");
+    subcommand.error(ErrorKind::ValueValidation, message).exit()
 }
 
 fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
@@ -128,6 +135,36 @@ fn scenario(asked: &Scenarios) -> Result<ExitCode> {
         (false, false) => FAILED,
         (false, true) => 0,
     }))
+}
+
+fn compare(asked: &Compare, cases: &[Case]) -> Result<ExitCode> {
+    if let Some(path) = &asked.write_rom {
+        let (rom, command) = asked.rom(&cases[0], path)?;
+        fs::write(path, rom).with_context(|| format!("cannot write {}", path.display()))?;
+        return say(&command).map(|()| ExitCode::SUCCESS);
+    }
+    let to_stdout = asked.json.as_deref() == Some(Path::new("-"));
+    if let Some(path) = asked.json.as_deref().filter(|_| !to_stdout) {
+        writable(path)?;
+    }
+    asked.report.as_deref().map_or(Ok(()), page::prepare)?;
+    kvm().context("a comparison needs the real thing")?;
+    let peer = asked.find_peer()?;
+    let comparison = asked.run(cases, &peer, &Interrupt::install()?)?;
+    if to_stdout {
+        eprintln!("{comparison}");
+    } else {
+        say(&comparison.to_string())?;
+    }
+    if let Some(path) = &asked.json {
+        let document = serde_json::to_string(&comparison)?;
+        if to_stdout {
+            say(&document)?;
+        } else {
+            fs::write(path, document + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    Ok(if comparison.lost_pages > 0 { ExitCode::from(LOST) } else { ExitCode::SUCCESS })
 }
 
 fn start(guest: GuestKind, plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {

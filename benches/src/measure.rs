@@ -284,9 +284,19 @@ impl Stalls {
             return powers.map(|(bit, gaps)| (2f64.powi(bit), 2f64.powi(bit + 1), gaps)).collect();
         }
         let step = self.fine_ticks as f64;
-        let end =
-            |number: usize| if number + 1 == self.fine.len() { f64::INFINITY } else { (number + 1) as f64 * step };
-        self.fine.iter().enumerate().map(|(number, &gaps)| (number as f64 * step, end(number), gaps)).collect()
+        let last = self.fine.len() - 1;
+        let fine = self.fine[..last].iter().enumerate();
+        let mut buckets: Vec<_> =
+            fine.map(|(number, &gaps)| (number as f64 * step, (number + 1) as f64 * step, gaps)).collect();
+        // What lies beyond the fine one's reach, the coarse one tells apart.
+        let reach = last as f64 * step;
+        let powers = (0i32..).zip(self.histogram).map(|(bit, gaps)| (2f64.powi(bit), 2f64.powi(bit + 1), gaps));
+        let beyond: Vec<_> = powers.filter(|&(from, _, gaps)| from >= reach && gaps > 0).collect();
+        let next = beyond.first().map_or(f64::INFINITY, |&(from, ..)| from);
+        let between = self.fine[last].saturating_sub(beyond.iter().map(|&(.., gaps)| gaps).sum());
+        buckets.push((reach, next, between));
+        buckets.extend(beyond);
+        buckets
     }
 
     /// Adds the stalls of another vCPU or run of the same host.

@@ -204,7 +204,7 @@ impl Step {
 }
 
 /// To a thousandth: more digits would be noise, and a long document.
-fn round(value: f64) -> f64 {
+pub(crate) fn round(value: f64) -> f64 {
     (value * 1e3).round() / 1e3
 }
 

@@ -116,14 +116,14 @@ pub(super) const fn policy(kind: PolicyKind) -> &'static str {
 }
 
 /// One decimal, none from 1,000 on, so that it fits five columns; `-` where there is none.
-pub(super) fn number(value: Option<f64>) -> String {
+pub(crate) fn number(value: Option<f64>) -> String {
     value.map_or(
         "-".to_owned(),
         |value| if value.abs() < 999.95 { format!("{value:.1}") } else { format!("{value:.0}") },
     )
 }
 
-pub(super) fn signed(value: Option<f64>) -> String {
+pub(crate) fn signed(value: Option<f64>) -> String {
     // Rounded first, so that nothing prints as -0.0.
     let tenth = |value: f64| (value * 10.0).round() / 10.0 + 0.0;
     value.map_or("-".to_owned(), |value| match value.abs() {
@@ -133,7 +133,7 @@ pub(super) fn signed(value: Option<f64>) -> String {
     })
 }
 
-pub(super) fn whole(value: Option<f64>) -> String {
+pub(crate) fn whole(value: Option<f64>) -> String {
     value.map_or("-".to_owned(), |value| format!("{value:.0}"))
 }
 

@@ -25,6 +25,11 @@ pub fn allowed_cpus() -> io::Result<Vec<usize>> {
 /// # Errors
 /// What `sched_setaffinity` says; no CPU at all is an invalid argument.
 pub fn pin(cpus: &[usize]) -> io::Result<()> {
+    pin_thread(0, cpus)
+}
+
+/// Keeps a thread, of whatever process, on these CPUs; 0 is the calling one.
+pub(crate) fn pin_thread(thread: libc::pid_t, cpus: &[usize]) -> io::Result<()> {
     // SAFETY: as above.
     let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
     for &cpu in cpus {
@@ -35,7 +40,7 @@ pub fn pin(cpus: &[usize]) -> io::Result<()> {
         unsafe { libc::CPU_SET(cpu, &mut set) };
     }
     // SAFETY: the kernel reads the set and keeps nothing of it.
-    if unsafe { libc::sched_setaffinity(0, mem::size_of_val(&set), &raw const set) } < 0 {
+    if unsafe { libc::sched_setaffinity(thread, mem::size_of_val(&set), &raw const set) } < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())

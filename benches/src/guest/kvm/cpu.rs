@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::sync::{Arc, Once};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_regs, kvm_run, kvm_segment};
@@ -53,7 +53,7 @@ impl GuestCpu {
             Kicker(Arc::new(RunPage::map(&fd).with_context(|| format!("vCPU {index}: cannot map its run page"))?));
         let tsc_hz = match fd.get_tsc_khz() {
             Ok(khz) if khz > 0 => u64::from(khz) * 1000,
-            _ => measure_tsc(),
+            _ => layout::tsc_hz(),
         };
         Ok(Self { fd, index, tsc_hz, doorbell: memory.bytes() as u64, kicker, _memory: memory.clone() })
     }
@@ -255,19 +255,6 @@ fn start_state(fd: &VcpuFd, stats: u64, parameters: u64, stack: u64) -> Result<(
         ..Default::default()
     })?;
     Ok(())
-}
-
-/// TSC ticks in a second by the host's clock, where KVM does not tell.
-fn measure_tsc() -> u64 {
-    let (begin, start) = (Instant::now(), read_tsc());
-    std::thread::sleep(Duration::from_millis(50));
-    let (ticks, elapsed) = (read_tsc().wrapping_sub(start), begin.elapsed());
-    u64::try_from(u128::from(ticks) * 1_000_000_000 / elapsed.as_nanos().max(1)).unwrap_or(u64::MAX)
-}
-
-fn read_tsc() -> u64 {
-    // SAFETY: every x86-64 CPU has the instruction.
-    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 /// Opens `/dev/kvm`.

@@ -13,7 +13,8 @@
 //! | end of RAM | 2 MiB that are mapped for the guest but have no memory: the doorbell |
 
 use std::ops::Range;
-use std::time::Duration;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -95,6 +96,19 @@ impl Load {
 /// `time` in ticks of a TSC of that frequency, rounded down.
 pub(crate) fn ticks(time: Duration, tsc_hz: u64) -> u64 {
     u64::try_from(time.as_nanos() * u128::from(tsc_hz) / 1_000_000_000).unwrap_or(u64::MAX)
+}
+
+/// TSC ticks in a second by the host's clock, measured once.
+pub(crate) fn tsc_hz() -> u64 {
+    static HZ: OnceLock<u64> = OnceLock::new();
+    // SAFETY: every x86-64 CPU has the instruction.
+    let tsc = || unsafe { core::arch::x86_64::_rdtsc() };
+    *HZ.get_or_init(|| {
+        let (begin, start) = (Instant::now(), tsc());
+        std::thread::sleep(Duration::from_millis(50));
+        let (ticks, elapsed) = (tsc().wrapping_sub(start), begin.elapsed());
+        u64::try_from(u128::from(ticks) * 1_000_000_000 / elapsed.as_nanos().max(1)).unwrap_or(u64::MAX)
+    })
 }
 
 /// Each vCPU's load, and where its memory is.

@@ -1,0 +1,255 @@
+//! The same guest under QEMU's dirty limit and under ours, by turns, on the same machine.
+//!
+//! QEMU runs our payload behind a [ROM](rom) and is driven by QMP ([qemu]); ours runs it as `run` does. What counts is
+//! what the guest itself saw: its own count of page writes, and the gaps in its own clock. Each case is tried in rounds,
+//! so that a spell of noise on the host does not fall on one side alone, and of each measure the median is told.
+
+pub mod cases;
+mod qemu;
+pub mod result;
+mod rom;
+mod table;
+pub mod trial;
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
+use dirtylimit_core::PageRate;
+
+use crate::probe;
+use crate::record::PolicyKind;
+use crate::report::progress::Interrupt;
+use crate::units::{parse_duration, parse_rate, parse_seconds};
+use crate::workload::Workload;
+use cases::Case;
+use result::{Compared, Comparison};
+use trial::Trial;
+
+/// What QEMU is called where no other is named.
+const QEMU: &str = "qemu-system-x86_64";
+/// How to get it.
+const HOW: &str = "on Debian 12: apt-get install -t bookworm-backports qemu-system-x86; or name one by --qemu PATH";
+
+/// Run the same guest under QEMU's dirty limit and under this one, by turns
+///
+/// Without --limit, --ring and --workload the usual cases are compared; else each limit by each ring, for one guest. Every
+/// vCPU that writes has the limit. Where there is no QEMU, the policy `stepped` takes its place.
+///
+/// Exit status: 0 done, 1 a run failed, 2 bad usage, 3 pages were lost.
+#[derive(Clone, Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub struct Compare {
+    /// Limits to compare, in whole MiB/s
+    #[arg(long, value_name = "RATE", value_delimiter = ',', value_parser = parse_rate)]
+    pub limit: Vec<PageRate>,
+
+    /// Rings to compare, in entries: powers of two, 1024 to 65536
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = ring)]
+    pub ring: Vec<u32>,
+
+    /// What the guest does, one per vCPU: write:SIZE, slow:SIZE, burst:SIZE, read:SIZE or idle
+    #[arg(long, value_name = "W", value_delimiter = ',')]
+    pub workload: Vec<Workload>,
+
+    /// The longest single pause asked of ours, 100us to 1s
+    #[arg(long, value_name = "T", value_parser = parse_duration, default_value = "10ms")]
+    pub max_pause: Duration,
+
+    /// How long each guest runs free first, in seconds: 1 to 60
+    #[arg(long, value_name = "S", value_parser = parse_seconds, default_value = "1")]
+    pub free_seconds: Duration,
+
+    /// How long it runs limited, in seconds: 1 to 3600
+    #[arg(long, value_name = "S", value_parser = parse_seconds, default_value = "8")]
+    pub seconds: Duration,
+
+    /// How often each case is tried, 1 to 99
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=99))]
+    pub rounds: u8,
+
+    /// Whom to compare with [default: qemu where there is one, else stepped, saying so]
+    #[arg(long, value_enum, value_name = "PEER")]
+    pub peer: Option<PeerKind>,
+
+    /// The QEMU to use [default: qemu-system-x86_64 of the PATH]
+    #[arg(long, value_name = "PATH")]
+    pub qemu: Option<PathBuf>,
+
+    /// Write the result as JSON; `-` is standard output, and nothing else goes there then
+    #[arg(long, value_name = "FILE|-")]
+    pub json: Option<PathBuf>,
+
+    /// Write a page with pictures into this directory
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
+
+    /// Compare nothing: write the ROM that runs the first case's guest under QEMU, and say how to start it
+    #[arg(long, value_name = "FILE")]
+    pub write_rom: Option<PathBuf>,
+}
+
+/// Whom ours is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PeerKind {
+    /// QEMU's dirty limit.
+    Qemu,
+    /// Ours, with the published algorithm as its policy.
+    Stepped,
+}
+
+/// The same, ready to be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// A QEMU: its path and what it calls itself.
+    Qemu(PathBuf, String),
+    /// The policy.
+    Stepped,
+}
+
+fn ring(text: &str) -> Result<u32, String> {
+    let entries = text.parse().ok().filter(|entries: &u32| entries.is_power_of_two());
+    entries
+        .filter(|entries| (1024..=65_536).contains(entries))
+        .ok_or_else(|| format!("`{text}`: under QEMU a ring has a power of two of entries, 1024 to 65536"))
+}
+
+impl Compare {
+    /// The cases that were asked for; never none.
+    ///
+    /// # Errors
+    /// Options that are out of range or ask for what cannot be compared; the message says what is allowed.
+    pub fn cases(&self) -> Result<Vec<Case>, String> {
+        let within = |option, value: Duration, least, most| {
+            let seconds = Duration::from_secs(least)..=Duration::from_secs(most);
+            if seconds.contains(&value) {
+                Ok(())
+            } else {
+                Err(format!("{option} {value:?}: {least} to {most} seconds are allowed"))
+            }
+        };
+        within("--free-seconds", self.free_seconds, 1, 60)?;
+        within("--seconds", self.seconds, 1, 3600)?;
+        if !(Duration::from_micros(100)..=Duration::from_secs(1)).contains(&self.max_pause) {
+            return Err(format!("--max-pause {:?}: 100µs to 1s is allowed", self.max_pause));
+        }
+        if self.limit.is_empty() && self.ring.is_empty() && self.workload.is_empty() {
+            return Ok(cases::usual());
+        }
+        cases::asked(&self.limit, &self.ring, &self.workload)
+    }
+
+    /// Finds whom to compare with, and says so on stderr where it is not QEMU.
+    ///
+    /// # Errors
+    /// A QEMU that was asked for and is not there, or one that does not start.
+    pub fn find_peer(&self) -> Result<Peer> {
+        if self.peer == Some(PeerKind::Stepped) {
+            return Ok(Peer::Stepped);
+        }
+        let path = self.qemu.clone().unwrap_or_else(|| QEMU.into());
+        match qemu::version(&path) {
+            Ok(version) => Ok(Peer::Qemu(path, version)),
+            Err(error) if self.peer.is_none() && self.qemu.is_none() && is_missing(&error) => {
+                eprintln!("There is no {QEMU} here ({HOW}): compared with the policy `stepped` instead.");
+                Ok(Peer::Stepped)
+            }
+            Err(error) if is_missing(&error) => Err(error.context(HOW)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Compares, and says on stderr what it is at. If the user interrupts it, what there is is told.
+    ///
+    /// # Errors
+    /// A run that fails, or an interruption before there is anything to tell.
+    pub fn run(&self, cases: &[Case], peer: &Peer, interrupt: &Interrupt) -> Result<Comparison> {
+        let mut tried: Vec<(Vec<Trial>, Vec<Trial>)> = vec![Default::default(); cases.len()];
+        'rounds: for round in 1..=self.rounds {
+            for (number, (case, (theirs, ours))) in cases.iter().zip(&mut tried).enumerate() {
+                let (rounds, number, of) = (self.rounds, number + 1, cases.len());
+                eprintln!("round {round} of {rounds}, case {number} of {of}: {}", case.name());
+                let their = self.try_peer(case, peer, interrupt).with_context(|| peer.name())?;
+                let our = self.try_ours(case, PolicyKind::Paced, interrupt).context("dirtylimit")?;
+                if interrupt.requested() {
+                    break 'rounds;
+                }
+                theirs.push(their);
+                ours.push(our);
+            }
+        }
+        let trials = || tried.iter().flat_map(|(_, ours)| ours);
+        ensure!(trials().next().is_some(), "interrupted before the first case was done");
+        let compared = |(case, (theirs, ours)): (&Case, &(Vec<Trial>, Vec<Trial>))| {
+            (!ours.is_empty()).then(|| Compared::of(case, self.peer_command(case, peer), theirs, ours))
+        };
+        let mut host = probe::host(true, None);
+        host.soft_limit = trials().find_map(|trial| trial.recording.host.soft_limit);
+        Ok(Comparison {
+            peer: peer.name(),
+            host,
+            rounds: self.rounds,
+            free_seconds: self.free_seconds.as_secs_f64(),
+            seconds: self.seconds.as_secs_f64(),
+            max_pause_ms: 1e3 * self.max_pause.as_secs_f64(),
+            interrupted: interrupt.requested(),
+            lost_pages: trials().filter_map(|trial| trial.recording.lost_pages).sum(),
+            cases: cases.iter().zip(&tried).filter_map(compared).collect(),
+        })
+    }
+
+    /// The ROM that runs the case's guest, and the command that starts a QEMU with it from `file`.
+    ///
+    /// # Errors
+    /// A guest for which the ROM has no room.
+    pub fn rom(&self, case: &Case, file: &Path) -> Result<(Vec<u8>, String)> {
+        let (rom, ram) = trial::rom_of(&self.plan(case, PolicyKind::Paced))?;
+        let program = self.qemu.clone().unwrap_or_else(|| QEMU.into());
+        Ok((rom, command(&program, file, case, ram)))
+    }
+
+    fn peer_command(&self, case: &Case, peer: &Peer) -> Option<String> {
+        let Peer::Qemu(program, _) = peer else { return None };
+        let (_, ram) = trial::rom_of(&self.plan(case, PolicyKind::Paced)).ok()?;
+        Some(command(program, Path::new("ROM"), case, ram))
+    }
+
+    fn plan(&self, case: &Case, policy: PolicyKind) -> crate::plan::Plan {
+        case.plan(policy, self.max_pause, self.free_seconds, self.seconds)
+    }
+
+    fn try_peer(&self, case: &Case, peer: &Peer, interrupt: &Interrupt) -> Result<Trial> {
+        match peer {
+            Peer::Qemu(program, _) => trial::qemu(&self.plan(case, PolicyKind::Paced), program, interrupt),
+            Peer::Stepped => self.try_ours(case, PolicyKind::Stepped, interrupt),
+        }
+    }
+
+    fn try_ours(&self, case: &Case, policy: PolicyKind, interrupt: &Interrupt) -> Result<Trial> {
+        trial::ours(&self.plan(case, policy), interrupt)
+    }
+}
+
+fn command(program: &Path, rom: &Path, case: &Case, ram: u64) -> String {
+    let rom = rom.to_string_lossy();
+    let arguments = qemu::arguments(&rom, case.ring, case.workloads.len(), ram);
+    let words = std::iter::once(program.to_string_lossy()).chain(arguments.iter().map(|word| word.into()));
+    let words: Vec<_> = words.collect();
+    shlex::try_join(words.iter().map(AsRef::as_ref)).unwrap_or_else(|_| words.join(" "))
+}
+
+fn is_missing(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::NotFound)
+}
+
+impl Peer {
+    /// What it is called.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Qemu(_, version) => version.clone(),
+            Self::Stepped => "stepped".to_owned(),
+        }
+    }
+}
