@@ -65,7 +65,7 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
     }
     run.report.as_deref().map_or(Ok(()), page::prepare)?;
     let guest = choose(run)?;
-    let mut live = Live::new(plan, Interrupt::install()?)?;
+    let mut live = Live::new(plan, Interrupt::install()?);
     let recording = start(guest, plan, &mut live);
     live.finish();
     let recording = recording?;

@@ -15,7 +15,9 @@ use crate::record::Host;
 const FILE: &str = "index.html";
 /// The sizes of a chart on a screen and on a telephone, and of one among several.
 const WIDE: (u32, u32) = (928, 330);
-const NARROW: (u32, u32) = (368, 290);
+const NARROW: (u32, u32) = (340, 270);
+/// A table with more rows than these is folded away.
+const MAX_ROWS: usize = 16;
 
 /// Makes sure, before a long run, that its page can be written.
 ///
@@ -71,12 +73,10 @@ pub enum Tone {
     /// Not at all.
     #[default]
     Plain,
-    /// As it should be.
-    Good,
+    /// The more of what is allowed, the deeper: 0 to 1.
+    Heat(f64),
     /// As it should not be.
     Bad,
-    /// The more, the deeper: 0 to 1.
-    Heat(f64),
 }
 
 impl<T: Into<String>> From<T> for Cell {
@@ -95,7 +95,45 @@ impl Cell {
     fn is_number(&self) -> bool {
         // What a table writes where there is no number counts as one.
         let digits = self.text.trim_start_matches(['+', '-', '−', '<', '>', '±']);
-        digits.is_empty() || digits.starts_with(|c: char| c.is_ascii_digit())
+        digits.is_empty() || self.text == "none" || digits.starts_with(|c: char| c.is_ascii_digit())
+    }
+}
+
+impl Table {
+    fn markup(&self) -> Markup {
+        let cells = |column: usize| self.rows.iter().filter_map(move |row| row.get(column));
+        // The first column names the rows.
+        let class = |column: usize| (column > 0 && cells(column).all(Cell::is_number)).then_some("n");
+        html! {
+            table {
+                thead { tr {
+                    @for (column, name) in self.columns.iter().enumerate() {
+                        th scope="col" class=[class(column)] { (name) }
+                    }
+                } }
+                tbody { @for row in &self.rows { tr {
+                    @for (column, cell) in row.iter().enumerate() {
+                        @if column == 0 {
+                            th scope="row" { (cell.text) }
+                        } @else {
+                            td class=[class(column)] style=[cell.tone.style()] { (cell.text) }
+                        }
+                    }
+                } } }
+            }
+        }
+    }
+}
+
+impl Tone {
+    fn style(self) -> Option<String> {
+        // Never so deep that the text on it is hard to read.
+        let heat = |share: f64| format!("background:color-mix(in srgb,var(--hue1) {:.0}%,transparent)", 35.0 * share);
+        match self {
+            Self::Plain => None,
+            Self::Heat(share) => Some(heat(0.7 * share.clamp(0.0, 1.0))),
+            Self::Bad => Some(heat(1.0) + ";font-weight:600"),
+        }
     }
 }
 
@@ -167,7 +205,7 @@ impl Section {
         self.add(html! {
             dl.tiles {
                 @for (name, value, unit) in tiles {
-                    div { dt { (name) } dd { (value) " " small { (unit) } } }
+                    div { dt { (name) } dd { (value) @if value != "-" { " " small { (unit) } } } }
                 }
             }
         })
@@ -216,42 +254,16 @@ impl Section {
         self.add(html! { pre { code { @for text in lines { (line(text)) } } } })
     }
 
-    /// A table.
+    /// A table; a long one is folded away.
     pub fn table(&mut self, table: &Table) -> &mut Self {
-        let cells = |column: usize| table.rows.iter().filter_map(move |row| row.get(column));
-        let class = |column: usize| cells(column).all(Cell::is_number).then_some("n");
-        let tone = |tone| match tone {
-            Tone::Good => Some("good"),
-            Tone::Bad => Some("bad"),
-            Tone::Plain | Tone::Heat(_) => None,
+        // A table that is wider than the screen can be scrolled, by keyboard too.
+        let scrolled = html! {
+            div.scroll tabindex="0" role="region" aria-label=(table.caption) { (table.markup()) }
         };
-        let heat = |tone| match tone {
-            // Never so deep that the text on it is hard to read.
-            Tone::Heat(heat) => Some(format!(
-                "background:color-mix(in srgb,var(--hue1) {:.0}%,transparent)",
-                45.0 * f64::clamp(heat, 0.0, 1.0)
-            )),
-            _ => None,
-        };
-        self.add(html! {
-            // A table that is wider than the screen can be scrolled, by keyboard too.
-            p.caption { (table.caption) }
-            div.scroll tabindex="0" role="region" aria-label=(table.caption) {
-                table {
-                    thead { tr {
-                        @for (number, name) in table.columns.iter().enumerate() { th scope="col" class=[class(number)] { (name) } }
-                    } }
-                    tbody { @for row in &table.rows { tr {
-                        @for (number, cell) in row.iter().enumerate() {
-                            @if number == 0 {
-                                th scope="row" class=[class(0)] { (cell.text) }
-                            } @else {
-                                td class=[class(number)] style=[heat(cell.tone)] { span class=[tone(cell.tone)] { (cell.text) } }
-                            }
-                        }
-                    } } }
-                }
-            }
+        self.add(if table.rows.len() > MAX_ROWS {
+            html! { details { summary.caption { (table.rows.len()) " rows: " (table.caption) } (scrolled) } }
+        } else {
+            html! { p.caption { (table.caption) } (scrolled) }
         })
     }
 

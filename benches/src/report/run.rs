@@ -24,7 +24,8 @@ pub fn page(recording: &Recording) -> Result<Page> {
     let (kind, vcpus) = (guest(recording.guest), recording.vcpus.len());
     let plural = if vcpus == 1 { "" } else { "s" };
     let lede = format!("A {kind} of {vcpus} vCPU{plural}: {}.", verdict(recording, &measures));
-    let mut page = Page::new("Dirty page rate under a limit", lede);
+    // A number and its unit stay together.
+    let mut page = Page::new("Dirty page rate under a limit", lede.replace(" %", "\u{a0}%"));
     page.section("").tiles(tiles(recording, &measures));
 
     let rates = page.section("Rate against limit");

@@ -44,31 +44,56 @@ pub fn page(all: &[Tried], host: &Host) -> Result<Page> {
     Ok(page)
 }
 
+/// A row for each case, a column for each measure and bound; the nearer to its bound, the deeper a figure is coloured.
 fn figure_table(verdict: &Verdict) -> Table {
-    let with_unit = |value: f64, unit: &str| format!("{} {unit}", number(value)).trim_end().to_owned();
-    let row = |figure: &Figure| {
-        let tone = if figure.met { Tone::Good } else { Tone::Bad };
-        let values = || figure.values.iter().flatten().copied();
-        let (least, most) = (values().reduce(f64::min), values().reduce(f64::max));
-        let range = least.zip(most).map(|(least, most)| format!("{} to {}", number(least), number(most)));
-        let must = match (figure.at_most, figure.at_least) {
-            (Some(most), _) => format!("at most {}", with_unit(most, figure.unit)),
-            (None, least) => format!("at least {}", with_unit(least.unwrap_or_default(), figure.unit)),
+    let column = |figure: &Figure| {
+        let unit = if figure.unit.is_empty() { String::new() } else { format!(" ({})", figure.unit) };
+        let bound = match (figure.at_most, figure.at_least) {
+            (Some(most), _) => format!("at most {}", number(most)),
+            (None, least) => format!("at least {}", number(least.unwrap_or_default())),
         };
-        vec![
-            figure.case.as_str().into(),
-            figure.measure.into(),
-            figure.measured.map_or("none".to_owned(), |value| with_unit(value, figure.unit)).into(),
-            range.unwrap_or_default().into(),
-            must.into(),
-            Cell::from(if figure.met { "ok" } else { "MISSED" }).toned(tone),
-        ]
+        format!("{}{unit}, {bound}", figure.measure)
+    };
+    let names = distinct(verdict.figures.iter().map(column));
+    let row = |case: &str| {
+        let figures = || verdict.figures.iter().filter(|figure| figure.case == case);
+        let cell =
+            |name: &String| figures().find(|figure| column(figure) == *name).map(figure_cell).unwrap_or_default();
+        std::iter::once(Cell::from(case)).chain(names.iter().map(cell)).collect()
+    };
+    let runs = match verdict.runs {
+        1 => "One run each".to_owned(),
+        runs => format!("Medians of {runs} runs (and from the least to the most)"),
     };
     Table {
-        caption: format!("Medians of {} runs, and from the least to the most of them.", verdict.runs),
-        columns: ["case", "measure", "measured", "runs", "must be", ""].map(str::to_owned).into(),
-        rows: verdict.figures.iter().map(row).collect(),
+        caption: format!("{runs}. What is missed has a cross."),
+        rows: distinct(verdict.figures.iter().map(|figure| figure.case.as_str())).into_iter().map(row).collect(),
+        columns: std::iter::once("case".to_owned()).chain(names.iter().cloned()).collect(),
     }
+}
+
+fn figure_cell(figure: &Figure) -> Cell {
+    let mut text = figure.measured.map_or("none".to_owned(), number);
+    let values = || figure.values.iter().flatten().copied();
+    if let (2.., Some(least), Some(most)) = (figure.values.len(), values().reduce(f64::min), values().reduce(f64::max))
+    {
+        text += &format!(" ({}–{})", number(least), number(most));
+    }
+    let share = match (figure.measured, figure.at_most, figure.at_least) {
+        (Some(value), Some(most), _) => value / most,
+        (Some(value), _, Some(least)) => least / value,
+        _ => 1.0,
+    };
+    if figure.met { Cell::from(text).toned(Tone::Heat(share)) } else { Cell::from(text + " ✗").toned(Tone::Bad) }
+}
+
+fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
+    all.fold(Vec::new(), |mut seen, one| {
+        if !seen.contains(&one) {
+            seen.push(one);
+        }
+        seen
+    })
 }
 
 /// The limit (MiB/s) and the ring of a case that is about one limited vCPU.
@@ -81,11 +106,12 @@ fn place(case: &Case) -> Option<(f64, u32)> {
 /// A chart for each measure, where the cases differ in their limits: a line for each ring, and the bound.
 fn over_limit(scenario: &Scenario, verdict: &Verdict) -> Vec<Chart> {
     let places: BTreeMap<_, _> = scenario.cases.iter().filter_map(|case| Some((&case.name, place(case)?))).collect();
-    let of_measure = |measure| verdict.figures.iter().filter(move |figure| figure.measure == measure);
-    let chart = |first: &Figure| {
+    let of_measure = |measure: &'static str| verdict.figures.iter().filter(move |figure| figure.measure == measure);
+    let chart = |measure| {
+        let first = of_measure(measure).next()?;
         let mut rings: BTreeMap<u32, Vec<(f64, f64)>> = BTreeMap::new();
         let mut bounds = Vec::new();
-        for figure in of_measure(first.measure) {
+        for figure in of_measure(measure) {
             let &(limit, ring) = places.get(&figure.case)?;
             bounds.push((limit, figure.at_most.or(figure.at_least).unwrap_or(f64::NAN)));
             rings.entry(ring).or_default().push((limit, figure.measured.unwrap_or(f64::NAN)));
@@ -99,18 +125,14 @@ fn over_limit(scenario: &Scenario, verdict: &Verdict) -> Vec<Chart> {
                 .map(|(hue, (ring, points))| Series::new(format!("ring {ring}"), Look::Marked(hue), points)),
         );
         Some(Chart {
-            title: capitalised(first.measure),
+            title: capitalised(measure),
             x: Axis::log("limit (MiB/s)"),
-            y: Axis::linear(format!("{} ({})", first.measure, first.unit)),
+            y: Axis::linear(format!("{measure} ({})", first.unit)),
             right: None,
             series,
         })
     };
-    let firsts =
-        verdict.figures.iter().enumerate().filter(|(number, figure)| {
-            verdict.figures[..*number].iter().all(|earlier| earlier.measure != figure.measure)
-        });
-    firsts.filter_map(|(_, figure)| chart(figure)).collect()
+    distinct(verdict.figures.iter().map(|figure| figure.measure)).into_iter().filter_map(chart).collect()
 }
 
 fn capitalised(text: &str) -> String {
