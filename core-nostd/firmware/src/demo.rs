@@ -26,7 +26,9 @@ fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
 
 fn leave(status: debug::ExitStatus) -> ! {
     debug::exit(status);
-    loop {}
+    loop {
+        core::hint::spin_loop();
+    }
 }
 
 /// A vCPU with its ring and, in `dirty` and `reset`, what a kernel knows of that.

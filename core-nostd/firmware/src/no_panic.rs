@@ -35,7 +35,9 @@ extern "C" fn _start() -> ! {
     texts();
     #[cfg(feature = "planted")]
     any(any(None::<u32>).unwrap());
-    loop {}
+    loop {
+        core::hint::spin_loop();
+    }
 }
 
 fn rate() -> PageRate {
@@ -106,7 +108,7 @@ fn page() -> Page {
 
 fn rings() {
     static MEMORY: [Entry; 256] = [const { Entry::new() }; 256];
-    let memory = &any(&MEMORY[..])[..];
+    let memory = any(&MEMORY[..]);
     any(Entry::new());
     for entry in memory {
         Entry::push(entry, page());

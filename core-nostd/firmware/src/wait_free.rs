@@ -8,7 +8,9 @@ use dirtylimit_core::{Nanos, Pacer, Penalty, PenaltyCell, Report, Turn, VmCell};
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
+    loop {
+        core::hint::spin_loop();
+    }
 }
 
 /// Functions under their own names, none inlined into another.
