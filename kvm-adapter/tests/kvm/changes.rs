@@ -136,11 +136,11 @@ fn a_vcpu_is_either_removed_or_attached_to() {
     assert_eq!(rig.finish().unwrap(), 0);
 }
 
-/// Changes something of the limits, at random.
-pub(crate) fn change_a_limit(rig: &Rig, vcpus: u32, random: &mut fastrand::Rng) -> Result<String> {
+/// Changes something of the limits, at random, and says what.
+pub(crate) fn change_a_limit(rig: &Rig, vcpus: u32, random: &mut fastrand::Rng) -> String {
     let (limit, id) = (&rig.limit, random.u32(..vcpus));
     let pages = 1 << random.u32(4..20);
-    Ok(match random.u8(..8) {
+    match random.u8(..8) {
         // A vCPU that was not born yet has no limit.
         0 | 1 => format!("set_limit({id}, {pages}): {:?}", limit.set_limit(id, rate(pages)).err()),
         2 => format!("cancel({id}): {:?}", limit.cancel(id).err()),
@@ -166,7 +166,7 @@ pub(crate) fn change_a_limit(rig: &Rig, vcpus: u32, random: &mut fastrand::Rng) 
             let weight = random.u32(..5);
             format!("set_weight({id}, {weight}): {:?}", limit.set_weight(id, weight).err())
         }
-    })
+    }
 }
 
 #[test]
@@ -184,7 +184,7 @@ fn limits_change_a_thousand_times_a_second() {
                         let mut random = fastrand::Rng::with_seed(seed);
                         let end = Instant::now() + Duration::from_secs(1);
                         while Instant::now() < end {
-                            change_a_limit(rig, 3, &mut random)?;
+                            change_a_limit(rig, 3, &mut random);
                             changes.fetch_add(1, Relaxed);
                             thread::sleep(Duration::from_micros(500));
                         }
@@ -203,6 +203,33 @@ fn limits_change_a_thousand_times_a_second() {
     });
 }
 
+/// Keeps the CPUs busy for a while, with all threads of the rig ranking below that work.
+pub(crate) fn starve(rig: &mut Rig, time: Duration) -> Result<()> {
+    let rank = |rig: &Rig, policy| {
+        let lowest = libc::sched_param { sched_priority: 0 };
+        for thread in rig.threads() {
+            // SAFETY: reads the parameter; the thread is one of this process's.
+            ensure!(unsafe { libc::sched_setscheduler(thread, policy, &raw const lowest) } == 0);
+        }
+        Ok(())
+    };
+    rank(rig, libc::SCHED_IDLE)?;
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..2 * thread::available_parallelism()?.get() {
+            scope.spawn(|| {
+                while !over.load(Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        let starved = rig.run_for(time);
+        over.store(true, Relaxed);
+        starved
+    })?;
+    rank(rig, libc::SCHED_OTHER)
+}
+
 #[test]
 fn the_cpu_is_taken_away() {
     if !kvm_or_skip() {
@@ -210,24 +237,7 @@ fn the_cpu_is_taken_away() {
     }
     loses_nothing(|rig| {
         rig.limit.set_limit_all(rate(10_000));
-        let over = AtomicBool::new(false);
-        for thread in rig.threads() {
-            let lowest = libc::sched_param { sched_priority: 0 };
-            // SAFETY: reads the parameter; the thread is one of this process's.
-            ensure!(unsafe { libc::sched_setscheduler(thread, libc::SCHED_IDLE, &raw const lowest) } == 0);
-        }
-        thread::scope(|scope| {
-            for _ in 0..2 * thread::available_parallelism()?.get() {
-                scope.spawn(|| {
-                    while !over.load(Relaxed) {
-                        std::hint::spin_loop();
-                    }
-                });
-            }
-            let starved = rig.run_for(Duration::from_secs(1));
-            over.store(true, Relaxed);
-            starved
-        })?;
+        starve(rig, Duration::from_secs(1))?;
         // It goes on.
         for index in 0..3 {
             let (before, start) = (rig.accesses(index), Instant::now());

@@ -7,4 +7,5 @@ mod machines;
 mod overrun;
 mod rig;
 mod rounds;
+mod soak;
 mod stopped;

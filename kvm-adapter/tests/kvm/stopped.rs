@@ -4,6 +4,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
@@ -64,7 +65,9 @@ impl Freezer {
                 let mut fields = line.splitn(3, ':').skip(1);
                 fields.next()?.split(',').any(|name| name == controller).then(|| fields.next())?
             });
-            let group = PathBuf::from(format!("{at}{}/dirtylimit-{}", ours.unwrap_or("/"), std::process::id()));
+            static COUNT: AtomicU32 = AtomicU32::new(0);
+            let name = format!("dirtylimit-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
+            let group = PathBuf::from(format!("{at}{}", ours.unwrap_or("/"))).join(name);
             if fs::create_dir(&group).is_ok() {
                 freezers.push(Self { group, state, words });
             }
@@ -138,9 +141,11 @@ impl Halted {
                 for thread in fs::read_dir(format!("/proc/{}/task", self.0.id()))? {
                     let thread = thread?.file_name().to_str().context("a number")?.parse()?;
                     // One that has ended since is not there to be stopped.
-                    if ptrace(libc::PTRACE_SEIZE, thread, 0).is_ok() {
-                        ptrace(libc::PTRACE_INTERRUPT, thread, 0)?;
-                        traced.push((thread, stopped(thread)?));
+                    if ptrace(libc::PTRACE_SEIZE, thread, 0)
+                        .and_then(|()| ptrace(libc::PTRACE_INTERRUPT, thread, 0))
+                        .is_ok()
+                    {
+                        traced.extend(stopped(thread)?.map(|signal| (thread, signal)));
                     }
                 }
                 thread::sleep(time);
@@ -162,14 +167,14 @@ fn ptrace(request: libc::c_uint, thread: libc::pid_t, data: i32) -> Result<()> {
     Ok(())
 }
 
-/// Waits until a seized thread has stopped; the signal that it was about to get, to be handed on, or 0.
-fn stopped(thread: libc::pid_t) -> Result<i32> {
+/// Waits until a seized thread has stopped; the signal that it was about to get, to be handed on, or 0. `None` if it ended.
+fn stopped(thread: libc::pid_t) -> Result<Option<i32>> {
     let mut status = 0;
     // SAFETY: writes the status.
     ensure!(unsafe { libc::waitpid(thread, &raw mut status, libc::__WALL) } == thread, std::io::Error::last_os_error());
-    ensure!(libc::WIFSTOPPED(status), "thread {thread} ended");
     // The stop that was asked for is an event, in the bits above the signal.
-    Ok(if status >> 16 == 0 { libc::WSTOPSIG(status) } else { 0 })
+    let signal = if status >> 16 == 0 { libc::WSTOPSIG(status) } else { 0 };
+    Ok(libc::WIFSTOPPED(status).then_some(signal))
 }
 
 /// How the child is told what to do: `honest` or `trusting`, and how many rounds at most.
