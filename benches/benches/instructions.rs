@@ -1,0 +1,141 @@
+//! The instructions that the hot paths take, counted by callgrind: `ci/callgrind.sh` compares them with
+//! `benches/callgrind.txt`. Run by itself it says how to.
+//!
+//! Each case sets up, and calls [`counted`], the only part that is counted, with the same work every time.
+
+use std::hint::black_box;
+
+use dirtylimit_core::{
+    Entry, Limiter, Nanos, Pacer, Page, PageRate, PenaltyCell, Report, Ring, SECOND, Shipped, Stepped, VcpuIndex,
+};
+
+/// Calls of the smaller paths; what the loop around them takes is counted too.
+const CALLS: u32 = 1000;
+const NOW: Nanos = 1000 * SECOND;
+
+/// Callgrind collects while this runs.
+#[inline(never)]
+fn counted(mut work: impl FnMut()) {
+    work();
+}
+
+fn main() {
+    let case = std::env::args().nth(1).unwrap_or_default();
+    match case.as_str() {
+        "accept" => accept(),
+        "report" => report(),
+        "settle-paced" => settle(Shipped::default()),
+        "settle-stepped" => settle(Shipped::Stepped(Stepped::default())),
+        "meter-4032" => meter(),
+        "collect-4032" => collect(),
+        "tick-1" => tick::<1>(Shipped::default(), false),
+        "tick-64" => tick::<64>(Shipped::default(), false),
+        "tick-64-stepped" => tick::<64>(Shipped::Stepped(Stepped::default()), false),
+        "tick-64-budget" => tick::<64>(Shipped::default(), true),
+        "tick-1024" => tick::<1024>(Shipped::default(), false),
+        // What cargo bench and cargo test give.
+        "" | "--bench" | "--test" => println!("instructions: counted by ci/callgrind.sh"),
+        unknown => {
+            eprintln!("instructions: no case {unknown}");
+            std::process::exit(2);
+        }
+    }
+}
+
+/// A vCPU that owes nothing: what is looked at before each KVM_RUN.
+fn accept() {
+    let (cell, counts) = (PenaltyCell::new(), Report::new());
+    let pacer = Pacer::new(&counts);
+    let all = (cell, counts, pacer);
+    counted(|| {
+        for _ in 0..CALLS {
+            let (cell, counts, pacer) = black_box(&all);
+            assert!(!pacer.owes(counts) && cell.accept().terms().is_none());
+        }
+    });
+}
+
+fn report() {
+    let report = Report::new();
+    counted(|| {
+        for _ in 0..CALLS {
+            let report = black_box(&report);
+            report.add_pages(3, 5);
+            report.add_full_exit();
+            report.add_pause(7000);
+        }
+    });
+    let counts = report.counts();
+    assert_eq!((counts.net, counts.gross, counts.full_exits, counts.paused), (3000, 5000, 1000, 7000));
+}
+
+/// A limited vCPU's turns, each with the pages of a slice and the time that they cost.
+fn settle(policy: Shipped) {
+    let (limiter, vcpus) = limited::<1>(policy, false);
+    tick_once(&limiter, &vcpus, 1);
+    let cell = limiter.cell(vcpus[0]).expect("registered");
+    let mut pacer = Pacer::new(&cell.report);
+    let mut slices = 0;
+    counted(|| {
+        let mut now = NOW + SECOND / 20;
+        for _ in 0..CALLS {
+            cell.report.add_pages(100, 100);
+            let turn = pacer.settle(now, limiter.vm(), &cell.penalty, &cell.report);
+            slices += u32::from(turn.slice.is_some());
+            now += 4_000_000;
+        }
+    });
+    assert_eq!(slices, CALLS, "limited all the time");
+}
+
+fn full_ring() -> Vec<Entry> {
+    let entries: Vec<Entry> = (0..4096).map(|_| Entry::new()).collect();
+    entries.iter().zip(0..4032).for_each(|(entry, offset)| entry.push(Page { slot: 1, offset }));
+    entries
+}
+
+fn meter() {
+    let entries = full_ring();
+    let mut ring = Ring::new(entries.as_slice()).expect("a good size");
+    let mut sum = 0;
+    counted(|| assert_eq!(black_box(&mut ring).meter(|page| sum += page.offset), 4032));
+    assert_eq!(sum, 4032 * 4031 / 2);
+}
+
+fn collect() {
+    let entries = full_ring();
+    let mut ring = Ring::new(entries.as_slice()).expect("a good size");
+    assert_eq!(ring.meter(|_| ()), 4032);
+    let mut sum = 0;
+    counted(|| assert_eq!(black_box(&mut ring).collect(4032, |page| sum += page.offset), 4032));
+    assert_eq!(sum, 4032 * 4031 / 2);
+}
+
+/// `N` vCPUs limited to 100 MiB/s, with a budget of half of that if asked for.
+fn limited<const N: usize>(policy: Shipped, budget: bool) -> (Box<Limiter<Shipped, N>>, Vec<VcpuIndex>) {
+    let limiter = Box::new(Limiter::new(policy));
+    limiter.set_limit_all(Some(PageRate::from_pages_per_sec(25_600)));
+    let vcpus: Vec<_> = (0..N).map(|_| limiter.register().expect("room for all")).collect();
+    if budget {
+        limiter.set_vm_limit(Some(PageRate::from_pages_per_sec(12_800 * 64)));
+    }
+    limiter.tick(NOW);
+    (limiter, vcpus)
+}
+
+/// The vCPUs dirty from nothing to twice their limits, and the tick that follows.
+fn tick_once<const N: usize>(limiter: &Limiter<Shipped, N>, vcpus: &[VcpuIndex], round: u64) {
+    for (vcpu, number) in vcpus.iter().zip(1u32..) {
+        let pages = 2560 - number.wrapping_mul(0x9e37_79b9) % 2560;
+        limiter.cell(*vcpu).expect("registered").report.add_pages(pages, pages);
+    }
+    limiter.tick(NOW + round * SECOND / 20);
+}
+
+fn tick<const N: usize>(policy: Shipped, budget: bool) {
+    let (limiter, vcpus) = limited::<N>(policy, budget);
+    (1..20).for_each(|round| tick_once(&limiter, &vcpus, round));
+    counted(|| tick_once(&limiter, &vcpus, 20));
+    let penalised = vcpus.iter().filter(|vcpu| limiter.query(**vcpu).expect("registered").penalty.terms().is_some());
+    assert!(penalised.count() >= N / 3);
+}
