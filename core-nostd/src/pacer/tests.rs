@@ -1,6 +1,7 @@
 use super::*;
 use crate::penalty::Penalty;
 use crate::rate::{PageRate, Price};
+use proptest::prelude::*;
 
 struct Vcpu {
     vm: VmCell,
@@ -222,4 +223,41 @@ fn who_cannot_be_held_says_what_pause_it_would_take() {
     assert_eq!(vcpu.report.needed_pause(), 100_000_000);
     while vcpu.turn(1, 1_000) == Some(1) {}
     assert_eq!(vcpu.report.needed_pause(), 0);
+}
+
+/// The virtual clock in exact arithmetic: `due` in ns × the rate's unit, so that a page costs a whole number of it.
+struct Exact {
+    raw: i128,
+    due: i128,
+}
+
+impl Exact {
+    fn settle(&mut self, now: Nanos, pages: u32) -> i128 {
+        let at = |time: Nanos| i128::from(time) * self.raw;
+        let cost = i128::from(pages) * i128::from(SECOND) * 1024;
+        self.due = (self.due.max(at(now - BURST)) + cost).min(at(now + MAX_DEBT));
+        self.due.min(at(now + 10_000_000)) / self.raw
+    }
+}
+
+proptest! {
+    #[test]
+    fn the_clock_is_the_exact_one(
+        raw in prop_oneof![1i128..1 << 22, (1i128 << 22)..1 << 42],
+        turns in prop::collection::vec((prop_oneof![Just(0u32), 1u32..50, 1u32..5000], 0u64..50_000_000), 1..100),
+    ) {
+        let limit = PageRate::from_raw(u64::try_from(raw).unwrap());
+        let mut vcpu = Vcpu::new(Some(Terms::Pace(limit.price())));
+        vcpu.settle();
+        let mut exact = Exact { raw, due: i128::from(vcpu.now) * raw };
+        let mut slack = 0;
+        for (pages, time) in turns {
+            vcpu.now += time;
+            vcpu.report.add_pages(pages, pages);
+            let (found, expected) = (i128::from(vcpu.settle().until), exact.settle(vcpu.now, pages));
+            // Each cost is rounded down to a nanosecond, of a price that is kept to 2^-13 or better.
+            slack += 1 + i128::from(pages) * i128::from(SECOND) * 1024 / raw / 8192;
+            prop_assert!(found <= expected + 1 && found + slack >= expected, "until {found}, not {expected}");
+        }
+    }
 }

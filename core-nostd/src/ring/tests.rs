@@ -165,3 +165,42 @@ proptest! {
         }
     }
 }
+
+proptest! {
+    /// Somebody writes to the ring at any time, in the middle of a call too: what was seen is counted, and nothing more.
+    #[test]
+    fn a_hostile_ring_is_counted_and_no_more(
+        start in any::<u32>(),
+        steps in prop::collection::vec((0u8..4, any::<u32>(), 0usize..128, 0u32..4), 1..300),
+    ) {
+        let memory = entries(128);
+        let mut ring = Ring::starting_at(memory.as_slice(), start).unwrap();
+        let (mut held, mut waiting) = (0, 0);
+        for (call, number, at, flags) in steps {
+            memory[at].flags.store(flags, Ordering::Relaxed);
+            memory[at].slot.store(number, Ordering::Relaxed);
+            let mut seen = 0;
+            let mut each = |_| {
+                seen += 1;
+                memory[(at + 7 * seen) % 128].flags.store(flags, Ordering::Relaxed);
+            };
+            match call {
+                0 => held += ring.meter(&mut each),
+                1 => {
+                    let count = ring.collect(number % 256, &mut each);
+                    prop_assert_eq!(count, held.min(number % 256));
+                    (held, waiting) = (held - count, waiting + count);
+                }
+                2 => {
+                    let given = ring.reclaim();
+                    prop_assert!(given <= waiting);
+                    waiting -= given;
+                }
+                _ => ring.learn_soft_limit(),
+            }
+            prop_assert!(seen <= 128);
+            prop_assert_eq!((ring.held_back(), ring.awaiting_reset()), (held, waiting));
+            prop_assert!(ring.occupied() <= 128 && ring.to_collect(number) <= held && ring.room() <= 64);
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! Both policies over the whole range of rates, readings and times: nothing overflows, no limit lets a page go for less than
+//! it costs, and a higher limit is never dearer.
+
+use dirtylimit_core::{Nanos, Paced, PageRate, Penalty, Policy, Price, Reading, SECOND, Shipped, Stepped, Terms};
+use proptest::prelude::*;
+
+/// Any rate from one page in 1,024 s to 2³² pages/s, evenly over its powers of two.
+fn rate() -> impl Strategy<Value = PageRate> {
+    // 1,024-byte pages: a byte is the rate's unit.
+    (0u32..=42, any::<u64>())
+        .prop_map(|(bits, any)| PageRate::from_bytes_per_sec((1 << bits) | (any & ((1 << bits) - 1)), 1024))
+}
+
+/// The rate in its unit, 1/1024 pages per second.
+fn units(rate: PageRate) -> u128 {
+    rate.bytes_per_sec(1024).into()
+}
+
+/// From a nanosecond to years.
+fn time() -> impl Strategy<Value = Nanos> {
+    (0u32..64, any::<u64>()).prop_map(|(bits, any)| (1 << bits) | (any & ((1 << bits) - 1)))
+}
+
+fn price(penalty: Penalty) -> Price {
+    match penalty.terms() {
+        None => Price::FREE,
+        Some(Terms::Pace(price) | Terms::Sleep(price)) => price,
+    }
+}
+
+/// What Stepped makes of a reading, when the sleep in force is so many 1024ths of a page's time at `limit`.
+fn stepped(limit: PageRate, reading: &Reading, current: Penalty) -> Penalty {
+    let (policy, mut state) = (Stepped { period: 0, ..Stepped::default() }, Default::default());
+    // The first reading only primes it.
+    policy.penalty(&mut state, reading, limit, current);
+    policy.penalty(&mut state, reading, limit, current)
+}
+
+proptest! {
+    #[test]
+    fn a_page_never_costs_less_than_its_limit_says(limit in rate(), pages in any::<u32>()) {
+        let penalty = Paced.penalty(&mut (), &Reading::default(), limit, Penalty::NONE);
+        let exact = u128::from(pages) * u128::from(SECOND) * 1024 / units(limit);
+        let priced = u128::from(price(penalty).of(pages));
+        // 31 bits keep a price to 2^-14 at the fastest limits, rounded down.
+        prop_assert!(priced <= exact && priced + exact / 8192 + 1 >= exact.min(u64::MAX.into()), "{priced}, not {exact}");
+    }
+
+    #[test]
+    fn a_higher_limit_is_never_dearer(
+        a in rate(), b in rate(), pages in any::<u32>(), elapsed in time(), share in 0u64..=1024,
+    ) {
+        let (low, high) = (a.min(b), a.max(b));
+        let paced = |limit| price(Paced.penalty(&mut (), &Reading::default(), limit, Penalty::NONE)).of(1024);
+        prop_assert!(paced(low) >= paced(high));
+        let reading = Reading { pages, elapsed, paused: 0 };
+        let allowed = high.price().of(1024);
+        let current = Penalty::new(Terms::Sleep(Price::split((u128::from(allowed) * u128::from(share) / 1024) as u64, 1024)));
+        let stepped = |limit| price(stepped(limit, &reading, current)).of(1024);
+        let (dear, cheap) = (stepped(low), stepped(high));
+        // A price is rounded.
+        prop_assert!(dear + dear / (1 << 24) + 2 >= cheap, "{dear} at {low:?}, {cheap} at {high:?}");
+        prop_assert!(cheap <= allowed + allowed / (1 << 24) + 1, "a page sleeps longer than it takes at the limit");
+    }
+
+    #[test]
+    fn years_and_the_fastest_guests_overflow_nothing(
+        limit in rate(),
+        readings in prop::collection::vec((any::<u32>(), prop_oneof![Just(0), time(), Just(Nanos::MAX)], any::<u64>()), 1..40),
+        period in time(), percents in any::<[u8; 3]>(),
+    ) {
+        let [far_percent, near_percent, step_percent] = percents;
+        for policy in [Shipped::default(), Shipped::Stepped(Stepped { period, far_percent, near_percent, step_percent })] {
+            let (mut state, mut penalty) = (Default::default(), Penalty::NONE);
+            for &(pages, elapsed, paused) in &readings {
+                penalty = policy.penalty(&mut state, &Reading { pages, elapsed, paused }, limit, penalty);
+                let most = limit.price().of(1024);
+                prop_assert!(price(penalty).of(1024) <= most, "{penalty:?} at {limit:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! What the small values say of themselves, and that a default is a fresh one.
+
+use dirtylimit_core::{
+    Counts, Entry, Full, Limiter, Paced, PageRate, Penalty, PenaltyCell, Ring, SECOND, Terms, VcpuCell, VmCell,
+};
+
+#[test]
+fn defaults_are_fresh() {
+    let cell = VcpuCell::default();
+    assert_eq!((cell.penalty.accept(), cell.report.counts()), (Penalty::NONE, Counts::default()));
+    assert_eq!(PenaltyCell::default().accept(), Penalty::NONE);
+    let (vm, new) = (VmCell::default(), VmCell::new());
+    assert_eq!((vm.max_pause(), vm.is_leased(SECOND)), (new.max_pause(), new.is_leased(SECOND)));
+    assert_eq!(Entry::default().reset(), None);
+    let ring = Ring::new([const { Entry::new() }; 128]).unwrap();
+    assert_eq!((ring.size(), ring.room(), ring.held_back()), (128, 64, 0));
+}
+
+#[test]
+fn they_say_what_they_are() {
+    assert_eq!(format!("{:?}", PageRate::from_pages_per_sec(256)), "256 pages/s");
+    assert_eq!(Full { capacity: 7 }.to_string(), "all 7 places for vCPUs are taken");
+    assert_eq!(format!("{:?}", Penalty::NONE), "None");
+    let price = PageRate::from_pages_per_sec(256).price();
+    assert!(format!("{:?}", Penalty::new(Terms::Pace(price))).starts_with("Some(Pace(Price("));
+}
+
+#[test]
+fn a_limiter_has_only_the_places_it_was_made_with() {
+    let (small, large) = (Limiter::<Paced, 1>::new(Paced), Limiter::<Paced, 3>::new(Paced));
+    let indices = [(); 3].map(|()| large.register().unwrap());
+    assert_eq!(indices.map(|index| small.cell(index).is_some()), [true, false, false]);
+    assert_eq!(indices.map(|index| index.get()), [0, 1, 2]);
+    large.set_weight(indices[1], 0);
+    small.set_weight(indices[2], 3);
+    small.unregister(indices[2]);
+    assert_eq!(small.query(indices[0]), None);
+}
