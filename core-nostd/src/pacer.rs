@@ -118,6 +118,12 @@ impl Pacer {
         self.stretch = 0;
     }
 
+    /// Nothing that is dirtied up to the next turn is owed: for who lets the ring fill, because nothing else can end a
+    /// slice.
+    pub fn forgive(&mut self) {
+        self.limited = false;
+    }
+
     /// The next slice. A slice is used up by entries, but paid for by net pages: a vCPU that mostly rewrites what is dirty
     /// already owes little, so its slices grow, or it would exit, and have the VM reset, for every few pages it touches.
     fn slice(&mut self, nominal: u32, new: Counts) -> u32 {

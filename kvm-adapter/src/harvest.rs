@@ -15,7 +15,7 @@ use crate::error::system;
 use crate::events::State;
 use crate::kick;
 use crate::seat::{Seat, VmLimiter};
-use crate::slots::{Seen, Slots};
+use crate::slots::Slots;
 use crate::sys::{self, Kernel, Reset, RingPages};
 
 /// At most so many entries are collected for one reset, so that nobody waits for longer than a fraction of a
@@ -51,14 +51,14 @@ pub(crate) struct Place {
     pub(crate) limited: bool,
     /// That slice is a rewriter's; taken back when the log is taken.
     pub(crate) stretched: bool,
-    /// Whether it was `limited` at the last sweep, and at the one before.
-    limited_at_sweep: [bool; 2],
+    /// Pages that were counted when they were metered, and again dirty when they were published: they are sent once.
+    pub(crate) merged: u32,
     pub(crate) seat: Arc<Seat>,
 }
 
 impl Place {
     pub(crate) fn new(ring: Ring<RingPages>, seat: Arc<Seat>) -> Self {
-        Self { ring, slice: None, limited: false, stretched: false, limited_at_sweep: [false; 2], seat }
+        Self { ring, slice: None, limited: false, stretched: false, merged: 0, seat }
     }
 
     /// Whether there is a limit that the vCPU's thread has not noticed.
@@ -72,11 +72,12 @@ impl Place {
 pub(crate) struct Harvest {
     pub(crate) places: BTreeMap<u32, Place>,
     pub(crate) slots: Slots,
-    /// Collected, not yet published.
-    batch: Vec<Page>,
+    /// Collected, not yet published, and the vCPUs whose they are.
+    batch: Vec<(u32, Page)>,
     /// A reset since the batch was last empty may have left pages unprotected.
     suspect: bool,
-    pub(crate) last_reset: Nanos,
+    /// When slices were last freed.
+    pub(crate) served: Nanos,
     stats: Stats,
     /// Of which the log is told, beside what is found in the rest; and what it was told.
     pub(crate) news: State,
@@ -90,7 +91,7 @@ impl Harvest {
             slots: Slots::default(),
             batch: Vec::with_capacity(BATCH as usize),
             suspect: false,
-            last_reset: 0,
+            served: 0,
             stats: Stats::default(),
             news: State::default(),
             told: State::default(),
@@ -116,14 +117,6 @@ impl Harvest {
         let place = self.places.get_mut(&id)?;
         let entries = meter(place, &mut self.slots, limiter);
         Some((place, entries))
-    }
-
-    /// Meters every ring, at the start of a sweep.
-    pub(crate) fn begin_sweep(&mut self, limiter: &VmLimiter) {
-        self.meter_all(limiter);
-        for place in self.places.values_mut() {
-            place.limited_at_sweep = [place.limited, place.limited_at_sweep[0]];
-        }
     }
 
     /// Meters every ring.
@@ -163,6 +156,7 @@ impl Harvest {
             slice => place.ring.to_collect(slice),
         };
         self.collect(kernel, |_, place, _| wanted(place))?;
+        self.served = sys::now();
         for place in self.places.values().filter(|place| wanted(place) == 0) {
             place.seat.serve();
         }
@@ -184,14 +178,16 @@ impl Harvest {
         for (id, place) in places {
             let room = BATCH.saturating_sub(u32::try_from(batch.len()).unwrap_or(BATCH));
             let count = choose(*id, place, room).min(room);
-            place.ring.collect(count, |page| batch.push(page));
+            place.ring.collect(count, |page| batch.push((*id, page)));
         }
         let reset = self.reset(kernel);
         self.news.reset_error = reset.as_ref().err().map(Error::errno);
         reset?;
         let published = u32::try_from(self.batch.len()).unwrap_or(BATCH);
-        for page in self.batch.drain(..) {
-            self.slots.publish(page, self.suspect);
+        for (id, page) in self.batch.drain(..) {
+            if self.slots.publish(page, self.suspect) {
+                self.places.entry(id).and_modify(|place| place.merged += 1);
+            }
         }
         self.suspect = false;
         Ok(published)
@@ -212,7 +208,6 @@ impl Harvest {
             // Even a call that failed may have taken entries and left their pages unprotected.
             self.stats.resets += self.places.values_mut().map(|place| u64::from(place.ring.reclaim())).sum::<u64>();
             self.stats.reset_calls += 1;
-            self.last_reset = sys::now();
             left = waiting(&self.places);
             if left > 0 || !matches!(reset, Ok(Reset { disturbed: false, .. })) {
                 self.stats.suspect_resets += 1;
@@ -231,32 +226,27 @@ impl Harvest {
         Ok(())
     }
 
-    /// Hands out a slot's published pages. Those of them that lie in a ring again are to be sent again: they count anew,
-    /// but for vCPUs limited since the last sweep but one, which would pay for what they were allowed.
+    /// Hands out a slot's published pages. What was a rewriter's slice is so no longer.
     pub(crate) fn take(&mut self, slot: u32, limiter: &VmLimiter) -> Result<Vec<u64>, Error> {
         let taken = self.slots.take(slot)?;
         for place in self.places.values_mut() {
-            // Its pages count again from now on.
             if std::mem::replace(&mut place.stretched, false) {
                 place.seat.tell(limiter);
-            }
-            let mut net = 0;
-            place.ring.for_each_held_back(|page| {
-                net += u32::from(page.slot == slot && self.slots.meter(page) == Seen::New);
-            });
-            if net > 0 && (place.limited_at_sweep[1] || !place.limited) {
-                place.seat.cell(limiter).report.add_pages(net, 0);
             }
         }
         Ok(taken)
     }
 }
 
+/// Counts what is new in a ring. A page that is to be sent once more than before is net at once; if it is published before
+/// the one before was taken, both are sent as one, and another is free for it.
 fn meter(place: &mut Place, slots: &mut Slots, limiter: &VmLimiter) -> u32 {
     let mut net = 0;
-    let gross = place.ring.meter(|page| net += u32::from(slots.meter(page) == Seen::New));
+    let gross = place.ring.meter(|page| net += u32::from(slots.meter(page)));
     if gross > 0 {
-        place.seat.cell(limiter).report.add_pages(net, gross);
+        let free = net.min(place.merged);
+        place.merged -= free;
+        place.seat.cell(limiter).report.add_pages(net - free, gross);
     }
     gross
 }

@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
-use dirtylimit_core::{Nanos, Penalty, SLICE, Terms};
+use dirtylimit_core::{Nanos, Penalty, Terms};
 
 use crate::Error;
 use crate::error::system;
+use crate::harvest::BATCH;
 use crate::seat::Seat;
 use crate::sys::Timer;
 
@@ -26,13 +27,19 @@ pub enum Kick {
     Vmm,
 }
 
-/// Whether kicks end slices of this penalty well: not below 16 pages, which are written while a signal travels. Where such
-/// a slice has a ring that fills by itself, it is better left to fill.
+/// Whether kicks end slices of this penalty well: not below 16 pages in 4 ms, which are written while a signal travels.
+/// Where such a slice has a ring that fills by itself, it is better left to fill.
 pub(crate) fn ends_slices(penalty: Penalty) -> bool {
     match penalty.terms() {
-        Some(Terms::Pace(price) | Terms::Sleep(price)) => price.of(16) <= SLICE,
+        Some(Terms::Pace(price) | Terms::Sleep(price)) => price.of(16) <= 4_000_000,
         None => false,
     }
+}
+
+/// Whether a ring with so much room is so left to fill: it is a batch at most, and the kicked run that is over had so many
+/// pages that a thousand such, some 20 ms, fill it.
+pub(crate) fn is_too_coarse(penalty: Penalty, pages: u32, room: u32) -> bool {
+    !ends_slices(penalty) && room <= pages.saturating_mul(1024).min(BATCH)
 }
 
 /// The shortest run before a kick, less than it takes to enter the guest on some hosts; and the longest.

@@ -10,7 +10,7 @@ use dirtylimit_core::{Nanos, PageRate, Ring, Shipped, Status};
 use crate::caps::{Caps, Config};
 use crate::error::{Error, system};
 use crate::events::{self, Limit, info};
-use crate::harvest::{Place, Stats};
+use crate::harvest::{BATCH, Place, Stats};
 use crate::kick::Kick;
 use crate::seat::Seat;
 use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, VmFd};
@@ -165,7 +165,7 @@ impl DirtyLimit {
     pub fn pass(&self) -> Result<Pass, Error> {
         self.sweep(|place| match place.slice {
             // Left to fill, so that it notices: it might never, were it emptied by each pass.
-            None if place.is_to_notice(&self.0.limiter) => 0,
+            None if place.ring.size() <= BATCH && place.is_to_notice(&self.0.limiter) => 0,
             None => place.ring.held_back(),
             Some(slice) => place.ring.to_collect(slice),
         })
@@ -359,7 +359,7 @@ impl DirtyLimit {
     fn sweep_untold(&self, choose: impl Fn(&Place) -> u32) -> Result<Pass, Error> {
         let mut left: BTreeMap<u32, u32> = {
             let mut harvest = self.0.lock();
-            harvest.begin_sweep(&self.0.limiter);
+            harvest.meter_all(&self.0.limiter);
             harvest.places.iter().map(|(id, place)| (*id, choose(place))).collect()
         };
         let mut pass = Pass::default();

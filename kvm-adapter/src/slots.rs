@@ -1,4 +1,4 @@
-//! Memory slots, and for each page whether it is dirty: what was metered, what may be handed out, what reset may have
+//! Memory slots, and for each page whether it is dirty: what is in a ring, what may be handed out, what reset may have
 //! forgotten.
 
 use std::collections::{HashMap, HashSet};
@@ -13,38 +13,20 @@ const BITS: u64 = u64::BITS as u64;
 #[derive(Debug)]
 struct Slot {
     pages: u64,
-    /// Metered since it was last taken: tells net from gross.
-    seen: Box<[u64]>,
+    /// Metered, and in a ring until it is published.
+    logged: Box<[u64]>,
     /// Published: logged, collected, and protected again.
     dirty: Box<[u64]>,
     /// Collected, but the reset may have left it unprotected: dirty in every take, until a clean reset.
     suspect: Box<[u64]>,
 }
 
-/// Whether a metered page counts.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Seen {
-    /// For the first time since it was taken.
-    New,
-    /// Not for the first time.
-    Again,
-    /// It is in no slot that there is.
-    Nowhere,
-}
-
-/// Sets the bit; whether it was clear.
-fn set(words: &mut [u64], bit: u64) -> bool {
+/// Sets or clears the bit; whether it was set.
+fn put(words: &mut [u64], bit: u64, value: bool) -> bool {
     let Some(word) = usize::try_from(bit / BITS).ok().and_then(|i| words.get_mut(i)) else { return false };
-    let mask = 1 << (bit % BITS);
-    let was_clear = *word & mask == 0;
-    *word |= mask;
-    was_clear
-}
-
-fn clear(words: &mut [u64], bit: u64) {
-    if let Some(word) = usize::try_from(bit / BITS).ok().and_then(|i| words.get_mut(i)) {
-        *word &= !(1 << (bit % BITS));
-    }
+    let (mask, old) = (1 << (bit % BITS), *word);
+    *word = if value { old | mask } else { old & !mask };
+    old & mask != 0
 }
 
 /// The slots of a VM. Entries that name another, or a page beyond a slot's end, are counted and dropped (KVM.md, rule 4).
@@ -65,8 +47,8 @@ impl Slots {
         if self.slots.contains_key(&slot) {
             return Err(Error::SlotExists(slot));
         }
-        let [seen, dirty, suspect] = [(); 3].map(|()| vec![0; words].into());
-        self.slots.insert(slot, Slot { pages, seen, dirty, suspect });
+        let [logged, dirty, suspect] = [(); 3].map(|()| vec![0; words].into());
+        self.slots.insert(slot, Slot { pages, logged, dirty, suspect });
         self.removed.remove(&slot);
         Ok(())
     }
@@ -90,39 +72,27 @@ impl Slots {
         self.slots.get_mut(&page.slot).filter(|slot| page.offset < slot.pages)
     }
 
-    /// Notes that a page was metered.
-    pub(crate) fn meter(&mut self, page: Page) -> Seen {
-        match self.of(page).map(|slot| set(&mut slot.seen, page.offset)) {
-            Some(true) => Seen::New,
-            Some(false) => Seen::Again,
-            None => Seen::Nowhere,
-        }
+    /// Notes that a page was metered; whether it is to be sent once more than before.
+    pub(crate) fn meter(&mut self, page: Page) -> bool {
+        self.of(page).is_some_and(|slot| !put(&mut slot.logged, page.offset, true))
     }
 
     /// Makes a collected page known as dirty, after its reset; a `suspect` one for good, or until it comes by again.
-    pub(crate) fn publish(&mut self, page: Page, suspect: bool) {
-        match self.of(page) {
-            Some(slot) => {
-                set(&mut slot.dirty, page.offset);
-                if suspect {
-                    set(&mut slot.suspect, page.offset);
-                } else {
-                    clear(&mut slot.suspect, page.offset);
-                }
-            }
-            None => self.dropped += 1,
-        }
+    /// Whether it was dirty already, so that it is to be sent once less than metered.
+    pub(crate) fn publish(&mut self, page: Page, suspect: bool) -> bool {
+        let Some(slot) = self.of(page) else {
+            self.dropped += 1;
+            return false;
+        };
+        put(&mut slot.suspect, page.offset, suspect);
+        let was_dirty = put(&mut slot.dirty, page.offset, true);
+        put(&mut slot.logged, page.offset, false) && was_dirty
     }
 
     /// Hands out the published pages of a slot; from now on they count as clean, but for the suspect ones.
     pub(crate) fn take(&mut self, slot: u32) -> Result<Vec<u64>, Error> {
         let slot = self.slots.get_mut(&slot).ok_or(Error::NoSlot(slot))?;
-        let taken = slot.dirty.iter_mut().zip(&mut slot.seen).zip(&slot.suspect).map(|((dirty, seen), suspect)| {
-            let word = std::mem::take(dirty);
-            *seen &= !word;
-            word | suspect
-        });
-        Ok(taken.collect())
+        Ok(slot.dirty.iter_mut().zip(&slot.suspect).map(|(dirty, suspect)| std::mem::take(dirty) | suspect).collect())
     }
 
     /// The pages of the slot were all protected again by other means.
@@ -152,23 +122,28 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_new_until_it_is_seen_and_again_once_it_was_taken() {
-        let mut slots = slots();
-        assert_eq!([(); 2].map(|()| slots.meter(page(1, 99))), [Seen::New, Seen::Again]);
+    fn what_is_counted_less_what_is_counted_back_is_what_is_sent() {
+        let (mut slots, page) = (slots(), page(1, 99));
+        assert!(slots.meter(page));
+        assert!(!slots.meter(page), "two mappings of one page");
         assert_eq!(slots.take(1).unwrap(), [0, 0], "not published");
-        assert_eq!(slots.meter(page(1, 99)), Seen::Again, "it was not handed out");
-        slots.publish(page(1, 99), false);
+        assert!(!slots.publish(page, false));
+        assert!(!slots.publish(page, false), "the other mapping was not counted");
+        assert!(slots.meter(page), "again, after its publish");
+        assert!(slots.publish(page, false), "before it was taken");
+        assert!(slots.meter(page));
         assert_eq!(slots.take(1).unwrap(), [0, 1 << 35]);
-        assert_eq!(slots.meter(page(1, 99)), Seen::New);
-        assert_eq!(slots.take(1).unwrap(), [0, 0]);
+        assert!(!slots.meter(page), "still in the ring");
+        assert!(!slots.publish(page, false), "after it was taken");
+        assert_eq!(slots.take(1).unwrap(), [0, 1 << 35]);
     }
 
     #[test]
     fn what_lies_in_no_slot_is_dropped_and_counted() {
         let mut slots = slots();
         for outside in [page(1, 100), page(1, u64::MAX), page(2, 0), page(0x0001_0001, 0)] {
-            assert_eq!(slots.meter(outside), Seen::Nowhere);
-            slots.publish(outside, true);
+            assert!(!slots.meter(outside));
+            assert!(!slots.publish(outside, true));
         }
         assert_eq!((slots.dropped, slots.suspects()), (4, 0));
         assert_eq!(slots.take(1).unwrap(), [0, 0]);
@@ -181,9 +156,9 @@ mod tests {
             slots.publish(page(1, 3), true);
             assert_eq!([(); 3].map(|()| slots.take(1).unwrap()[0]), [8; 3]);
             if trust {
-                slots.trust(1).unwrap()
+                slots.trust(1).unwrap();
             } else {
-                slots.publish(page(1, 3), false)
+                slots.publish(page(1, 3), false);
             }
             assert_eq!([(); 2].map(|()| slots.take(1).unwrap()[0]), [if trust { 0 } else { 8 }, 0]);
         }

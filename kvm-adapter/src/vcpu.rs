@@ -7,7 +7,7 @@ use dirtylimit_core::{Nanos, Pacer, Turn};
 
 use crate::Error;
 use crate::harvest::BATCH;
-use crate::kick::Kicker;
+use crate::kick::{self, Kicker};
 use crate::seat::{Ended, Interrupter, Seat};
 use crate::sys;
 use crate::vm::Vm;
@@ -49,6 +49,8 @@ pub struct Vcpu {
     kicker: Kicker,
     /// The slice last given, where only a kick can end it.
     kicked_slice: Option<u32>,
+    /// Ring entries counted at the end of the last pause.
+    rested: u32,
     /// Interrupts that were answered.
     answered: u32,
     /// Full exits in a row with nothing to do, and when the last one was.
@@ -61,7 +63,18 @@ impl Vcpu {
         let kicker = Kicker::new(vm.kick);
         let pacer = Pacer::new(&seat.cell(&vm.limiter).report);
         let answered = seat.interrupts();
-        Self { vm, seat, pacer, full: false, kicker, kicked_slice: None, answered, idle_exits: 0, idle_at: 0 }
+        Self {
+            vm,
+            seat,
+            pacer,
+            full: false,
+            kicker,
+            kicked_slice: None,
+            rested: 0,
+            answered,
+            idle_exits: 0,
+            idle_at: 0,
+        }
     }
 
     /// What ends this vCPU's pauses.
@@ -129,6 +142,7 @@ impl Vcpu {
             let now = sys::now();
             if until > from && turn.is_some_and(|turn| turn.slice.is_some()) {
                 cell.report.add_pause(now - from);
+                self.rested = cell.report.counts().gross;
                 paid.paused += Duration::from_nanos(now - from);
             }
             if ended == Ended::Wanted {
@@ -171,11 +185,22 @@ impl Vcpu {
         let slice = turn.slice.unwrap_or(BATCH);
         let wanted = place.ring.to_collect(slice) > 0 || (self.full && place.ring.awaiting_reset() > 0);
         seat.ask(if wanted { slice } else { 0 });
-        if kicker.learn(self.kicked_slice.unwrap_or(slice), cell.report.counts().gross) == Some(0) {
-            // Perhaps the kick came before the first instruction. Two pauses in a row would be one long one.
-            turn.until = now;
+        let gross = cell.report.counts().gross;
+        let mut kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring.ends(*slice));
+        if let Some(pages) = kicker.learn(self.kicked_slice.unwrap_or(slice), gross) {
+            if kicked_slice.is_some() && kick::is_too_coarse(cell.penalty.accept(), pages, place.ring.room()) {
+                kicked_slice = None;
+                pacer.forgive();
+                turn.until = now;
+            }
+            // One page may be that of an instruction that the kick came before. Two pauses in a row are one long one.
+            if gross.wrapping_sub(self.rested) < 2 {
+                turn.until = now;
+            }
         }
-        let kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring.ends(*slice));
+        if !place.limited && turn.slice.is_some() {
+            place.merged = 0; // of a time without a limit
+        }
         (place.limited, place.stretched) = (turn.slice.is_some(), turn.stretched);
         place.slice = turn.slice.filter(|_| kicked_slice.is_none());
         // A kick is not exact: half a slice, give or take as much, is no more than one.
@@ -214,7 +239,7 @@ impl Vcpu {
         }
         let Some(mut harvest) = self.vm.try_lock() else { return Ok(Some(now + RETRY)) };
         let gap = RESET_GAP.min(self.vm.limiter.vm().max_pause() / 10 * 9);
-        let next_reset = harvest.last_reset.saturating_add(gap);
+        let next_reset = harvest.served.saturating_add(gap);
         let patient = !turn.stretched && turn.slice.is_some_and(|slice| slice < self.vm.ring_entries / 2);
         if patient && now < next_reset {
             return Ok(Some(next_reset));
