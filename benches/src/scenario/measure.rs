@@ -100,8 +100,8 @@ impl Measure {
             Evidence::Run(done) => self.of_run(done),
             Evidence::Speed(ratio, _) => (self == Self::Speed).then_some(*ratio),
             Evidence::Interrupted(times) => match self {
-                Self::Interrupted => percentile(times, 50).map(|time| 1e3 * time.as_secs_f64()),
-                Self::InterruptedP99 => percentile(times, 99).map(|time| 1e3 * time.as_secs_f64()),
+                Self::Interrupted => per_mille(times, 500).map(|time| 1e3 * time.as_secs_f64()),
+                Self::InterruptedP99 => per_mille(times, 990).map(|time| 1e3 * time.as_secs_f64()),
                 _ => None,
             },
         }
@@ -144,7 +144,7 @@ impl Measure {
                 kept(marks)
             }
             Self::ResetCalls => Some(recording.reset_calls as f64 / limited).filter(|calls| calls.is_finite()),
-            Self::Tick => percentile(ticks, 50).map(|time| 1e6 * time.as_secs_f64()),
+            Self::Tick => per_mille(ticks, 500).map(|time| 1e6 * time.as_secs_f64()),
             Self::StallP999 => worst(measures().map(|vcpu| vcpu.stall_p999_ms)),
             Self::Speed | Self::Interrupted | Self::InterruptedP99 => None,
         }
@@ -177,11 +177,11 @@ pub fn median(mut values: Vec<f64>) -> Option<f64> {
     Some(middle).filter(|middle| middle.is_finite())
 }
 
-/// The smallest time that `percent` of them do not exceed; `None` for none.
-fn percentile(times: &[Duration], percent: usize) -> Option<Duration> {
+/// The smallest time that `mille` of a thousand do not exceed; `None` for none.
+pub(super) fn per_mille(times: &[Duration], mille: usize) -> Option<Duration> {
     let mut sorted = times.to_vec();
     sorted.sort_unstable();
-    sorted.get((sorted.len() * percent).div_ceil(100).checked_sub(1)?).copied()
+    sorted.get((sorted.len() * mille).div_ceil(1000).checked_sub(1)?).copied()
 }
 
 #[cfg(test)]
@@ -238,10 +238,10 @@ mod tests {
         assert_eq!(median(vec![2.0, 1.0]), Some(1.5));
         assert_eq!(median(vec![]), None);
         let times: Vec<_> = (1..=200).rev().map(Duration::from_millis).collect();
-        assert_eq!(percentile(&times, 50), Some(Duration::from_millis(100)));
-        assert_eq!(percentile(&times, 99), Some(Duration::from_millis(198)));
-        assert_eq!(percentile(&times[..1], 99), Some(Duration::from_millis(200)));
-        assert_eq!(percentile(&[], 99), None);
+        assert_eq!(per_mille(&times, 500), Some(Duration::from_millis(100)));
+        assert_eq!(per_mille(&times, 990), Some(Duration::from_millis(198)));
+        assert_eq!(per_mille(&times[..1], 990), Some(Duration::from_millis(200)));
+        assert_eq!(per_mille(&[], 990), None);
     }
 
     #[test]

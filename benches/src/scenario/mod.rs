@@ -10,6 +10,7 @@ pub mod interrupt;
 pub mod measure;
 pub mod trial;
 pub mod verdict;
+pub mod yardstick;
 
 use std::path::PathBuf;
 
@@ -21,6 +22,7 @@ use crate::report::progress::Interrupt;
 pub use measure::{Evidence, Measure};
 pub use trial::Trial;
 pub use verdict::Verdict;
+use yardstick::HostLate;
 
 /// The name that stands for all scenarios.
 const ALL: &str = "all";
@@ -28,7 +30,7 @@ const ALL: &str = "all";
 /// Measure the figures that the limiter must reach, on this host, under KVM
 ///
 /// Each case runs several times, and the median of each measure is judged. What is missed on a busy host is missed: run
-/// it on a quiet one.
+/// it on a quiet one. How late the host ended the sleeps of a thread that does nothing else is told beside it.
 ///
 /// Exit status: 0 all figures met, 1 a figure missed or a run failed, 2 bad usage, 3 pages were lost.
 #[derive(Clone, Debug, Args)]
@@ -140,15 +142,18 @@ pub struct Tried {
 /// A run that fails, or the user's wish to end.
 pub fn run(scenario: Scenario, runs: u8, interrupt: &Interrupt) -> Result<Tried> {
     let mut evidence = vec![Vec::new(); scenario.cases.len()];
+    let mut late = Vec::new();
     for round in 0..runs {
         for (number, (case, tried)) in scenario.cases.iter().zip(&mut evidence).enumerate() {
             let (case_of, cases) = (number + 1, scenario.cases.len());
             eprintln!("{} run {} of {runs}, case {case_of} of {cases}: {}", scenario.name, round + 1, case.name);
-            let found = case.trial.run(usize::from(round), interrupt)?;
+            let (found, sleeps) = yardstick::beside(|| case.trial.run(usize::from(round), interrupt));
+            late.push(sleeps);
+            let found = found?;
             ensure!(!interrupt.requested(), "interrupted");
             tried.push(found);
         }
     }
-    let verdict = Verdict::of(&scenario, runs, &evidence);
+    let verdict = Verdict { host_late: HostLate::of(&late), ..Verdict::of(&scenario, runs, &evidence) };
     Ok(Tried { scenario, evidence, verdict })
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::measure::{Evidence, median};
+use super::yardstick::HostLate;
 use super::{Bound, Case, Must, Scenario};
 use crate::record::Host;
 use crate::units::significant;
@@ -29,6 +30,8 @@ pub struct Verdict {
     pub runs: u8,
     /// Pages that copies made from the dirty log alone had wrong, in all runs.
     pub lost_pages: u64,
+    /// What the host did to a thread that only sleeps, beside the runs; null where there were none.
+    pub host_late: Option<HostLate>,
     /// Every measure of every case.
     pub figures: Vec<Figure>,
 }
@@ -63,6 +66,7 @@ impl Verdict {
             what: scenario.what,
             runs,
             lost_pages: tried.iter().flatten().filter_map(Evidence::lost_pages).sum(),
+            host_late: None,
             figures: cases()
                 .flat_map(|(case, tried)| case.bounds.iter().map(|b| Figure::of(case, *b, tried)))
                 .collect(),
@@ -123,9 +127,14 @@ impl fmt::Display for Verdict {
             runs => write!(f, "medians of {runs} runs, ")?,
         }
         match self.lost_pages {
-            0 => write!(f, "lost pages: 0"),
-            lost => write!(f, "LOST PAGES: {lost}"),
+            0 => write!(f, "lost pages: 0")?,
+            lost => write!(f, "LOST PAGES: {lost}")?,
         }
+        if let Some(HostLate { p999_ms, longest_ms }) = &self.host_late {
+            let [p999, longest] = [p999_ms, longest_ms].map(|ms| number(*ms));
+            write!(f, "\nbeside them a thread that only sleeps: p99.9 {p999} ms late, longest {longest} ms")?;
+        }
+        Ok(())
     }
 }
 
@@ -188,6 +197,7 @@ mod tests {
             {
                 figure.measured = Some(value);
             }
+            verdict.host_late = Some(HostLate { p999_ms: 123.456, longest_ms: 12_345.6 });
             let text = verdict.to_string();
             let widest = text.lines().map(|line| line.chars().count()).max();
             assert!(widest <= Some(80), "{widest:?} columns:\n{text}");
