@@ -107,9 +107,14 @@ impl Pacer {
             .max(price.pages_for(SHORTEST).saturating_add(1))
             .min(price.pages_for(max_pause))
             .max(1);
+        let nominal = self.slice(nominal, new);
         let unused = price.pages_for(now.saturating_sub(self.due));
-        // What one pause does not cover stays owed, and the vCPU goes on page by page.
-        let slice = if self.due > until { 1 } else { self.slice(nominal, new).saturating_add(unused) };
+        let slice = match self.due {
+            // What one pause does not cover stays owed, and the vCPU goes on page by page.
+            due if due > until => 1,
+            // No slice may cost more than the burst: who writes it slower than allowed owes nothing for it.
+            _ => nominal.saturating_add(unused).min(price.pages_for(credit)).max(nominal),
+        };
         Turn { until, slice: Some(slice), stretched: self.stretch > 0 }
     }
 

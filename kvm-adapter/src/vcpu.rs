@@ -193,10 +193,14 @@ impl Vcpu {
                 pacer.forgive();
                 turn.until = now;
             }
-            // One page may be that of an instruction that the kick came before. Two pauses in a row are one long one.
-            if gross.wrapping_sub(self.rested) < 2 {
-                turn.until = now;
-            }
+            // Two pauses in a row are one long one, and a kick may come before the first instruction; or before that
+            // which is to write the first page.
+            let pause = match gross.wrapping_sub(self.rested) {
+                0 => 0,
+                1 => vm.limiter.vm().max_pause() / 3,
+                _ => Nanos::MAX,
+            };
+            turn.until = turn.until.min(now.saturating_add(pause));
         }
         if !place.limited && turn.slice.is_some() {
             place.merged = 0; // of a time without a limit

@@ -57,7 +57,8 @@ mod tests {
     #[test]
     fn the_latest_of_each_run_and_the_bulk_of_all() {
         let ms = Duration::from_millis;
-        let runs = [vec![ms(0); 1999], vec![ms(0), ms(8)], vec![ms(2)]];
+        let runs = [vec![ms(0); 1997], vec![ms(8)], vec![ms(2)]];
+        // One of two thousand is beyond the thousandth, and it takes more than one run to be the median.
         assert_eq!(HostLate::of(&runs), Some(HostLate { p999_ms: 2.0, longest_ms: 2.0 }));
         assert_eq!(HostLate::of(&[]), None);
         assert_eq!(HostLate::of(&[vec![]]), None);
