@@ -48,6 +48,14 @@ enum Step {
     Collect {
         count: u32,
     },
+    /// While the consumer looks (the first so many entries of it), somebody writes a word of an entry a little further on.
+    Race {
+        collect: bool,
+        writes: u8,
+        ahead: i8,
+        word: u8,
+        value: u32,
+    },
     Reclaim,
     Learn,
     Slice {
@@ -103,6 +111,19 @@ impl Oracle<'_> {
         let places: Vec<_> = self.held.drain(..count).collect();
         self.waiting.extend(&places);
         places.iter().map(|&at| self.memory[at].page()).collect()
+    }
+
+    /// So many entries were collected or metered, whatever was in them.
+    fn take(&mut self, collect: bool, count: usize) {
+        if collect {
+            assert_eq!(count, self.held.len());
+            self.waiting.extend(self.held.drain(..));
+            return;
+        }
+        for _ in 0..count {
+            self.held.push_back(self.next);
+            self.next = (self.next + 1) % self.memory.len();
+        }
     }
 
     fn reclaim(&mut self) -> usize {
@@ -174,6 +195,21 @@ fuzz_target!(|input: Input| {
                 assert_eq!(collected as usize, pages.len());
                 let marked = oracle.waiting.iter().rev().take(pages.len());
                 marked.for_each(|&place| assert_eq!(memory[place].word(0), COLLECTED, "left unmarked"));
+            }
+            Step::Race { collect, writes, ahead, word, value } => {
+                let (mut place, mut seen) =
+                    (if collect { size + oracle.next - oracle.held.len() } else { oracle.next }, 0);
+                let each = |_| {
+                    if seen < u32::from(writes) {
+                        at((size + place).wrapping_add_signed(ahead.into())).0[usize::from(word) & 3]
+                            .store(value, Relaxed);
+                    }
+                    (place, seen) = (place + 1, seen + 1);
+                };
+                // Which pages it saw is for the writer to say; how many, and which places, is not.
+                let count = if collect { ring.collect(u32::MAX, each) } else { ring.meter(each) };
+                assert_eq!(count, seen);
+                oracle.take(collect, count as usize);
             }
             Step::Reclaim => assert_eq!(ring.reclaim() as usize, oracle.reclaim()),
             Step::Learn => ring.learn_soft_limit(),
