@@ -8,6 +8,8 @@ use dirtylimit_core::{
 fn defaults_are_fresh() {
     let cell = VcpuCell::default();
     assert_eq!((cell.penalty.accept(), cell.report.counts()), (Penalty::NONE, Counts::default()));
+    cell.report.add_full_exit();
+    assert_eq!(cell.report.counts(), Counts { full_exits: 1, ..Counts::default() });
     assert_eq!(PenaltyCell::default().accept(), Penalty::NONE);
     let (vm, new) = (VmCell::default(), VmCell::new());
     assert_eq!((vm.max_pause(), vm.is_leased(SECOND)), (new.max_pause(), new.is_leased(SECOND)));

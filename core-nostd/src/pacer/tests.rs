@@ -203,6 +203,10 @@ fn who_rewrites_dirty_pages_gets_longer_slices_until_it_stops() {
     assert_eq!([(); 5].map(|()| again(0, 100)), [2, 4, 8, 8, 8]);
     assert_eq!(again(0, 0), 8, "nothing seen, nothing learned");
     assert_eq!(again(1, 2), 1);
+    assert_eq!([again(0, 100), again(0, 100)], [2, 4]);
+    vcpu.pacer.forget_stretch();
+    let turn = vcpu.settle();
+    assert_eq!((turn.slice, turn.stretched), (Some(1), false), "the log was taken");
 }
 
 #[test]
