@@ -18,7 +18,7 @@ fn help_lists_every_option_of_the_manual() {
     assert!(output.status.success());
     let help = text(&output.stdout);
     for option in
-        "guest workload vcpus limit vm-limit policy ring max-pause pass free-seconds seconds steps payload json svg"
+        "guest workload vcpus limit vm-limit policy ring max-pause pass free-seconds seconds steps payload json svg report"
             .split_whitespace()
     {
         assert!(help.contains(&format!("--{option} <")), "--{option} is missing:\n{help}");
@@ -56,6 +56,19 @@ fn a_report_with_nowhere_to_go_fails_before_the_run() {
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("cannot write /nonexistent/report.json"), "{}", text(&output.stderr));
     assert!(!text(&output.stderr).contains("running free"), "it ran first");
+}
+
+#[test]
+fn a_page_with_nowhere_to_go_fails_before_the_run() {
+    for (directory, told) in [("Cargo.toml", "Cargo.toml/index.html"), ("/proc/report", "/proc/report/index.html")] {
+        for command in ["run --guest sim", "scenario interrupt"] {
+            let output = bench(&format!("{command} --report {directory}"));
+            assert_eq!(output.status.code(), Some(1), "{command}");
+            let told_all = text(&output.stderr);
+            assert!(told_all.contains(&format!("cannot write the report {told}")), "{told_all}");
+            assert!(!told_all.contains("running free") && !told_all.contains("run 1"), "it ran first: {told_all}");
+        }
+    }
 }
 
 #[test]

@@ -314,3 +314,39 @@ fn legend(charts: &[Chart]) -> Markup {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::plot::{Axis, Series};
+    use super::*;
+
+    #[test]
+    fn what_stands_on_a_page_is_text() {
+        let evil = "\"><script>&amp;</script>";
+        let chart = Chart {
+            title: evil.into(),
+            x: Axis::linear(evil),
+            y: Axis::log(evil),
+            right: None,
+            series: vec![Series::new(evil, Look::Dots(7), vec![(1.0, 1.0)])],
+        };
+        let mut page = Page::new(evil, evil);
+        let table = Table { caption: evil.into(), columns: vec![evil.into()], rows: vec![vec![evil.into()]] };
+        let section = page.section(evil).text(evil).tiles([(evil, evil.to_owned(), evil)]).table(&table);
+        section.facts([(evil, evil.to_owned())]).commands([evil.to_owned()]).picture(evil, &[chart]).unwrap();
+        let html = page.html();
+        assert!(!html.contains("<script") && html.matches("&lt;script&gt;").count() >= 16, "{html}");
+    }
+
+    #[test]
+    fn numbers_are_aligned_and_long_tables_folded() {
+        let row = |text: &str| vec!["1".into(), text.into(), Cell::from("-0.1").toned(Tone::Bad)];
+        let columns = vec!["case".into(), "what".into(), "error (%)".into()];
+        let mut table = Table { caption: String::new(), columns, rows: vec![row("none"), row("a writer")] };
+        let html = |table: &Table| Page::new("", "").section("").table(table).body[0].0.clone();
+        assert!(html(&table).contains("<th scope=\"col\">what</th><th scope=\"col\" class=\"n\">error (%)</th>"));
+        assert!(!html(&table).contains("<details>"));
+        table.rows = vec![row("none"); MAX_ROWS + 1];
+        assert!(html(&table).contains("<details>"));
+    }
+}

@@ -243,7 +243,7 @@ impl Chart {
     /// Draws the chart, without its title, all over `area`.
     pub(crate) fn draw(&self, area: &Area<'_>) -> Result<()> {
         let (width, height) = area.dim_in_pixel();
-        let (columns, rows) = ((width / px(70)).max(2) as usize, (height / px(44)).max(2) as usize);
+        let (columns, rows) = ((width / px(56)).max(2) as usize, (height / px(44)).max(2) as usize);
         let points = |area: bool| {
             let of = self.series.iter().filter(move |series| (series.look == Look::Area) == area);
             of.flat_map(|series| &series.points).copied()
@@ -331,4 +331,40 @@ fn runs(series: &Series, x: &Scale, y: &Scale) -> Vec<Vec<(f64, f64)>> {
 /// A drawing error without the types of the drawing library, which borrow the drawing.
 pub(crate) fn plain(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("cannot draw: {error}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_logarithmic_axis_labels_round_numbers() {
+        let labels = |range: Range<f64>, ticks| {
+            let scale = Axis::log("").over(range).scale(std::iter::empty(), ticks, 0.0);
+            scale.labelled.iter().map(|&place| scale.label(place)).collect::<Vec<_>>()
+        };
+        assert_eq!(labels(1.0..100.0, 9), ["1", "2", "5", "10", "20", "50", "100"]);
+        assert_eq!(labels(1.0..100.0, 5), ["1", "3", "10", "30", "100"]);
+        assert_eq!(labels(0.01..1e6, 5), ["0.01", "1", "100", "10000", "1000000"]);
+    }
+
+    #[test]
+    fn what_is_no_number_breaks_a_line_and_what_is_off_the_scale_lies_at_the_edge() {
+        let points = vec![(0.0, 1.0), (1.0, f64::NAN), (2.0, 50.0), (3.0, -1.0)];
+        let (x, y) = (Axis::linear("").over(0.0..3.0), Axis::linear("").over(0.0..10.0));
+        let scale = |axis: Axis| axis.scale(std::iter::empty(), 3, 0.0);
+        let runs = runs(&Series::new("", Look::Line(0), points), &scale(x), &scale(y));
+        assert_eq!(runs, [vec![(0.0, 1.0)], vec![(2.0, 10.0), (3.0, 0.0)]]);
+    }
+
+    #[test]
+    fn a_chart_of_nothing_is_drawn() {
+        for points in [vec![], vec![(0.0, 0.0)], vec![(f64::NAN, f64::INFINITY)], vec![(5.0, 5.0); 2]] {
+            for axis in [Axis::linear("x"), Axis::log("x")] {
+                let series = vec![Series::new("", Look::Marked(9), points.clone())];
+                let chart = Chart { title: "t".into(), x: axis.clone(), y: axis, right: None, series };
+                assert!(chart.svg(300, 200).unwrap().starts_with("<svg width=\"300\""));
+            }
+        }
+    }
 }

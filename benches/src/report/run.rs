@@ -265,3 +265,51 @@ fn facts(recording: &Recording) -> Vec<(&'static str, String)> {
         ("Lost pages", lost),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::example;
+
+    #[test]
+    fn a_page_shows_rates_and_stalls_and_needs_nothing_else() {
+        let html = page(&example::recording()).unwrap().html();
+        assert_eq!(html.matches("<svg").count(), 4, "two pictures, each for wide and narrow screens");
+        for shown in ["vCPU 1, read:32MiB", "longest pause asked for", "held to +0.0\u{a0}% of the limit", "6.18.0"] {
+            assert!(html.contains(shown), "{shown}");
+        }
+        let own = html.replace("http://www.w3.org/2000/svg", "");
+        for foreign in ["http:", "https:", "//", "<script", "src=", "url(", "@import"] {
+            assert!(!own.contains(foreign), "{foreign}");
+        }
+    }
+
+    #[test]
+    fn many_vcpus_are_three_lines() {
+        let stepped = example::stepped();
+        let many = Recording { vcpus: vec![stepped.vcpus[0].clone(); 64], ..stepped };
+        let html = page(&many).unwrap().html();
+        assert!(html.contains("fastest of 64 vCPUs") && html.contains("a vCPU, mean of 64"), "{html}");
+        assert_eq!(of_vcpus(&many).len(), 4, "one limit for all");
+    }
+
+    #[test]
+    fn a_budget_has_its_picture() {
+        let budget = Some(dirtylimit_core::PageRate::from_pages_per_sec(12_800));
+        let recording = Recording { vm_limit: budget, ..example::recording() };
+        let vm = of_vm(&recording).unwrap();
+        assert!(vm[0].points.iter().all(|&(_, limit)| limit == 50.0));
+        assert!(vm[1].points.last().is_some_and(|&(at, rate)| at == 8.0 && (rate - 100.0).abs() < 1e-6));
+        assert!(page(&recording).unwrap().html().contains("Dirty page rate of the VM"));
+    }
+
+    #[test]
+    fn a_run_that_was_ended_at_once_has_a_page() {
+        let mut recording = example::recording();
+        (recording.limited_at, recording.end) = (Duration::ZERO, Duration::ZERO);
+        recording.vcpus.iter_mut().for_each(|vcpu| vcpu.samples.clear());
+        page(&recording).unwrap();
+        recording.vcpus.clear();
+        page(&recording).unwrap();
+    }
+}
