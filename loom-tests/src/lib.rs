@@ -49,6 +49,10 @@ mod throttle;
 pub mod adapter;
 mod error;
 pub mod explore;
+mod harvest {
+    //! What the adapter's `harvest` offers to the files above.
+    pub(crate) const BATCH: u32 = 4096;
+}
 pub mod kernel;
 mod sync;
 mod sys;
@@ -58,7 +62,6 @@ pub mod weaken;
 extern crate self as dirtylimit_core;
 use controller::{Limiter, VcpuCell, VcpuIndex};
 use error::Error;
-use pacer::SLICE;
 use penalty::{Penalty, Terms};
 use policy::Shipped;
 use rate::Nanos;

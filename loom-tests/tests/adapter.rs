@@ -67,7 +67,7 @@ fn twin_sleeps_without_a_second_look() {
 
 #[test]
 fn twin_pokes_relaxed() {
-    fails("poke relaxed", ALL, Some(site("seat.rs", "poke")), "deadlock", || interrupts(1, false));
+    fails("poke relaxed", TWO, Some(site("seat.rs", "poke")), "deadlock", || interrupts(2, false));
 }
 
 #[test]

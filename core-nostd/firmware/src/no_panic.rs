@@ -100,6 +100,7 @@ fn pacers() {
     any(Pacer::owes(&pacer, report));
     any(Pacer::settle(&mut pacer, any(0), vm, cell, report));
     Pacer::forget_stretch(any(&mut pacer));
+    Pacer::forgive(any(&mut pacer));
 }
 
 fn page() -> Page {
