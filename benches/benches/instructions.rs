@@ -72,12 +72,16 @@ fn report() {
 /// A limited vCPU's turns, each with the pages of a slice and the time that they cost.
 fn settle(policy: Shipped) {
     let (limiter, vcpus) = limited::<1>(policy, false);
-    tick_once(&limiter, &vcpus, 1);
     let cell = limiter.cell(vcpus[0]).expect("registered");
+    // Above its limit until the policy has a penalty for it.
+    for round in 1..=20 {
+        cell.report.add_pages(2560, 2560);
+        limiter.tick(NOW + round * SECOND / 20);
+    }
     let mut pacer = Pacer::new(&cell.report);
     let mut slices = 0;
     counted(|| {
-        let mut now = NOW + SECOND / 20;
+        let mut now = NOW + SECOND;
         for _ in 0..CALLS {
             cell.report.add_pages(100, 100);
             let turn = pacer.settle(now, limiter.vm(), &cell.penalty, &cell.report);
