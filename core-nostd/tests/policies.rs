@@ -36,6 +36,27 @@ fn stepped(limit: PageRate, reading: &Reading, current: Penalty) -> Penalty {
     policy.penalty(&mut state, reading, limit, current)
 }
 
+/// Stepped at a limit of 1000 pages/s, shown so many pages in each so many ms; the sleep for 1024 pages after each, in ms.
+fn steps(sleep_ms: u64, readings: &[(u32, u64)]) -> Vec<u64> {
+    let (policy, mut state) = (Stepped::default(), Default::default());
+    let mut penalty = Penalty::new(Terms::Sleep(Price::split(sleep_ms * 1_000_000, 1024)));
+    let each = |&(pages, ms): &(u32, u64)| {
+        let reading = Reading { pages, elapsed: ms * 1_000_000, paused: 0 };
+        penalty = policy.penalty(&mut state, &reading, PageRate::from_pages_per_sec(1000), penalty);
+        (price(penalty).of(1024) + 500_000) / 1_000_000
+    };
+    readings.iter().map(each).collect()
+}
+
+#[test]
+fn stepped_looks_once_a_period_after_the_first_reading() {
+    // 4000 pages/s: as much sleep as lacks, 3/4 of what a page takes at the limit.
+    assert_eq!(steps(0, &[(9999, 250), (500, 125), (500, 125), (500, 125), (500, 125)]), [0, 0, 768, 768, 1024]);
+    assert_eq!(steps(100, &[(0, 250), (300, 300), (300, 300)]), [100; 3], "at the limit");
+    // 5 % above and below: by 2 % of what a page takes.
+    assert_eq!(steps(500, &[(0, 1), (1050, 1000), (1050, 1000), (950, 1000)]), [500, 520, 541, 520]);
+}
+
 proptest! {
     #[test]
     fn a_page_never_costs_less_than_its_limit_says(limit in rate(), pages in any::<u32>()) {

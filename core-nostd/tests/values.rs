@@ -11,6 +11,7 @@ fn defaults_are_fresh() {
     cell.report.add_full_exit();
     assert_eq!(cell.report.counts(), Counts { full_exits: 1, ..Counts::default() });
     assert_eq!(PenaltyCell::default().accept(), Penalty::NONE);
+    assert_eq!(VmCell::LEASE, 5 * SECOND);
     let (vm, new) = (VmCell::default(), VmCell::new());
     assert_eq!((vm.max_pause(), vm.is_leased(SECOND)), (new.max_pause(), new.is_leased(SECOND)));
     assert_eq!(Entry::default().reset(), None);

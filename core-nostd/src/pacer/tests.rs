@@ -207,6 +207,8 @@ fn who_rewrites_dirty_pages_gets_longer_slices_until_it_stops() {
     vcpu.pacer.forget_stretch();
     let turn = vcpu.settle();
     assert_eq!((turn.slice, turn.stretched), (Some(1), false), "the log was taken");
+    vcpu.report.add_pages(0, 100);
+    assert!(vcpu.settle().stretched);
 }
 
 #[test]
@@ -237,8 +239,34 @@ fn who_cannot_be_held_says_what_pause_it_would_take() {
         vcpu.turn(512, 1_000_000);
     }
     assert_eq!(vcpu.report.needed_pause(), 100_000_000);
+    vcpu.turn(1, 1_000);
+    assert_eq!(vcpu.report.needed_pause(), 100_000_000, "it has not caught up");
     while vcpu.turn(1, 1_000) == Some(1) {}
     assert_eq!(vcpu.report.needed_pause(), 0);
+}
+
+#[test]
+fn a_turn_that_one_pause_pays_needs_no_longer_one() {
+    let mut vcpu = Vcpu::new(pace(100));
+    vcpu.settle();
+    vcpu.turn(200, 0);
+    // Its debt is at the bound, but a page costs just the longest pause.
+    vcpu.report.add_pages(1, 1);
+    vcpu.settle();
+    vcpu.report.add_pages(1, 1);
+    vcpu.settle();
+    assert_eq!(vcpu.report.needed_pause(), 2 * SECOND, "what the 200 would have taken");
+}
+
+#[test]
+fn what_is_forgiven_is_not_owed() {
+    let mut vcpu = Vcpu::new(pace(256));
+    vcpu.settle();
+    vcpu.pacer.forgive();
+    vcpu.turn(100, 0);
+    assert_eq!(vcpu.longest, 0);
+    vcpu.turn(2, 0);
+    assert_eq!(vcpu.longest, 2 * SECOND / 256, "once");
 }
 
 /// The virtual clock in exact arithmetic: `due` in ns × the rate's unit, so that a page costs a whole number of it.
