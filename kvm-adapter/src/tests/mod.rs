@@ -5,5 +5,6 @@ mod enabling;
 mod events;
 #[cfg(feature = "metrics")]
 mod metrics;
+mod memory;
 mod resets;
 mod turns;

@@ -1,0 +1,22 @@
+//! What a vCPU costs in memory: printed (`cargo test -p dirtylimit-kvm memory -- --nocapture`), and bounded.
+
+use dirtylimit_core::{Entry, Limiter, Shipped};
+
+use crate::Vcpu;
+use crate::harvest::Place;
+use crate::seat::Seat;
+
+#[test]
+fn a_vcpu_takes_less_than_a_kibibyte_beside_its_ring() {
+    const MORE: usize = 64;
+    let core = (size_of::<Limiter<Shipped, { 2 * MORE }>>() - size_of::<Limiter<Shipped, MORE>>()) / MORE;
+    let (place, seat, vcpu) = (size_of::<Place>(), size_of::<Seat>(), size_of::<Vcpu>());
+    let sum = core + place + seat + vcpu;
+    let ring = 4096 * size_of::<Entry>();
+    println!(
+        "memory of a vCPU, bytes: {sum} (core's cells and row {core}, place {place}, seat {seat}, handle {vcpu}); \
+         beside its ring, {ring} in the kernel at 4,096 entries"
+    );
+    assert!(core <= 320 && sum <= 1024);
+    assert_eq!(ring, 65_536);
+}
