@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use dirtylimit_bench::cli::{Cli, Command, Run};
-use dirtylimit_bench::compare::{Compare, cases::Case};
+use dirtylimit_bench::compare::{self, Compare, cases::Case};
 use dirtylimit_bench::guest::{self, Progress};
 use dirtylimit_bench::plan::Plan;
 use dirtylimit_bench::probe;
@@ -35,7 +35,7 @@ fn main() -> ExitCode {
         },
         Command::Scenario(scenarios) => scenario(&scenarios),
         Command::Compare(asked) => match asked.cases() {
-            Ok(cases) => compare(&asked, &cases),
+            Ok(cases) => side_by_side(&asked, &cases),
             Err(message) => bad_usage("compare", message),
         },
         Command::Probe => say(&probe::probe().to_string()).map(|()| ExitCode::SUCCESS),
@@ -137,7 +137,7 @@ fn scenario(asked: &Scenarios) -> Result<ExitCode> {
     }))
 }
 
-fn compare(asked: &Compare, cases: &[Case]) -> Result<ExitCode> {
+fn side_by_side(asked: &Compare, cases: &[Case]) -> Result<ExitCode> {
     if let Some(path) = &asked.write_rom {
         let (rom, command) = asked.rom(&cases[0], path)?;
         fs::write(path, rom).with_context(|| format!("cannot write {}", path.display()))?;
@@ -163,6 +163,9 @@ fn compare(asked: &Compare, cases: &[Case]) -> Result<ExitCode> {
         } else {
             fs::write(path, document + "\n").with_context(|| format!("cannot write {}", path.display()))?;
         }
+    }
+    if let Some(directory) = &asked.report {
+        report(&compare::page::page(&comparison)?, directory)?;
     }
     Ok(if comparison.lost_pages > 0 { ExitCode::from(LOST) } else { ExitCode::SUCCESS })
 }

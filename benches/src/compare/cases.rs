@@ -27,7 +27,7 @@ pub struct Case {
 impl Case {
     /// What it is called: limit and ring.
     pub fn name(&self) -> String {
-        format!("{} MiB/s, ring {}", self.limit_mib_s, self.ring)
+        name(self.limit_mib_s, self.ring)
     }
 
     /// As ours runs it.
@@ -50,6 +50,10 @@ impl Case {
             metrics: None,
         }
     }
+}
+
+pub(super) fn name(limit_mib_s: u32, ring: u32) -> String {
+    format!("{limit_mib_s} MiB/s, ring {ring}")
 }
 
 /// The cases that are compared when none is asked for.

@@ -31,11 +31,11 @@ type Link = Qmp<Stream<BufReader<UnixStream>, BufWriter<UnixStream>>>;
 /// The arguments of a QEMU with that ROM, without how it is driven.
 pub(super) fn arguments(rom: &str, ring: u32, vcpus: usize, ram: u64) -> Vec<String> {
     let line = format!(
-        "-accel kvm,dirty-ring-size={ring} -machine pc -cpu qemu64 -smp {vcpus},sockets={vcpus} -m {}M -bios {rom} \
-         -nodefaults -no-user-config -no-reboot -display none",
+        "-accel kvm,dirty-ring-size={ring} -machine pc -cpu qemu64 -smp {vcpus},sockets={vcpus} -m {}M -nodefaults \
+         -no-user-config -no-reboot -display none -bios",
         ram >> 20
     );
-    line.split_whitespace().map(str::to_owned).collect()
+    line.split(' ').chain([rom]).map(str::to_owned).collect()
 }
 
 /// What a QEMU calls itself.
@@ -91,10 +91,13 @@ impl Qemu {
         let link = Qmp::new(Stream::new(BufReader::new(ours.try_clone()?), BufWriter::new(ours)));
         let mut qemu = Self { child, link, vcpus, saved, errors };
         // The greeting is waited for here: the handshake takes its absence for a bug.
-        match qemu.link.inner_mut().fill_buf() {
-            Ok([]) => return Err(qemu.gone()),
-            Ok(_) => {}
-            Err(error) => return Err(qemu.failed("greeting", error.into())),
+        loop {
+            match qemu.link.inner_mut().fill_buf() {
+                Ok([]) => return Err(qemu.gone()),
+                Ok(_) => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(qemu.failed("greeting", error.into())),
+            }
         }
         match qemu.link.handshake() {
             Ok(_) => Ok(qemu),
@@ -156,14 +159,6 @@ impl Qemu {
         Ok(())
     }
 
-    /// Whether that is done.
-    ///
-    /// # Errors
-    /// QEMU fails.
-    pub(super) fn measured(&mut self) -> Result<bool> {
-        Ok(self.execute(QueryDirtyRate {})?.status == "measured")
-    }
-
     /// Limits a vCPU.
     ///
     /// # Errors
@@ -218,9 +213,14 @@ impl Qemu {
 
     /// QEMU has closed the link, which it does only when it ends.
     fn gone(&mut self) -> Error {
-        let how = match self.child.try_wait() {
-            Ok(Some(status)) => format!(" ({status})"),
-            _ => String::new(),
+        // It may not have ended quite yet.
+        let deadline = Instant::now() + Duration::from_secs(1);
+        let how = loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) => break format!(" ({status})"),
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+                _ => break String::new(),
+            }
         };
         anyhow!("QEMU ended{how}{}", self.complaints())
     }
@@ -259,21 +259,6 @@ fn nameless(name: &std::ffi::CStr) -> Result<File> {
 /// How another process of the same user opens the file.
 fn path(file: &File) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
-}
-
-/// As qapi has it, but without the fields that QEMU did not know in 7.2.
-#[derive(Debug, serde::Serialize)]
-struct QueryDirtyRate {}
-
-#[derive(Debug, serde::Deserialize)]
-struct DirtyRate {
-    status: String,
-}
-
-impl qapi::Command for QueryDirtyRate {
-    const NAME: &'static str = "query-dirty-rate";
-    const ALLOW_OOB: bool = false;
-    type Ok = DirtyRate;
 }
 
 /// As qapi has it, without all that differs from machine to machine.

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::cases::Case;
+use super::cases::{self, Case};
 use super::trial::Trial;
 use crate::measure::Measures;
 use crate::record::{Host, Recording, Stalls, VcpuRecording};
@@ -166,7 +166,7 @@ impl Compared {
 
     /// What it is called.
     pub fn name(&self) -> String {
-        format!("{} MiB/s, ring {}", self.limit_mib_s, self.ring)
+        cases::name(self.limit_mib_s, self.ring)
     }
 }
 

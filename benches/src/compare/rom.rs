@@ -216,3 +216,48 @@ pub(super) fn image(blocks: &[Parameters], ram: u64, payload: &[u8]) -> Result<V
     rom[BOOT..].copy_from_slice(unsafe { &dirtylimit_rom_boot });
     Ok(rom)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::payload::Mode;
+
+    const BLOCK: Parameters = Parameters {
+        start: 0x100_0000,
+        end: 0x200_0000,
+        stride: 4096,
+        delay: 0,
+        mode: Mode::Write,
+        stall_ticks: 1,
+        index: 0,
+        half_period: 0,
+        doorbell: 0,
+    };
+
+    #[test]
+    fn everything_is_where_the_boot_code_looks() {
+        let second = Parameters { index: 1, ..BLOCK };
+        let rom = image(&[BLOCK, second], 32 << 20, &[0xcc; 100]).unwrap();
+        assert_eq!(rom.len(), BYTES);
+        let word = |at: usize| u64::from_le_bytes(rom[at..at + 8].try_into().unwrap());
+        assert_eq!(word(0), 16 << 32 | 2, "16 huge pages, 2 vCPUs");
+        assert_eq!((word(BLOCKS), word(BLOCKS + 8 * PARAMETER_WORDS + 48)), (0x100_0000, 1));
+        assert_eq!((rom[PAYLOAD - 1], rom[PAYLOAD], rom[PAYLOAD + 99], rom[PAYLOAD + 100]), (0, 0xcc, 0xcc, 0));
+        // jmp ff00:0000, which is where SIPI leads too.
+        assert_eq!(rom[0xfff0..0xfff5], [0xea, 0x00, 0x00, 0x00, 0xff]);
+        assert_ne!(rom[BOOT], 0);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let refused = |vcpus: usize, ram: u64, payload: usize| {
+            image(&vec![BLOCK; vcpus], ram, &vec![0x90; payload]).unwrap_err().to_string()
+        };
+        assert!(refused(0, 1 << 24, 1).contains("1 to 64"));
+        assert!(refused(65, 1 << 24, 1).contains("1 to 64"));
+        assert!(refused(1, MAX_RAM + HUGE_PAGE, 1).contains("3072 at most"));
+        assert!(refused(1, 1 << 24, 0).contains("empty"));
+        assert!(refused(1, 1 << 24, BOOT - PAYLOAD + 1).contains("room for 45056"));
+        image(&vec![BLOCK; MAX_VCPUS], MAX_RAM, &vec![0x90; BOOT - PAYLOAD]).unwrap();
+    }
+}

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
 use super::qemu::{Counters, Qemu};
 use super::rom;
@@ -22,6 +22,9 @@ use crate::units::{PAGE_SIZE, mib_per_sec};
 
 /// Distance between two readings of the guest's counters.
 const SAMPLE: Duration = Duration::from_millis(20);
+
+/// When QEMU begins to log, KVM maps each page anew as the guest comes by, which is slow once.
+const WARM_UP: Duration = Duration::from_secs(2);
 
 /// What came of a try.
 #[derive(Clone, Debug)]
@@ -186,23 +189,20 @@ struct QemuRun<'a> {
 }
 
 impl QemuRun<'_> {
-    /// The guest unlimited, but with its dirty pages logged, as under ours: QEMU does that while it measures a rate.
+    /// The guest unlimited, but with its dirty pages logged, as under ours: QEMU does that while it measures a rate. It
+    /// still measures when the limit is set, so that no page is written unlogged meanwhile.
     fn free(&mut self) -> Result<()> {
-        let seconds = self.plan.free.as_secs_f64().ceil().max(1.0);
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "whole, and 1 to 60")]
+        let seconds = (WARM_UP + self.plan.free).as_secs_f64().ceil() + 1.0;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "whole, and 4 to 60")]
         self.qemu.begin_measuring(seconds as u32)?;
-        self.until(self.plan.free / 4)?;
-        let (counted, before) = (self.start.elapsed(), self.sample()?);
-        self.until(self.plan.free)?;
-        let (time, after) = (self.start.elapsed() - counted, self.sample()?);
+        let began = self.start.elapsed() + WARM_UP;
+        self.until(began)?;
+        let before = self.sample()?;
+        self.until(began + self.plan.free)?;
+        let (time, after) = (self.start.elapsed().saturating_sub(began), self.sample()?);
         for (vcpu, (before, after)) in self.recording.vcpus.iter_mut().zip(before.iter().zip(&after)) {
             vcpu.free_accesses = after[stats::ACCESSES] - before[stats::ACCESSES];
             vcpu.free_time = time;
-        }
-        while !self.recording.interrupted && !self.qemu.measured()? {
-            let patience = self.plan.free + Duration::from_secs(10);
-            ensure!(self.start.elapsed() < patience, "QEMU does not end its measurement of the dirty rate");
-            self.until(self.start.elapsed() + SAMPLE)?;
         }
         Ok(())
     }
@@ -296,4 +296,50 @@ fn stalls_between(before: &Counters, after: &Counters, units: &Stalls) -> Stalls
         .min(longest)
     };
     Stalls { longest_ticks, histogram, fine, fine_ticks: 1 << stats::FINE_SHIFT, ..units.clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counters(longest: u64, gaps: &[(usize, u64)]) -> Counters {
+        let mut page = [0; PAGE_SIZE as usize / 8];
+        page[stats::LONGEST] = longest;
+        for &(word, count) in gaps {
+            page[word] = count;
+        }
+        page
+    }
+
+    #[test]
+    fn the_longest_gap_of_a_span_is_exact_or_the_end_of_its_step() {
+        let (fine, coarse, last) = (stats::FINE, stats::HISTOGRAM, stats::FINE + stats::FINE_WORDS - 1);
+        let longest =
+            |before: &Counters, after: &Counters| stalls_between(before, after, &Stalls::default()).longest_ticks;
+        let before = counters(300 << 17, &[(fine + 2, 7), (coarse + 18, 7)]);
+        assert_eq!(
+            longest(&before, &counters(301 << 17, &[(fine + 301, 1), (fine + 2, 7), (coarse + 18, 7)])),
+            301 << 17
+        );
+        assert_eq!(longest(&before, &counters(300 << 17, &[(fine + 2, 8), (coarse + 18, 8)])), 3 << 17);
+        assert_eq!(longest(&before, &counters(300 << 17, &[(fine + 2, 7), (coarse + 18, 7)])), 0);
+        // Beyond the fine steps, powers of two; never more than the longest of all.
+        let before = counters(1 << 30, &[(last, 1), (coarse + 29, 1)]);
+        assert_eq!(longest(&before, &counters(1 << 30, &[(last, 2), (coarse + 29, 1), (coarse + 26, 1)])), 2 << 26);
+        let before = counters(1 << 30, &[(last, 1), (coarse + 30, 1)]);
+        assert_eq!(longest(&before, &counters(1 << 30, &[(last, 2), (coarse + 30, 2)])), 1 << 30);
+        let stalls = stalls_between(&before, &counters(1 << 30, &[(last, 2), (coarse + 30, 2)]), &Stalls::default());
+        assert_eq!((stalls.histogram[30], stalls.fine[stats::FINE_WORDS - 1]), (1, 1));
+    }
+
+    #[test]
+    fn cpu_time_is_read() {
+        let before = (process_time("self"), thread_time("nobody"));
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_millis(60) || process_time("self") == before.0 {
+            assert!(begin.elapsed() < Duration::from_secs(60), "no CPU time passes");
+        }
+        assert_eq!(before.1, Duration::ZERO);
+        assert_eq!(process_time("nobody"), Duration::ZERO);
+    }
 }

@@ -1,0 +1,192 @@
+//! `dirtylimit-bench compare`: what it refuses, what it says without QEMU, and that it gets on with a real one and with
+//! ones that fail. Where there is no QEMU the tests that need it are skipped, and say so.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use dirtylimit_bench::guest::kvm::kvm_or_skip;
+use serde_json::Value;
+
+fn program(arguments: &str) -> Command {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_dirtylimit-bench"));
+    program.arg("compare").args(arguments.split_whitespace());
+    program
+}
+
+fn compare(arguments: &str) -> Output {
+    program(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+/// Whether there is a QEMU; else says on stderr that the test is skipped.
+fn qemu_or_skip() -> bool {
+    let found = Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status().is_ok();
+    if !found {
+        // The raw descriptor: the test runner does not capture it.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: no qemu-system-x86_64 for {:?}", std::thread::current().name());
+    }
+    found
+}
+
+/// Command lines of the processes that a `compare` of that id has started: its QEMU names its ROM by it.
+fn started_by(id: u32) -> Vec<String> {
+    let of_it = format!("-bios\0/proc/{id}/fd/");
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let lines = processes.filter_map(|process| fs::read_to_string(process.path().join("cmdline")).ok());
+    lines.filter(|line| line.contains(&of_it)).collect()
+}
+
+/// A program that does as a QEMU does, until it is driven.
+fn fake(name: &str, then: &str) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("dirtylimit-fake-{name}-{}", std::process::id()));
+    let script = format!("#!/bin/sh\n[ \"$1\" != --version ] || exec echo QEMU emulator version 9.9.9\n{then}\n");
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn bad_usage_exits_2_and_says_what_is_allowed() {
+    for (arguments, told) in [
+        ("--ring 512", "1024 to 65536"),
+        ("--ring 3000", "power of two"),
+        ("--limit none", "a rate is"),
+        ("--limit 100", "whole MiB/s"),
+        ("--rounds 0", "1..=99"),
+        ("--seconds 0", "1 to 3600"),
+        ("--workload random:4MiB", "write, slow, burst, read and idle"),
+        ("--peer xen", "[possible values: qemu, stepped]"),
+    ] {
+        let output = compare(arguments);
+        assert_eq!(output.status.code(), Some(2), "`{arguments}`: {output:?}");
+        assert!(text(&output.stderr).contains(told), "`{arguments}`: {output:?}");
+    }
+}
+
+#[test]
+fn a_qemu_that_is_named_must_be_there_and_be_one() {
+    if !kvm_or_skip() {
+        return;
+    }
+    for (qemu, told) in [("/nonexistent/qemu", "bookworm-backports"), ("/bin/true", "is no QEMU")] {
+        let output = compare(&format!("--qemu {qemu}"));
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(text(&output.stderr).contains(told), "{output:?}");
+    }
+}
+
+#[test]
+fn a_qemu_that_ends_or_talks_nonsense_is_told_with_what_it_said() {
+    if !kvm_or_skip() {
+        return;
+    }
+    for (name, then, told) in [
+        ("ends", "echo the roof is on fire >&2; exit 7", "QEMU ended (exit status: 7): the roof is on fire"),
+        ("nonsense", "echo hello; sleep 1000", "QEMU's answer to qmp_capabilities"),
+    ] {
+        let qemu = fake(name, then);
+        let output = compare(&format!("--qemu {}", qemu.display()));
+        fs::remove_file(&qemu).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(text(&output.stderr).contains(told), "{output:?}");
+        assert!(text(&output.stderr).contains("QEMU 9.9.9"), "{output:?}");
+    }
+}
+
+#[test]
+fn without_qemu_the_other_policy_takes_its_place() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let output = program("--limit 20MiB/s --workload write:16MiB --rounds 1 --seconds 1 --json -")
+        .env("PATH", "/")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(text(&output.stderr).contains("There is no qemu-system-x86_64 here"), "{output:?}");
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(document["peer"], "stepped");
+    assert!(document["cases"][0]["peer_command"].is_null());
+}
+
+#[test]
+fn a_real_qemu_runs_the_same_guest_and_is_limited() {
+    if !kvm_or_skip() || !qemu_or_skip() {
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("dirtylimit-compare-{}", std::process::id()));
+    let arguments = "--limit 10MiB/s --workload write:64MiB,idle --rounds 1 --seconds 3 --json -";
+    let output = compare(&format!("{arguments} --report {}", folder.display()));
+    assert!(output.status.success(), "{output:?}");
+    let page = fs::read_to_string(folder.join("index.html")).unwrap();
+    fs::remove_dir_all(&folder).unwrap();
+    assert!(page.contains("beside QEMU ") && page.contains("dirty-ring-size=4096"));
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let case = &document["cases"][0];
+    assert_eq!((&document["lost_pages"], &document["interrupted"]), (&Value::from(0), &Value::from(false)));
+    assert!(case["peer_command"].as_str().is_some_and(|line| line.contains("-bios ROM")), "{document}");
+    for side in ["peer", "ours"] {
+        let [writer, idle] = [0, 1].map(|index| &case[side]["vcpus"][index]);
+        let number = |name: &str| writer[name].as_f64().unwrap_or_else(|| panic!("{side} has no {name}: {writer}"));
+        // How well is not for a test; but whoever is not limited at all touches gigabytes.
+        assert!(
+            number("settled_mib_s") > 0.0 && number("touched_mib_s") < number("free_mib_s") / 2.0,
+            "{side}: {writer}"
+        );
+        assert!(number("stall_max_ms") > 0.0 && number("own_mib_s") >= 0.0, "{side}: {writer}");
+        assert!(writer["samples"].as_array().is_some_and(|samples| samples.len() > 100), "{side}");
+        assert!(idle["error_pct"].is_null() && idle["limit_mib_s"].is_null(), "{side}: {idle}");
+    }
+}
+
+#[test]
+fn no_qemu_is_left_behind_whatever_ends_the_comparison() {
+    if !kvm_or_skip() || !qemu_or_skip() {
+        return;
+    }
+    for signal in ["INT", "KILL"] {
+        let mut running: Child = program("--workload write:16MiB --seconds 600")
+            .stderr(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let id = running.id();
+        wait_until("QEMU does not start", || !started_by(id).is_empty());
+        assert!(Command::new("kill").args(["-s", signal, &id.to_string()]).status().unwrap().success());
+        let mut told = String::new();
+        std::io::Read::read_to_string(&mut running.stderr.take().unwrap(), &mut told).unwrap();
+        let status = running.wait().unwrap();
+        if signal == "INT" {
+            assert_eq!(status.code(), Some(1), "{told}");
+            assert!(told.contains("interrupted before the first case was done"), "{told}");
+        }
+        wait_until("QEMU is left behind", || started_by(id).is_empty());
+    }
+}
+
+#[test]
+fn the_rom_is_written_with_the_command_that_starts_it() {
+    let file = std::env::temp_dir().join(format!("dirtylimit-{}.rom", std::process::id()));
+    let output = compare(&format!("--workload write:16MiB --write-rom {}", file.display()));
+    let rom = fs::read(&file).unwrap();
+    fs::remove_file(&file).unwrap();
+    assert!(output.status.success() && rom.len() == 65_536, "{output:?}");
+    let command = text(&output.stdout);
+    assert!(command.starts_with("qemu-system-x86_64 -accel "), "{command}");
+    assert!(command.contains(&file.display().to_string()), "{command}");
+}
