@@ -5,3 +5,4 @@ cd "$(dirname "$0")/.."
 
 echo "msrv: cargo check of dirtylimit-core and dirtylimit-kvm with the declared $(grep '^rust-version' Cargo.toml)"
 ci/debian-cargo.sh check --locked -p dirtylimit-core -p dirtylimit-kvm
+ci/debian-cargo.sh check --locked -p dirtylimit-kvm --all-features
