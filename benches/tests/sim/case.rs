@@ -245,9 +245,6 @@ impl Case {
                 let bound = match self.recording.policy {
                     // Known, and in the table: while it sees few pages, in a rest, it gives up its sleep.
                     PolicyKind::Stepped if bursts => continue,
-                    // A kick comes some pages late, which is much of so small a slice.
-                    PolicyKind::Paced if limit < 16.0 => 5.0,
-                    PolicyKind::Stepped if limit < 16.0 => 15.0,
                     PolicyKind::Paced => 1.0,
                     PolicyKind::Stepped => 5.0,
                 };

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use anyhow::Result;
 use dirtylimit_core::{Entry, Limiter, Nanos, Page, Penalty, Policy, Ring, VcpuCell, VcpuIndex};
 
-use super::kernel::{KernelRing, Memory};
+use super::kernel::{KernelRing, Memory, Published};
 use super::{Fault, Machine, costs, kick};
 
 /// As many as the adapter takes.
@@ -28,8 +28,8 @@ pub(super) struct Place {
     pub(super) stretched: bool,
     /// Slice to free at the next reset, in pages; 0 when it is free.
     pub(super) want: u32,
-    /// Whether it was `limited` at the last pass, and at the one before.
-    limited_at_pass: [bool; 2],
+    /// Pages that were counted when they were metered, and again dirty when they were published: they are sent once.
+    pub(super) merged: u32,
     index: VcpuIndex,
 }
 
@@ -40,13 +40,14 @@ pub(super) struct Adapter<P: Policy> {
     pub(super) places: Vec<Place>,
     pub(super) kernel: Vec<KernelRing>,
     pub(super) memory: Memory,
-    /// Collected, not yet published.
-    batch: Vec<Page>,
+    /// Collected, not yet published, and the vCPUs whose they are.
+    batch: Vec<(usize, Page)>,
     /// Published, not yet taken.
     published: Vec<Page>,
     /// A reset is under way until then: nobody else gets the lock.
     pub(super) locked: Option<Nanos>,
-    pub(super) last_reset: Nanos,
+    /// When slices were last freed.
+    pub(super) served: Nanos,
     pub(super) reset_pages: u64,
     pub(super) reset_calls: u64,
     machine: Machine,
@@ -62,7 +63,7 @@ impl<P: Policy> Adapter<P> {
             batch: Vec::new(),
             published: Vec::new(),
             locked: None,
-            last_reset: 0,
+            served: 0,
             reset_pages: 0,
             reset_calls: 0,
             machine,
@@ -80,7 +81,7 @@ impl<P: Policy> Adapter<P> {
             limited: false,
             stretched: false,
             want: 0,
-            limited_at_pass: [false; 2],
+            merged: 0,
             index,
         });
         self.kernel.push(kernel);
@@ -102,8 +103,10 @@ impl<P: Policy> Adapter<P> {
         let Self { places, memory, limiter, .. } = self;
         let place = &mut places[vcpu];
         let mut net = 0;
-        let gross = place.ring.meter(|page| net += u32::from(memory.see(page)));
-        limiter.cell(place.index).expect("the index is the limiter's own").report.add_pages(net, gross);
+        let gross = place.ring.meter(|page| net += u32::from(memory.meter(page)));
+        let free = net.min(place.merged);
+        place.merged -= free;
+        limiter.cell(place.index).expect("the index is the limiter's own").report.add_pages(net - free, gross);
         gross
     }
 
@@ -165,23 +168,43 @@ impl<P: Policy> Adapter<P> {
     }
 
     /// What a running pass collects of each ring.
-    pub(super) fn pass(&mut self) -> Vec<u32> {
-        for place in &mut self.places {
-            place.limited_at_pass = [place.limited, place.limited_at_pass[0]];
-        }
-        let of = |vcpu: usize| match self.places[vcpu].slice {
-            // Left to fill, so that it notices.
-            None if self.is_to_notice(vcpu) && self.machine.fault != Some(Fault::NothingHeldBack) => 0,
-            None => self.places[vcpu].ring.held_back(),
-            Some(slice) => self.to_collect(vcpu, slice),
+    pub(super) fn pass(&self) -> Vec<u32> {
+        let of = |vcpu: usize| {
+            let ring = &self.places[vcpu].ring;
+            match self.places[vcpu].slice {
+                _ if self.machine.fault == Some(Fault::NothingHeldBack) => ring.held_back(),
+                // Left to fill, so that it notices.
+                None if ring.size() <= BATCH && self.is_to_notice(vcpu) => 0,
+                None => ring.held_back(),
+                Some(slice) => self.to_collect(vcpu, slice),
+            }
         };
         (0..self.places.len()).map(of).collect()
     }
 
-    /// Begins to free what vCPUs wait for: as [`Adapter::begin_reset`].
+    /// Begins to free what vCPUs wait for: as [`Adapter::begin_reset`], and then [`Adapter::finish_serving`].
     pub(super) fn serve(&mut self, now: Nanos, others_run: bool) -> Option<Nanos> {
         let mut wanted: Vec<u32> = (0..self.places.len()).map(|vcpu| self.wanted(vcpu)).collect();
-        self.begin_reset(now, others_run, &mut wanted)
+        let end = self.begin_reset(now, others_run, &mut wanted);
+        if end.is_none() {
+            self.note_served(now);
+        }
+        end
+    }
+
+    /// The reset that frees slices returned.
+    pub(super) fn finish_serving(&mut self, now: Nanos) {
+        self.finish_reset();
+        self.note_served(now);
+    }
+
+    fn note_served(&mut self, now: Nanos) {
+        self.served = now;
+        for vcpu in 0..self.places.len() {
+            if self.wanted(vcpu) == 0 {
+                self.places[vcpu].want = 0;
+            }
+        }
     }
 
     /// Collects up to `counts` of each ring, subtracts what it took, and begins the reset. Returns when that is over:
@@ -189,15 +212,14 @@ impl<P: Policy> Adapter<P> {
     pub(super) fn begin_reset(&mut self, now: Nanos, others_run: bool, counts: &mut [u32]) -> Option<Nanos> {
         let Self { places, batch, .. } = self;
         let mut room = BATCH.saturating_sub(u32::try_from(batch.len()).unwrap_or(BATCH));
-        for (place, count) in places.iter_mut().zip(counts) {
-            let collected = place.ring.collect((*count).min(room), |page| batch.push(page));
+        for (vcpu, (place, count)) in places.iter_mut().zip(counts).enumerate() {
+            let collected = place.ring.collect((*count).min(room), |page| batch.push((vcpu, page)));
             // What others collected meanwhile need not be collected again.
             *count = count.saturating_sub(collected).min(place.ring.held_back());
             room -= collected;
         }
         let waiting: u32 = places.iter().map(|place| place.ring.awaiting_reset()).sum();
         if waiting == 0 {
-            self.lower_wants();
             return None;
         }
         if self.machine.fault == Some(Fault::PublishBeforeReset) {
@@ -209,47 +231,30 @@ impl<P: Policy> Adapter<P> {
     }
 
     /// The reset returned: the pages are protected again, and published.
-    pub(super) fn finish_reset(&mut self, now: Nanos) {
+    pub(super) fn finish_reset(&mut self) {
         let Self { kernel, memory, places, .. } = self;
         kernel.iter_mut().for_each(|ring| ring.reset(memory));
         self.reset_pages += places.iter_mut().map(|place| u64::from(place.ring.reclaim())).sum::<u64>();
         self.reset_calls += 1;
-        self.last_reset = now;
         self.locked = None;
         self.publish();
-        self.lower_wants();
     }
 
     fn publish(&mut self) {
-        let Self { batch, published, memory, .. } = self;
-        published.extend(batch.drain(..).filter(|page| memory.publish(*page)));
-    }
-
-    fn lower_wants(&mut self) {
-        for vcpu in 0..self.places.len() {
-            if self.wanted(vcpu) == 0 {
-                self.places[vcpu].want = 0;
+        for (vcpu, page) in self.batch.drain(..) {
+            match self.memory.publish(page) {
+                Published::New => self.published.push(page),
+                Published::Merged => self.places[vcpu].merged += 1,
+                Published::Again => {}
             }
         }
     }
 
-    /// Hands out the published pages. Those that lie in a ring again are to be sent again: they count anew,
-    /// but for vCPUs whose limit is newer than the last pass but one. Returns those whose slice it took back, to be told.
+    /// Hands out the published pages. Returns those whose slice it took back, to be told.
     pub(super) fn take(&mut self) -> Vec<usize> {
-        let Self { published, memory, places, limiter, .. } = self;
-        published.drain(..).for_each(|page| memory.take(page));
-        let mut told = Vec::new();
-        for (vcpu, place) in places.iter_mut().enumerate() {
-            if std::mem::replace(&mut place.stretched, false) {
-                told.push(vcpu);
-            }
-            let mut net = 0;
-            place.ring.for_each_held_back(|page| net += u32::from(memory.see(page)));
-            if place.limited_at_pass[1] || !place.limited {
-                limiter.cell(place.index).expect("the index is the limiter's own").report.add_pages(net, 0);
-            }
-        }
-        told
+        self.published.drain(..).for_each(|page| self.memory.take(page));
+        let places = self.places.iter_mut().enumerate();
+        places.filter_map(|(vcpu, place)| std::mem::replace(&mut place.stretched, false).then_some(vcpu)).collect()
     }
 
     /// With every vCPU out of the guest: collects, resets and publishes everything.
@@ -257,8 +262,8 @@ impl<P: Policy> Adapter<P> {
         self.kernel.iter_mut().for_each(KernelRing::flush);
         self.meter_all();
         let mut all: Vec<u32> = self.places.iter().map(|place| place.ring.held_back()).collect();
-        while let Some(end) = self.begin_reset(now, false, &mut all) {
-            self.finish_reset(end);
+        while self.begin_reset(now, false, &mut all).is_some() {
+            self.finish_reset();
         }
         self.take();
     }

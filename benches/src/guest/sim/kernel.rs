@@ -24,10 +24,21 @@ struct PageState {
 const MAPPED: u8 = 1;
 /// Writes go unnoticed: it was logged, and not reset since.
 const WRITABLE: u8 = 2;
-/// The adapter metered it since it was last taken.
-const SEEN: u8 = 4;
+/// The adapter metered it, and has not published it since.
+const LOGGED: u8 = 4;
 /// The adapter published it since it was last taken.
 const DIRTY: u8 = 8;
+
+/// What publishing a page did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Published {
+    /// It was clean.
+    New,
+    /// It was dirty already, and metered since: it is sent once less than metered.
+    Merged,
+    /// It was dirty already.
+    Again,
+}
 
 /// All of the guest's pages.
 #[derive(Debug)]
@@ -38,28 +49,35 @@ impl Memory {
         Self(vec![PageState::default(); pages])
     }
 
-    fn set(&mut self, page: Page, flag: u8) -> bool {
+    /// Sets or clears a flag; whether it was set.
+    fn put(&mut self, page: Page, flag: u8, value: bool) -> bool {
         let flags = &mut self.0[index(page)].flags;
-        let was_clear = *flags & flag == 0;
-        *flags |= flag;
-        was_clear
+        let was_set = *flags & flag != 0;
+        *flags = if value { *flags | flag } else { *flags & !flag };
+        was_set
     }
 
-    /// Notes that the adapter metered a page; whether that was the first time since it was taken.
-    pub(super) fn see(&mut self, page: Page) -> bool {
-        self.set(page, SEEN)
+    /// Notes that the adapter metered a page; whether it is to be sent once more than before.
+    pub(super) fn meter(&mut self, page: Page) -> bool {
+        !self.put(page, LOGGED, true)
     }
 
-    /// Publishes a page: whoever migrates copies it as it is now. Whether it was clean.
-    pub(super) fn publish(&mut self, page: Page) -> bool {
+    /// Publishes a page: whoever migrates copies it as it is now.
+    pub(super) fn publish(&mut self, page: Page) -> Published {
         let state = &mut self.0[index(page)];
         state.copy = state.version;
-        self.set(page, DIRTY)
+        let was_dirty = self.put(page, DIRTY, true);
+        let was_logged = self.put(page, LOGGED, false);
+        match was_dirty {
+            false => Published::New,
+            true if was_logged => Published::Merged,
+            true => Published::Again,
+        }
     }
 
     /// Hands a published page out: from now on it is clean.
     pub(super) fn take(&mut self, page: Page) {
-        self.0[index(page)].flags &= !(SEEN | DIRTY);
+        self.put(page, DIRTY, false);
     }
 
     /// Pages that the migration has wrong.

@@ -1,15 +1,21 @@
 //! Ending a slice by a signal, where the ring cannot. As in `dirtylimit-kvm`'s `kick.rs`; the signal itself is a time.
 
-use dirtylimit_core::{Nanos, Penalty, SLICE, Terms};
+use dirtylimit_core::{Nanos, Penalty, Terms};
 
+use super::adapter::BATCH;
 use super::costs::Dice;
 
 /// The adapter's: whether kicks end slices of this penalty well.
 pub(super) fn ends_slices(penalty: Penalty) -> bool {
     match penalty.terms() {
-        Some(Terms::Pace(price) | Terms::Sleep(price)) => price.of(16) <= SLICE,
+        Some(Terms::Pace(price) | Terms::Sleep(price)) => price.of(16) <= 4_000_000,
         None => false,
     }
+}
+
+/// The adapter's: whether a ring with so much room is better left to fill, after a kicked run of so many pages.
+pub(super) fn is_too_coarse(penalty: Penalty, pages: u32, room: u32) -> bool {
+    !ends_slices(penalty) && room <= pages.saturating_mul(1024).min(BATCH)
 }
 
 /// The adapter's: the shortest run before a kick, and the longest.

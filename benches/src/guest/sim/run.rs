@@ -134,8 +134,8 @@ impl<'a, P: Policy> Run<'a, P> {
         self.end(end);
         self.show(Phase::Checking, end);
         // A reset that was under way when the vCPUs stopped returns first.
-        if let Some(at) = self.adapter.locked {
-            self.adapter.finish_reset(at);
+        if self.adapter.locked.is_some() {
+            self.adapter.finish_reset();
         }
         self.adapter.last_sync(end);
         self.recording.lost_pages = Some(self.adapter.memory.lost());
@@ -212,7 +212,7 @@ impl<'a, P: Policy> Run<'a, P> {
                 self.adapter.pass()
             }
             Some((left, true)) => {
-                self.adapter.finish_reset(now);
+                self.adapter.finish_reset();
                 self.flush_others(usize::MAX);
                 // For a moment others may have the lock.
                 self.pass = Some((left, false));

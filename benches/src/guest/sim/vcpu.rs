@@ -50,6 +50,8 @@ pub(super) struct Vcpu {
     kicker: Kicker,
     /// The slice last given, where only a kick can end it.
     kicked_slice: Option<u32>,
+    /// Ring entries counted when it last paused.
+    rested: u32,
     state: State,
     /// When it has something to do next.
     pub(super) at: Nanos,
@@ -65,6 +67,7 @@ impl Vcpu {
             full: false,
             kicker: Kicker::new(),
             kicked_slice: None,
+            rested: 0,
             state: State::Guest,
             at,
         }
@@ -135,7 +138,7 @@ impl Vcpu {
                 false
             }
             State::Reset(mut pay) => {
-                adapter.finish_reset(now);
+                adapter.finish_serving(now);
                 let left = adapter.places[self.id].want != 0;
                 self.full &= left;
                 if left && now < pay.patience {
@@ -184,13 +187,27 @@ impl Vcpu {
         let mut turn = self.pacer.settle(now, adapter.limiter.vm(), &cell.penalty, &cell.report);
         let gross = cell.report.counts().gross;
         adapter.want(self.id, turn.slice, self.full);
-        let given = self.kicked_slice.or(turn.slice).unwrap_or(BATCH);
-        if self.kicker.learn(given, gross) == Some(0) {
-            turn.until = now;
-        }
-        let kicks = adapter.kicks();
+        let cell = adapter.cell(self.id);
+        let (penalty, max_pause, kicks) = (cell.penalty.accept(), adapter.limiter.vm().max_pause(), adapter.kicks());
         let place = &mut adapter.places[self.id];
-        let kicked_slice = turn.slice.filter(|slice| kicks && !place.ring.ends(*slice));
+        let mut kicked_slice = turn.slice.filter(|slice| kicks && !place.ring.ends(*slice));
+        let given = self.kicked_slice.or(turn.slice).unwrap_or(BATCH);
+        if let Some(pages) = self.kicker.learn(given, gross) {
+            if kicked_slice.is_some() && kick::is_too_coarse(penalty, pages, place.ring.room()) {
+                kicked_slice = None;
+                self.pacer.forgive();
+                turn.until = now;
+            }
+            let pause = match gross.wrapping_sub(self.rested) {
+                0 => 0,
+                1 => max_pause / 3,
+                _ => Nanos::MAX,
+            };
+            turn.until = turn.until.min(now.saturating_add(pause));
+        }
+        if !place.limited && turn.slice.is_some() {
+            place.merged = 0;
+        }
         (place.limited, place.stretched) = (turn.slice.is_some(), turn.stretched);
         place.slice = turn.slice.filter(|_| kicked_slice.is_none());
         self.kicked_slice = kicked_slice.map(|slice| slice.div_ceil(2));
@@ -207,7 +224,9 @@ impl Vcpu {
                 return;
             }
             if pay.until > pay.since && pay.turn.is_some_and(|turn| turn.slice.is_some()) {
-                adapter.cell(self.id).report.add_pause(now - pay.since);
+                let report = &adapter.cell(self.id).report;
+                report.add_pause(now - pay.since);
+                self.rested = report.counts().gross;
             }
             match pay.turn {
                 Some(turn) if now >= pay.until => match self.free(&turn, now, adapter, others_run) {
@@ -238,7 +257,7 @@ impl Vcpu {
         if adapter.locked.is_some() {
             return Freed::Retry(now + RETRY);
         }
-        let next_reset = adapter.last_reset + RESET_GAP.min(adapter.limiter.vm().max_pause() / 10 * 9);
+        let next_reset = adapter.served + RESET_GAP.min(adapter.limiter.vm().max_pause() / 10 * 9);
         let ring = adapter.places[self.id].ring.size();
         let patient = !turn.stretched && turn.slice.is_some_and(|slice| slice < ring / 2);
         if patient && now < next_reset {
