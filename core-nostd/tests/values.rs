@@ -1,7 +1,8 @@
 //! What the small values say of themselves, and that a default is a fresh one.
 
 use dirtylimit_core::{
-    Counts, Entry, Full, Limiter, Paced, PageRate, Penalty, PenaltyCell, Ring, SECOND, Terms, VcpuCell, VmCell,
+    Counts, Entry, Full, Limiter, Meter, Paced, PageRate, Penalty, PenaltyCell, Report, Ring, SECOND, Terms, VcpuCell,
+    VmCell,
 };
 
 #[test]
@@ -38,4 +39,27 @@ fn a_limiter_has_only_the_places_it_was_made_with() {
     small.set_weight(indices[2], 3);
     small.unregister(indices[2]);
     assert_eq!(small.query(indices[0]), None);
+}
+
+#[test]
+fn demand_is_what_running_shows() {
+    const TENTH: u64 = SECOND / 10;
+    let (report, mut meter) = (Report::new(), Meter::default());
+    let mut read = |pages, paused, elapsed| {
+        report.add_pages(pages, pages);
+        report.add_pause(paused);
+        meter.read(&report, elapsed);
+        (meter.rate().pages_per_sec(), meter.demand().pages_per_sec())
+    };
+    assert_eq!(read(100, TENTH / 2, TENTH), (1000, 2000), "a rate is all there after two time constants");
+    assert_eq!(read(0, TENTH, TENTH), (0, 2000), "who was only paused has shown none");
+    assert_eq!(read(0, 0, 0), (0, 2000), "no time, no news");
+    assert_eq!(read(0, TENTH / 2, TENTH), (0, 0), "who ran and wrote nothing wants nothing");
+    assert_eq!(read(100, TENTH, TENTH), (1000, 64_000), "never over less than a 64th of the time");
+    assert_eq!(read(100, 0, TENTH / 2).0, 1500, "half of a step after one time constant");
+}
+
+#[test]
+fn more_pages_than_fit_in_64_bits_are_measured() {
+    assert_eq!(PageRate::measured(1 << 31, 64 * SECOND), PageRate::from_pages_per_sec(1 << 25));
 }

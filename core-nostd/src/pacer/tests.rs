@@ -212,6 +212,20 @@ fn who_rewrites_dirty_pages_gets_longer_slices_until_it_stops() {
 }
 
 #[test]
+fn another_limit_ends_a_stretch_and_a_touch_of_it_does_not() {
+    for (limit, slice) in [(10_000, 160), (12_000, 192), (8_000, 128), (14_000, 56), (6_000, 24)] {
+        let mut vcpu = Vcpu::new(pace(10_000));
+        vcpu.settle();
+        for _ in 0..2 {
+            vcpu.report.add_pages(0, 100);
+            vcpu.settle();
+        }
+        vcpu.cell.set(Penalty::new(pace(limit).unwrap()));
+        assert_eq!(vcpu.settle().slice, Some(slice), "{limit} pages/s");
+    }
+}
+
+#[test]
 fn unused_time_makes_the_slice_longer() {
     let mut vcpu = Vcpu::new(pace(1000));
     assert_eq!(vcpu.settle().slice, Some(4));
