@@ -76,7 +76,8 @@ proptest! {
         prop_assert!(paced(low) >= paced(high));
         let reading = Reading { pages, elapsed, paused: 0 };
         let allowed = high.price().of(1024);
-        let current = Penalty::new(Terms::Sleep(Price::split((u128::from(allowed) * u128::from(share) / 1024) as u64, 1024)));
+        let sleep = u64::try_from(u128::from(allowed) * u128::from(share) / 1024).unwrap();
+        let current = Penalty::new(Terms::Sleep(Price::split(sleep, 1024)));
         let stepped = |limit| price(stepped(limit, &reading, current)).of(1024);
         let (dear, cheap) = (stepped(low), stepped(high));
         // A price is rounded.
