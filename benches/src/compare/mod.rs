@@ -186,11 +186,9 @@ impl Compare {
         let compared = |(case, (theirs, ours)): (&Case, &(Vec<Trial>, Vec<Trial>))| {
             (!ours.is_empty()).then(|| Compared::of(case, self.peer_command(case, peer), theirs, ours))
         };
-        let mut host = probe::host(true, None);
-        host.soft_limit = trials().find_map(|trial| trial.recording.host.soft_limit);
         Ok(Comparison {
             peer: peer.name(),
-            host,
+            host: probe::host(true, None),
             rounds: self.rounds,
             free_seconds: self.free_seconds.as_secs_f64(),
             seconds: self.seconds.as_secs_f64(),

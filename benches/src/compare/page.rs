@@ -32,8 +32,8 @@ pub fn page(comparison: &Comparison) -> Result<Page> {
     let limited = || pairs().filter(|(_, (_, ours))| ours.limit_mib_s.is_some());
     let rates: Vec<_> = limited().map(|(case, (theirs, ours))| rates(comparison, case, theirs, ours)).collect();
     page.section("Rate against limit").picture(
-        "Pages written, as means over 100 ms, in the first round. Before 0 s the guest runs free; what is off the scale is \
-         drawn along the upper edge.",
+        "Pages written, as means over 100 ms, in the first round. Before 0 s the guest runs free, of which ours \
+         knows the mean alone; what is off the scale is drawn along the upper edge.",
         &rates,
     )?;
     let stalls: Vec<_> = pairs().map(|(case, (theirs, ours))| stalls(comparison, case, theirs, ours)).collect();
@@ -181,7 +181,7 @@ fn table(comparison: &Comparison) -> Table {
         })
     });
     Table {
-        caption: format!("Medians of {} rounds. CPU time is the whole hypervisor's, of one CPU.", comparison.rounds),
+        caption: "Medians of all rounds. CPU time is the whole hypervisor's, of one CPU.".into(),
         columns: columns.map(str::to_owned).into(),
         rows: rows.collect(),
     }
