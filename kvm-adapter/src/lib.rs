@@ -48,7 +48,8 @@ pub use dirtylimit_core;
 mod caps;
 mod error;
 mod events;
-#[cfg(test)]
+#[cfg(any(test, feature = "planted-bugs"))]
+#[cfg_attr(not(test), expect(dead_code, reason = "what only this crate's own tests order"))]
 mod fake;
 mod harvest;
 mod kick;
@@ -74,6 +75,9 @@ pub use harvest::Stats;
 pub use kick::Kick;
 pub use limit::{DirtyLimit, Pass};
 pub use seat::Interrupter;
+#[cfg(feature = "planted-bugs")]
+#[doc(hidden)]
+pub use fake::FakeVm;
 #[cfg(feature = "planted-bugs")]
 #[doc(hidden)]
 pub use sys::PlantedBug;

@@ -111,7 +111,7 @@ impl Monitor {
             .into_iter()
             .map(|(id, pages)| {
                 let pages = pages.saturating_sub(before.get(&id).copied().unwrap_or(0));
-                let mib = u128::from(pages) * u128::from(page_size) * 1000 / ms >> 20;
+                let mib = u128::from(pages) * u128::from(page_size) * 1000 / (ms << 20);
                 VcpuRate { id, dirty_rate: u64::try_from(mib).unwrap_or(u64::MAX) }
             })
             .collect();

@@ -84,7 +84,7 @@ impl Session {
 
     fn negotiate(&mut self, arguments: Map<String, Value>) -> Result<Value, Error> {
         let mut arguments = Arguments::new(arguments, &["enable"])?;
-        for capability in arguments.strings("enable")?.unwrap_or_default() {
+        if let Some(capability) = arguments.strings("enable")?.unwrap_or_default().first() {
             return Err(Error::generic(match capability.as_str() {
                 "oob" => "Capability oob not available".to_owned(),
                 other => format!("Parameter 'enable' does not accept value '{other}'"),

@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 
 use super::Bench;
 use crate::PageRate;
-use crate::fake::PAGES;
 use crate::qmp::Monitor;
 
 impl Bench {
@@ -91,7 +90,7 @@ fn a_measurement_counts_each_vcpus_pages_in_its_time() {
     let mut bench = Bench::new();
     let query = |bench: &mut Bench, unit| bench.execute("query-dirty-rate", json!({ "calc-time-unit": unit })).unwrap();
     assert_eq!(query(&mut bench, "second")["status"], "unstarted");
-    bench.fake.write_all(0, 0..100); // before it begins
+    bench.vm.fake.write_all(0, 0..100); // before it begins
     bench.execute("calc-dirty-rate", json!({ "calc-time": 1, "mode": "dirty-ring" })).unwrap();
     let measuring = query(&mut bench, "millisecond");
     assert_eq!((&measuring["status"], &measuring["calc-time"]), (&json!("measuring"), &json!(1000)));
@@ -100,12 +99,12 @@ fn a_measurement_counts_each_vcpus_pages_in_its_time() {
     assert_eq!(again, Err("the dirty rate is already being measured.".to_owned()));
 
     let mib = (1 << 20) / u64::from(bench.monitor.limit.page_size());
-    bench.fake.write_all(0, 1000..1000 + 3 * mib);
-    bench.fake.write_all(1, 5000..5000 + mib / 2);
+    bench.vm.fake.write_all(0, 1000..1000 + 3 * mib);
+    bench.vm.fake.write_all(1, 5000..5000 + mib / 2);
     let due = bench.now + Duration::from_secs(1);
     assert_eq!(bench.monitor.advance(bench.now + Duration::from_millis(999)), Some(due));
     assert_eq!(bench.monitor.advance(due), None);
-    bench.fake.write_all(1, 6000..6000 + 2 * mib); // after it ended
+    bench.vm.fake.write_all(1, 6000..6000 + 2 * mib); // after it ended
     bench.now = due + Duration::from_secs(9);
     let start = measuring["start-time"].clone();
     assert!(start.as_u64() > Some(1_700_000_000));
@@ -125,7 +124,7 @@ fn a_measurement_that_ends_late_is_over_the_time_that_it_took() {
     let arguments = json!({ "calc-time": 50, "calc-time-unit": "millisecond", "mode": "dirty-ring" });
     bench.execute("calc-dirty-rate", arguments).unwrap();
     let mib = (1 << 20) / u64::from(bench.monitor.limit.page_size());
-    bench.fake.write_all(0, 0..mib);
+    bench.vm.fake.write_all(0, 0..mib);
     bench.now += Duration::from_millis(100);
     let info = bench.execute("query-dirty-rate", json!({ "calc-time-unit": "millisecond" })).unwrap();
     assert_eq!((&info["calc-time"], &info["dirty-rate"]), (&json!(100), &json!(10)));
@@ -171,7 +170,7 @@ fn what_qemu_has_not_is_set_and_read_too() {
     assert_eq!(bench.execute("x-set-vm-dirty-limit", json!({ "dirty-rate": 0.125 })), done);
     assert_eq!(bench.execute("x-set-vcpu-weight", json!({ "cpu-index": 0, "weight": 2 })), done);
     assert_eq!(bench.execute("x-set-max-pause", json!({ "max-pause-us": 5000 })), done);
-    bench.fake.write_all(0, 0..300.min(PAGES));
+    bench.vm.fake.write_all(0, 0..300);
     bench.monitor.limit.tick();
     let mut all = bench.execute("x-query-dirty-limit", json!({})).unwrap();
     assert_eq!((&all["max-pause-us"], &all["soft-limit"]), (&json!(5000), &json!(960)));

@@ -4,41 +4,26 @@ mod commands;
 mod protocol;
 mod socket;
 
-use std::fs::File;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 
 use super::{Monitor, Session};
-use crate::Vcpu;
-use crate::fake::Fake;
+use crate::fake::FakeVm;
 
 /// A monitor of a VM with vCPUs 0 and 1, and one client past the negotiation.
 struct Bench {
-    fake: Fake,
+    vm: FakeVm,
     monitor: Monitor,
     session: Session,
     now: Instant,
-    _vcpus: [(File, Vcpu); 2],
 }
 
 impl Bench {
     fn new() -> Self {
-        let fake = Fake::new();
-        let limit = fake.small();
-        let vcpu = |id| {
-            let file = fake.vcpu(1024);
-            let vcpu = limit.add_vcpu(id, &file).unwrap();
-            (file, vcpu)
-        };
-        let vcpus = [0, 1].map(vcpu);
-        let mut bench = Self {
-            fake: fake.clone(),
-            monitor: Monitor::new(limit.clone()),
-            session: Session::new(),
-            now: Instant::now(),
-            _vcpus: vcpus,
-        };
+        let vm = FakeVm::new(2);
+        let monitor = Monitor::new(vm.limit.clone());
+        let mut bench = Self { vm, monitor, session: Session::new(), now: Instant::now() };
         assert_eq!(bench.say("{'execute': 'qmp_capabilities'}"), [json!({ "return": {} })]);
         bench
     }
