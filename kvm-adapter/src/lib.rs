@@ -71,13 +71,13 @@ mod vm;
 pub use caps::{Caps, Config};
 pub use dirtylimit_core::{Paced, PageRate, Shipped, Status, Stepped};
 pub use error::Error;
+#[cfg(feature = "planted-bugs")]
+#[doc(hidden)]
+pub use fake::FakeVm;
 pub use harvest::Stats;
 pub use kick::Kick;
 pub use limit::{DirtyLimit, Pass};
 pub use seat::Interrupter;
-#[cfg(feature = "planted-bugs")]
-#[doc(hidden)]
-pub use fake::FakeVm;
 #[cfg(feature = "planted-bugs")]
 #[doc(hidden)]
 pub use sys::PlantedBug;

@@ -3,8 +3,8 @@
 mod enabling;
 #[cfg(feature = "log")]
 mod events;
+mod memory;
 #[cfg(feature = "metrics")]
 mod metrics;
-mod memory;
 mod resets;
 mod turns;

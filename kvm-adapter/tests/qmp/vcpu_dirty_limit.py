@@ -21,7 +21,7 @@ def measure(monitor):
         info = monitor.cmd("query-dirty-rate")
         if info["status"] == "measured":
             return info["vcpu-dirty-rate"][0]["dirty-rate"]
-        assert info["status"] == "measuring", info
+        # "measuring", or with QEMU for a moment "unstarted".
         time.sleep(0.05)
     sys.exit(f"the measurement does not end: {info}")
 
