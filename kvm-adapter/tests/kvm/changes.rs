@@ -7,10 +7,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use dirtylimit_bench::guest::kvm::{Load, kvm_or_skip};
+use dirtylimit_bench::guest::kvm::{Exit, Load, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, Error, Kick, Paced, PageRate, Shipped, Stepped};
 
+use crate::common::{drive, machine, vcpu};
 use crate::rig::{Copying, Rig};
 
 const MIB: u64 = 1 << 20;
@@ -90,6 +91,30 @@ fn vcpus_come_and_go_under_load() {
         }
         Ok(())
     });
+}
+
+#[test]
+fn a_thread_that_has_left_its_vcpu_is_not_kicked() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let signal = libc::SIGRTMIN() + 7;
+    let (machine, limit) = machine(&loads()[..1], &config().kick(Kick::Signal(signal))).unwrap();
+    let mut vcpu = vcpu(&machine, &limit, 0).unwrap();
+    drive(&mut vcpu, |exit| exit == Exit::RingFull).unwrap();
+    let kicked = || {
+        limit.set_limit(0, rate(100_000)).unwrap();
+        // SAFETY: sigpending fills the set, which is then read.
+        unsafe {
+            let mut pending = std::mem::zeroed();
+            libc::sigpending(&raw mut pending);
+            libc::sigismember(&raw const pending, signal) == 1
+        }
+    };
+    assert!(kicked(), "a limit is told to who runs");
+    vcpu.1.before_run().unwrap(); // takes the signal back
+    drop(vcpu.1);
+    assert!(!kicked());
 }
 
 #[test]

@@ -7,5 +7,6 @@ mod machines;
 mod overrun;
 mod rig;
 mod rounds;
+mod sanitized;
 mod soak;
 mod stopped;
