@@ -1,8 +1,8 @@
 //! The same guest under QEMU's dirty limit and under ours, by turns, on the same machine.
 //!
-//! QEMU runs our payload behind a ROM (`rom.rs`) and is driven by QMP (`qemu.rs`); ours runs it as `run` does. What counts is
-//! what the guest itself saw: its own count of page writes, and the gaps in its own clock. Each case is tried in rounds,
-//! so that a spell of noise on the host does not fall on one side alone, and of each measure the median is told.
+//! QEMU runs our payload behind a ROM (`rom.rs`) and is driven by QMP (`qemu.rs`); ours runs it as `run` does. What
+//! counts is what the guest itself saw: its own count of page writes, and the gaps in its own clock. Each case is tried in
+//! rounds, so that a spell of noise on the host does not fall on one side alone, and of each measure the median is told.
 
 pub mod cases;
 pub mod page;
