@@ -7,5 +7,7 @@ cd "$(dirname "$0")/.."
 # A person may have uncommitted work; CI may not.
 allow=()
 [[ ${CI:-} == true ]] || allow=(--allow-dirty)
+# cargo keeps the packaged core unpacked, and never looks whether one of the same version has changed since.
+rm -rf "${CARGO_HOME:-$HOME/.cargo}"/registry/{src,cache}/-*/dirtylimit-*
 echo "package: dirtylimit-core and dirtylimit-kvm"
 cargo package --locked "${allow[@]}" -p dirtylimit-core -p dirtylimit-kvm
