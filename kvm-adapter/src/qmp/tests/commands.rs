@@ -90,7 +90,8 @@ fn a_measurement_counts_each_vcpus_pages_in_its_time() {
     let mut bench = Bench::new();
     let query = |bench: &mut Bench, unit| bench.execute("query-dirty-rate", json!({ "calc-time-unit": unit })).unwrap();
     assert_eq!(query(&mut bench, "second")["status"], "unstarted");
-    bench.vm.fake.write_all(0, 0..100); // before it begins
+    let mib = (1 << 20) / u64::from(bench.monitor.limit.page_size());
+    bench.vm.fake.write_all(0, 0..mib); // before it begins
     bench.execute("calc-dirty-rate", json!({ "calc-time": 1, "mode": "dirty-ring" })).unwrap();
     let measuring = query(&mut bench, "millisecond");
     assert_eq!((&measuring["status"], &measuring["calc-time"]), (&json!("measuring"), &json!(1000)));
@@ -98,8 +99,7 @@ fn a_measurement_counts_each_vcpus_pages_in_its_time() {
     let again = bench.execute("calc-dirty-rate", json!({ "calc-time": 1, "mode": "dirty-ring" }));
     assert_eq!(again, Err("the dirty rate is already being measured.".to_owned()));
 
-    let mib = (1 << 20) / u64::from(bench.monitor.limit.page_size());
-    bench.vm.fake.write_all(0, 1000..1000 + 3 * mib);
+    bench.vm.fake.write_all(0, 1000..1000 + 2 * mib);
     bench.vm.fake.write_all(1, 5000..5000 + mib / 2);
     let due = bench.now + Duration::from_secs(1);
     assert_eq!(bench.monitor.advance(bench.now + Duration::from_millis(999)), Some(due));
@@ -111,8 +111,8 @@ fn a_measurement_counts_each_vcpus_pages_in_its_time() {
     for (unit, time) in [("second", 1), ("millisecond", 1000)] {
         let expected = json!({
             "status": "measured", "start-time": start, "calc-time": time, "calc-time-unit": unit, "sample-pages": 0,
-            "mode": "dirty-ring", "dirty-rate": 3,
-            "vcpu-dirty-rate": [{ "id": 0, "dirty-rate": 3 }, { "id": 1, "dirty-rate": 0 }],
+            "mode": "dirty-ring", "dirty-rate": 2,
+            "vcpu-dirty-rate": [{ "id": 0, "dirty-rate": 2 }, { "id": 1, "dirty-rate": 0 }],
         });
         assert_eq!(query(&mut bench, unit), expected);
     }
