@@ -131,7 +131,7 @@ impl Layout {
             placed.push((*load, ram));
             ram = ram
                 .checked_add(load.bytes)
-                .map(|end| end.next_multiple_of(HUGE_PAGE))
+                .and_then(|end| end.checked_next_multiple_of(HUGE_PAGE))
                 .filter(|&end| end <= MAX_RAM - DOORBELL_BYTES)
                 .with_context(|| format!("vCPU {index}: a guest has less than {} GiB of memory", MAX_RAM >> 30))?;
         }
