@@ -184,11 +184,11 @@ impl Harvest {
         self.news.reset_error = reset.as_ref().err().map(Error::errno);
         reset?;
         let published = u32::try_from(self.batch.len()).unwrap_or(BATCH);
-        for (id, page) in self.batch.drain(..) {
-            if self.slots.publish(page, self.suspect) {
-                self.places.entry(id).and_modify(|place| place.merged += 1);
-            }
+        for pages in self.batch.chunk_by(|(one, _), (other, _)| one == other) {
+            let merged = pages.iter().map(|(_, page)| u32::from(self.slots.publish(*page, self.suspect))).sum::<u32>();
+            self.places.entry(pages[0].0).and_modify(|place| place.merged += merged);
         }
+        self.batch.clear();
         self.suspect = false;
         Ok(published)
     }

@@ -1,7 +1,7 @@
 //! Memory slots, and for each page whether it is dirty: what is in a ring, what may be handed out, what reset may have
 //! forgotten.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use dirtylimit_core::Page;
 
@@ -32,7 +32,8 @@ fn put(words: &mut [u64], bit: u64, value: bool) -> bool {
 /// The slots of a VM. Entries that name another, or a page beyond a slot's end, are counted and dropped (KVM.md, rule 4).
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
-    slots: HashMap<u32, Slot>,
+    /// Looked up for every entry, and few: faster than by a hash.
+    slots: BTreeMap<u32, Slot>,
     removed: HashSet<u32>,
     pub(crate) dropped: u64,
 }

@@ -194,10 +194,10 @@ impl Vcpu {
                 turn.until = now;
             }
             // Two pauses in a row are one long one, and a kick may come before the first instruction; or before that
-            // which is to write the first page.
-            let pause = match gross.wrapping_sub(self.rested) {
-                0 => 0,
-                1 => vm.limiter.vm().max_pause() / 3,
+            // which is to write the first page. Who is in debt for more than a pause has to take that chance.
+            let pause = match (gross.wrapping_sub(self.rested), turn.slice) {
+                (0, _) => 0,
+                (1, Some(2..)) => vm.limiter.vm().max_pause() / 3,
                 _ => Nanos::MAX,
             };
             turn.until = turn.until.min(now.saturating_add(pause));

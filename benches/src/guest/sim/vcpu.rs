@@ -198,9 +198,9 @@ impl Vcpu {
                 self.pacer.forgive();
                 turn.until = now;
             }
-            let pause = match gross.wrapping_sub(self.rested) {
-                0 => 0,
-                1 => max_pause / 3,
+            let pause = match (gross.wrapping_sub(self.rested), turn.slice) {
+                (0, _) => 0,
+                (1, Some(2..)) => max_pause / 3,
                 _ => Nanos::MAX,
             };
             turn.until = turn.until.min(now.saturating_add(pause));
