@@ -6,6 +6,7 @@ mod kvm;
 mod mapping;
 #[cfg(feature = "planted-bugs")]
 mod planted;
+mod sched;
 mod signals;
 
 pub(crate) use futex::{Wait, wait, wake};
@@ -16,6 +17,7 @@ pub(crate) use mapping::{RingPages, RunPage};
 pub(crate) use planted::Planted;
 #[cfg(feature = "planted-bugs")]
 pub use planted::PlantedBug;
+pub use sched::wake_promptly;
 pub(crate) use signals::SignalsBlocked;
 
 use dirtylimit_core::Nanos;

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Runs the adapter's tests, those on real KVM included, under ThreadSanitizer and AddressSanitizer.
+#
+# sanitizers.sh [thread|address]: both unless told. The standard library is built with the sanitizer too (debian-cargo.sh
+# has its sources), or its locks would be unknown to it; the sanitizers' runtime is Debian's clang's, unpacked below
+# target/. What the guest writes is not seen by them: it runs no instrumented code.
+#
+# Each first runs a planted bug, which it must find, so that a pass means something.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+kinds=("$@")
+(($#)) || kinds=(thread address)
+CARGO_TARGET_DIR=$(realpath -m "${CARGO_TARGET_DIR:-target}")
+export CARGO_TARGET_DIR RUSTC_BOOTSTRAP=1
+# The LLVM that debian-cargo.sh's Rust is built with.
+llvm=19
+runtime=$CARGO_TARGET_DIR/clang-rt-$llvm
+archives=$runtime/usr/lib/llvm-$llvm/lib/clang/$llvm/lib/linux
+
+if [[ ! -d $archives ]]; then
+    echo "sanitizers: fetching the runtime of clang $llvm"
+    rm -rf "$runtime"
+    mkdir -p "$runtime"
+    (cd "$runtime" && apt-get download -qq -o APT::Sandbox::User=root "libclang-rt-$llvm-dev" && dpkg -x ./*.deb . && rm ./*.deb)
+fi
+
+# Not these: a sanitizer sees nothing in them that it does not see in the others, and makes them slow.
+tests=(--skip soak:: --skip stopped:: --skip disturbed::)
+
+for kind in "${kinds[@]}"; do
+    case $kind in
+        thread) archive=tsan bug=two_threads_write_without_a_lock finds="ThreadSanitizer: data race" ;;
+        address) archive=asan bug=a_word_is_read_after_it_was_freed finds="AddressSanitizer: heap-use-after-free" ;;
+        *) echo "sanitizers: $kind: thread and address are what there is" >&2; exit 2 ;;
+    esac
+    # As clang links it, but for the last, which lets it find what this linker has passed already.
+    export RUSTFLAGS="-Zsanitizer=$kind -Zexternal-clangrt -Clink-args=-Wl,--whole-archive,$archives/libclang_rt.$archive-x86_64.a,--no-whole-archive,--export-dynamic,-lpthread,-lrt,-lm,-ldl,-lresolv,-lc"
+    sanitized() { ci/debian-cargo.sh test --quiet --locked -Zbuild-std --target x86_64-unknown-linux-gnu -p dirtylimit-kvm "$@"; }
+
+    echo "sanitizers: $kind: the planted bug"
+    found=$(sanitized --test kvm -- --ignored --exact "sanitized::$bug" 2>&1) && { echo "sanitizers: it passed" >&2; exit 1; }
+    grep -qF "$finds" <<<"$found" || { printf '%s\nsanitizers: not found: %s\n' "$found" "$finds" >&2; exit 1; }
+    echo "sanitizers: $kind: the adapter's tests"
+    sanitized --lib --test kvm -- "${tests[@]}"
+done
