@@ -44,6 +44,7 @@
 extern crate std;
 
 mod controller;
+pub mod kicked;
 mod meter;
 mod pacer;
 mod penalty;

@@ -10,7 +10,7 @@ use crate::rate::{Nanos, SECOND};
 /// what was not used before, up to the burst.
 ///
 /// Short against the 100 ms in which a rate is judged, long against the cost of an exit.
-pub const SLICE: Nanos = 4_000_000;
+pub const SLICE: Nanos = 3_000_000;
 /// Few pages that cost less are one more: a slice also waits for a reset, and an embedder may have those some 2 ms apart.
 const SHORTEST: Nanos = 2_400_000;
 /// How long a vCPU may have dirtied less than its limit and still catch up: one slice, whose pages are paid when it is

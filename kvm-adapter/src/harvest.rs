@@ -8,12 +8,11 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use dirtylimit_core::{Nanos, Page, Penalty, Ring};
+use dirtylimit_core::{Nanos, Page, Penalty, Ring, kicked};
 
 use crate::Error;
 use crate::error::system;
 use crate::events::State;
-use crate::kick;
 use crate::seat::{Seat, VmLimiter};
 use crate::slots::Slots;
 use crate::sys::{self, Kernel, Reset, RingPages};
@@ -133,7 +132,7 @@ impl Harvest {
             let entries = meter(place, &mut self.slots, limiter);
             let penalty = place.seat.cell(limiter).penalty.accept();
             let is_news = entries > 0 && place.is_to_notice(limiter);
-            if is_news && (kick::ends_slices(penalty) || entries < place.ring.room() / 4) {
+            if is_news && (kicked::ends_slices(penalty) || entries < place.ring.room() / 4) {
                 place.seat.kick();
             }
         }

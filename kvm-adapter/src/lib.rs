@@ -10,7 +10,6 @@
 //! | after `KVM_CREATE_VM` | [`DirtyLimit::enable`] |
 //! | before a memory slot is created, deleted | [`DirtyLimit::add_slot`], [`DirtyLimit::remove_slot`] |
 //! | after `KVM_CREATE_VCPU` | [`DirtyLimit::add_vcpu`]: a [`Vcpu`] beside the VMM's own handle |
-//! | where a vCPU's thread begins | [`wake_promptly`], if its pauses shall end on time on a busy host |
 //! | before each `KVM_RUN` | [`Vcpu::before_run`] |
 //! | at exit 31 | [`Vcpu::ring_full`], from the first instruction on, limit or not |
 //! | instead of `KVM_GET_DIRTY_LOG` | [`DirtyLimit::pass`] and [`DirtyLimit::take_published`] while it runs, [`DirtyLimit::take_dirty_log`] at the end |
@@ -38,8 +37,8 @@
 //! vCPU threads need `ioctl` 0xaec7 (`KVM_RESET_DIRTY_RINGS`), `futex` (WAIT_BITSET and WAKE, private), `rt_sigprocmask`,
 //! `getrusage`, and `clock_gettime` where there is no vDSO; whoever takes the dirty log needs the same. With
 //! [`Kick::Signal`] also `ioctl` 0x4004ae8b (`KVM_SET_SIGNAL_MASK`), `timer_create`, `timer_settime` and
-//! `rt_sigtimedwait` on vCPU threads, and `tgkill` where limits are set and ticks come from; for [`wake_promptly`]
-//! `sched_getattr` and `sched_setattr`. The throttle thread, which
+//! `rt_sigtimedwait` on vCPU threads, and `tgkill` where limits are set and ticks come from; with
+//! [`Config::prompt`] `sched_getattr` and `sched_setattr`. The throttle thread, which
 //! starts with a `clone`, is not required: [`DirtyLimit::tick`] serves an event loop.
 
 #[cfg(not(target_os = "linux"))]
@@ -83,7 +82,6 @@ pub use seat::Interrupter;
 #[cfg(feature = "planted-bugs")]
 #[doc(hidden)]
 pub use sys::PlantedBug;
-pub use sys::wake_promptly;
 pub use throttle::ThrottleThread;
 pub use vcpu::{Paid, Vcpu};
 

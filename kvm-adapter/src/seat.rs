@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use dirtylimit_core::{Limiter, Nanos, Penalty, Shipped, VcpuCell, VcpuIndex};
+use dirtylimit_core::{Limiter, Nanos, Penalty, Shipped, VcpuCell, VcpuIndex, kicked};
 
-use crate::kick;
 use crate::sync::{AtomicBool, AtomicI32, AtomicU32, Ordering, VCPUS};
 use crate::sys::{self, KickSignal, RunPage, Wait};
 
@@ -120,7 +119,7 @@ impl Seat {
     /// Its penalty may be another: ends a pause, and a run where that is of use.
     pub(crate) fn tell(&self, limiter: &VmLimiter) {
         self.poke();
-        if kick::ends_slices(self.cell(limiter).penalty.accept()) {
+        if kicked::ends_slices(self.cell(limiter).penalty.accept()) {
             self.kick();
         }
     }

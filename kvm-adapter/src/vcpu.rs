@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dirtylimit_core::{Nanos, Pacer, Turn};
+use dirtylimit_core::{Nanos, Pacer, Penalty, Turn, kicked};
 
 use crate::Error;
 use crate::harvest::BATCH;
-use crate::kick::{self, Kicker};
+use crate::kick::Kicker;
 use crate::seat::{Ended, Interrupter, Seat};
 use crate::sys;
 use crate::vm::Vm;
@@ -47,6 +47,8 @@ pub struct Vcpu {
     /// A full exit has not been served.
     full: bool,
     kicker: Kicker,
+    /// Its thread wakes promptly.
+    prompt: bool,
     /// The slice last given, where only a kick can end it.
     kicked_slice: Option<u32>,
     /// Ring entries counted at the end of the last pause.
@@ -69,6 +71,7 @@ impl Vcpu {
             pacer,
             full: false,
             kicker,
+            prompt: false,
             kicked_slice: None,
             rested: 0,
             answered,
@@ -117,12 +120,23 @@ impl Vcpu {
     #[cold]
     fn pay(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Paid, Error> {
         self.kicker.disarm(&self.seat)?;
+        self.wake_promptly();
         let mut paid = self.settle_and_pause(stop)?;
         if self.kicked_slice.is_some() {
             let gross = self.seat.cell(&self.vm.limiter).report.counts().gross;
             paid.kick_after = Some(self.kicker.arm(gross));
         }
         Ok(paid)
+    }
+
+    /// With [`crate::Config::prompt`], from the first pause under a limit until it is lifted.
+    fn wake_promptly(&mut self) {
+        let promptly = self.vm.prompt && self.seat.cell(&self.vm.limiter).penalty.accept() != Penalty::NONE;
+        if promptly != self.prompt {
+            self.prompt = promptly;
+            // Only how soon pauses end hangs on it.
+            let _ = sys::wake_promptly(promptly);
+        }
     }
 
     /// Settle, pause, free; again from where it is due as long as patience lasts.
@@ -188,19 +202,15 @@ impl Vcpu {
         let gross = cell.report.counts().gross;
         let mut kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring.ends(*slice));
         if let Some(pages) = kicker.learn(self.kicked_slice.unwrap_or(slice), gross) {
-            if kicked_slice.is_some() && kick::is_too_coarse(cell.penalty.accept(), pages, place.ring.room()) {
+            let penalty = cell.penalty.accept();
+            if kicked_slice.is_some() && kicked::is_too_coarse(penalty, pages, place.ring.room()) {
                 kicked_slice = None;
                 pacer.forgive();
                 turn.until = now;
             }
-            // Two pauses in a row are one long one, and a kick may come before the first instruction; or before that
-            // which is to write the first page. Who is in debt for more than a pause has to take that chance.
-            let pause = match (gross.wrapping_sub(self.rested), turn.slice) {
-                (0, _) => 0,
-                (1, Some(2..)) => vm.limiter.vm().max_pause() / 3,
-                _ => Nanos::MAX,
-            };
-            turn.until = turn.until.min(now.saturating_add(pause));
+            if !kicked::is_to_pause(penalty, gross.wrapping_sub(self.rested), vm.limiter.vm().max_pause()) {
+                turn.until = turn.until.min(now);
+            }
         }
         if !place.limited && turn.slice.is_some() {
             place.merged = 0; // of a time without a limit

@@ -14,6 +14,7 @@ pub(crate) struct Vm {
     pub(crate) caps: Caps,
     pub(crate) ring_entries: u32,
     pub(crate) kick: Kick,
+    pub(crate) prompt: bool,
     pub(crate) limiter: VmLimiter,
     harvest: Mutex<Harvest>,
 }
@@ -30,8 +31,8 @@ impl Vm {
     pub(crate) fn new(kernel: Box<dyn Kernel>, caps: Caps, config: &Config) -> Self {
         let limiter = VmLimiter::new(config.policy);
         limiter.vm().set_max_pause(config.max_pause);
-        let Config { ring_entries, kick, .. } = *config;
-        Self { kernel, caps, ring_entries, kick, limiter, harvest: Mutex::new(Harvest::new()) }
+        let Config { ring_entries, kick, prompt, .. } = *config;
+        Self { kernel, caps, ring_entries, kick, prompt, limiter, harvest: Mutex::new(Harvest::new()) }
     }
 
     /// Waits for the lock: for the control plane and a migration's thread.

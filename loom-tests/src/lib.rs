@@ -12,6 +12,9 @@
 #[path = "../../core-nostd/src/controller.rs"]
 pub mod controller;
 #[rustfmt::skip]
+#[path = "../../core-nostd/src/kicked.rs"]
+pub mod kicked;
+#[rustfmt::skip]
 #[path = "../../core-nostd/src/meter.rs"]
 pub mod meter;
 #[rustfmt::skip]
@@ -49,10 +52,6 @@ mod throttle;
 pub mod adapter;
 mod error;
 pub mod explore;
-mod harvest {
-    //! What the adapter's `harvest` offers to the files above.
-    pub(crate) const BATCH: u32 = 4096;
-}
 pub mod kernel;
 mod sync;
 mod sys;
@@ -62,7 +61,7 @@ pub mod weaken;
 extern crate self as dirtylimit_core;
 use controller::{Limiter, VcpuCell, VcpuIndex};
 use error::Error;
-use penalty::{Penalty, Terms};
+use penalty::Penalty;
 use policy::Shipped;
 use rate::Nanos;
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::measure::{median, per_mille};
 
 /// As long as the limiter's slices.
-const SLEEP: Duration = Duration::from_millis(4);
+const SLEEP: Duration = Duration::from_millis(3);
 
 /// How late the sleeps of a thread were that does nothing else.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -7,6 +7,7 @@
 use core::fmt::{self, Write};
 use core::hint::black_box as any;
 
+use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause, is_too_coarse};
 use dirtylimit_core::{
     BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, Paced, Pacer, Page, PageRate, Penalty, PenaltyCell,
     Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn, VcpuCell,
@@ -101,6 +102,12 @@ fn pacers() {
     any(Pacer::settle(&mut pacer, any(0), vm, cell, report));
     Pacer::forget_stretch(any(&mut pacer));
     Pacer::forgive(any(&mut pacer));
+    let mut run = any(RunTime::new());
+    RunTime::learn(&mut run, any(0), any(0));
+    any(RunTime::get(&run));
+    any(ends_slices(any(Penalty::NONE)));
+    any(is_too_coarse(any(Penalty::NONE), any(0), any(0)));
+    any(is_to_pause(any(Penalty::NONE), any(0), any(0)));
 }
 
 fn page() -> Page {

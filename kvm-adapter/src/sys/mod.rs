@@ -17,7 +17,7 @@ pub(crate) use mapping::{RingPages, RunPage};
 pub(crate) use planted::Planted;
 #[cfg(feature = "planted-bugs")]
 pub use planted::PlantedBug;
-pub use sched::wake_promptly;
+pub(crate) use sched::wake_promptly;
 pub(crate) use signals::SignalsBlocked;
 
 use dirtylimit_core::Nanos;

@@ -8,21 +8,14 @@ use libc::sched_attr;
 /// The shortest that Linux grants.
 const SLICE: u64 = 100_000;
 
-/// Has the scheduler run the calling thread soon after it wakes: to be called once by each vCPU's thread, before it runs
-/// the guest.
-///
-/// It asks for the shortest time slice, 0.1 ms. A thread that a pause has ended for then takes the CPU from one with an
-/// ordinary slice, instead of waiting until that is used up (3 to 4 ms, at 250 ticks a second); its share of the CPU stays
-/// what it was. Takes no privilege. Real-time threads are left alone, and so is everybody before Linux 6.12.
-///
-/// # Errors
-/// What `sched_getattr` and `sched_setattr` answer, a seccomp filter say: the thread runs on as it did.
-pub fn wake_promptly() -> io::Result<()> {
+/// Whether the scheduler is to run the calling thread soon after it wakes, before others' slices are used up; its share of
+/// the CPU stays as it is. Takes no privilege. Real-time threads are left alone, and so is everybody before Linux 6.12.
+pub(crate) fn wake_promptly(promptly: bool) -> io::Result<()> {
     let mut attr = get()?;
-    if !matches!(attr.sched_policy.cast_signed(), libc::SCHED_OTHER | libc::SCHED_BATCH) {
+    if ![libc::SCHED_OTHER as u32, libc::SCHED_BATCH as u32].contains(&attr.sched_policy) {
         return Ok(());
     }
-    attr.sched_runtime = SLICE; // of an ordinary thread: its slice
+    attr.sched_runtime = if promptly { SLICE } else { 0 }; // of an ordinary thread: its slice, or the system's own
     // SAFETY: reads `attr`, of which its own field says how much there is; 0 is the calling thread.
     match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) } {
         0 => Ok(()),
@@ -55,9 +48,11 @@ mod tests {
     fn the_slice_is_short_and_all_else_as_before() {
         std::thread::spawn(|| {
             let before = kept();
-            wake_promptly().unwrap();
+            wake_promptly(true).unwrap();
             // Before Linux 6.12 there is no slice to tell.
             assert_eq!(kept(), (before.0, before.1, before.2, if before.3 == 0 { 0 } else { SLICE }));
+            wake_promptly(false).unwrap();
+            assert_eq!(kept(), before);
         })
         .join()
         .unwrap();
@@ -73,7 +68,7 @@ mod tests {
                 return;
             }
             let before = kept();
-            wake_promptly().unwrap();
+            wake_promptly(true).unwrap();
             assert_eq!(kept(), before);
         })
         .join()

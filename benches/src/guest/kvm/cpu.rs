@@ -83,12 +83,9 @@ impl GuestCpu {
         self.kicker.clone()
     }
 
-    /// Makes the calling thread the one that [`Kicker::kick`] signals, and that runs soon after it wakes. Call it on the
-    /// vCPU's thread, before it runs.
+    /// Makes the calling thread the one that [`Kicker::kick`] signals. Call it on the vCPU's thread, before it runs.
     pub fn bind_to_this_thread(&self) {
         install_kick_handler();
-        // A system that does not let us is no error: then pauses end later, as they do for everybody.
-        let _ = dirtylimit_kvm::wake_promptly();
         // SAFETY: the set is made by sigemptyset before it is used, and only this thread's mask changes.
         let thread = unsafe {
             let mut set = std::mem::zeroed();

@@ -53,7 +53,7 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
     };
     // SIGRTMIN itself is the machine's own kick.
     let kick = Kick::Signal(libc::SIGRTMIN() + 1);
-    let config = Config::new().ring_entries(plan.ring).max_pause(plan.max_pause).policy(policy).kick(kick);
+    let config = Config::new().ring_entries(plan.ring).max_pause(plan.max_pause).policy(policy).kick(kick).prompt(true);
     let limit = DirtyLimit::enable(machine.vm(), &config).context("cannot enable the limiter")?;
     limit.add_slot(SLOT, machine.memory().pages() as u64).context("cannot add the guest's memory to the limiter")?;
     machine.plug_memory(true)?;

@@ -4,10 +4,10 @@
 use std::rc::Rc;
 
 use anyhow::Result;
-use dirtylimit_core::{Entry, Limiter, Nanos, Page, Penalty, Policy, Ring, VcpuCell, VcpuIndex};
+use dirtylimit_core::{Entry, Limiter, Nanos, Page, Penalty, Policy, Ring, VcpuCell, VcpuIndex, kicked};
 
 use super::kernel::{KernelRing, Memory, Published};
-use super::{Fault, Machine, costs, kick};
+use super::{Fault, Machine, costs};
 
 /// As many as the adapter takes.
 pub(super) const MAX_VCPUS: usize = 1024;
@@ -129,7 +129,7 @@ impl<P: Policy> Adapter<P> {
             let entries = self.meter(vcpu);
             let is_news = entries > 0 && self.is_to_notice(vcpu);
             let will_fill = entries >= self.places[vcpu].ring.room() / 4;
-            if is_news && (kick::ends_slices(self.cell(vcpu).penalty.accept()) || !will_fill) {
+            if is_news && (kicked::ends_slices(self.cell(vcpu).penalty.accept()) || !will_fill) {
                 kicked.push(vcpu);
             }
         }

@@ -1,12 +1,12 @@
 //! The vCPU's thread: the guest, a full exit, and paying before it enters again. As in `dirtylimit-kvm`'s `vcpu.rs`, as
 //! a state machine in virtual time.
 
-use dirtylimit_core::{Nanos, Pacer, Penalty, Policy, Turn};
+use dirtylimit_core::{Nanos, Pacer, Penalty, Policy, Turn, kicked};
 
 use super::adapter::{Adapter, BATCH, RESET_GAP};
 use super::costs;
 use super::cpu::Cpu;
-use super::kick::{self, Kicker};
+use super::kick::Kicker;
 
 /// The adapter's: how soon a thread that did not get the lock tries again.
 const RETRY: Nanos = 50_000;
@@ -90,7 +90,7 @@ impl Vcpu {
         if matches!(self.state, State::Pause(_)) {
             self.at = self.at.min(now + self.cpu.dice.oversleep());
         }
-        if adapter.kicks() && kick::ends_slices(adapter.cell(self.id).penalty.accept()) {
+        if adapter.kicks() && kicked::ends_slices(adapter.cell(self.id).penalty.accept()) {
             self.kick(now);
         }
     }
@@ -193,17 +193,14 @@ impl Vcpu {
         let mut kicked_slice = turn.slice.filter(|slice| kicks && !place.ring.ends(*slice));
         let given = self.kicked_slice.or(turn.slice).unwrap_or(BATCH);
         if let Some(pages) = self.kicker.learn(given, gross) {
-            if kicked_slice.is_some() && kick::is_too_coarse(penalty, pages, place.ring.room()) {
+            if kicked_slice.is_some() && kicked::is_too_coarse(penalty, pages, place.ring.room()) {
                 kicked_slice = None;
                 self.pacer.forgive();
                 turn.until = now;
             }
-            let pause = match (gross.wrapping_sub(self.rested), turn.slice) {
-                (0, _) => 0,
-                (1, Some(2..)) => max_pause / 3,
-                _ => Nanos::MAX,
-            };
-            turn.until = turn.until.min(now.saturating_add(pause));
+            if !kicked::is_to_pause(penalty, gross.wrapping_sub(self.rested), max_pause) {
+                turn.until = turn.until.min(now);
+            }
         }
         if !place.limited && turn.slice.is_some() {
             place.merged = 0;

@@ -1,0 +1,178 @@
+//! Slices that a *kick* ends (a signal that makes the vCPU leave the guest), where the ring cannot: right after it was
+//! emptied, or where it is larger than what the guest writes to. What a kick ends is a time, so how many pages that is has
+//! to be learned.
+
+use crate::penalty::{Penalty, Terms};
+use crate::rate::{Nanos, SECOND};
+
+/// The shortest run before a kick, less than it takes to enter the guest on some hosts; and the longest.
+const SHORTEST: Nanos = 5_000;
+const LONGEST: Nanos = 10_000_000;
+/// So many runs in a row without a page are a guest that does not write, not one that was kicked too soon.
+const IDLE: u32 = 8;
+/// Rings of so many free entries at most may be left to fill.
+const FILLABLE: u32 = 4096;
+
+/// How long one vCPU shall run before its kick, learned from its runs before. Owned by the vCPU's thread.
+#[derive(Debug)]
+pub struct RunTime {
+    run_time: Nanos,
+    /// What of a run passes before the guest writes, as far as known: a kick that comes sooner finds no page.
+    entry: Nanos,
+    /// Runs in a row without a page.
+    empty: u32,
+}
+
+impl RunTime {
+    /// A vCPU of which nothing is known: its first runs are short.
+    pub const fn new() -> Self {
+        Self { run_time: SHORTEST, entry: 0, empty: 0 }
+    }
+
+    /// How long the next run is to be: 5 µs to 10 ms.
+    pub const fn get(&self) -> Nanos {
+        self.run_time
+    }
+
+    /// Learns from a run of that time, which was to have `slice` pages (at least one) and had `pages`.
+    pub fn learn(&mut self, slice: u32, pages: u32) {
+        let before = self.run_time;
+        let fitting = if pages == 0 {
+            self.empty = self.empty.saturating_add(1);
+            if self.empty < IDLE {
+                self.entry += before.saturating_sub(self.entry).div_ceil(2);
+                before + before / 16
+            } else {
+                before * 2
+            }
+        } else {
+            self.empty = 0;
+            // Less and less of it is believed, or one empty run that the host was the reason of would be for good.
+            self.entry = if before > self.entry { self.entry - self.entry / 64 } else { before / 2 };
+            let fitting = self.entry + (before - self.entry) * Nanos::from(slice) / Nanos::from(pages);
+            // Half the way up, all of it down: too long a run is paid for by the guest.
+            fitting.min(before.midpoint(fitting))
+        };
+        self.run_time = fitting.clamp(before / 8, before * 2).clamp(SHORTEST, LONGEST);
+    }
+}
+
+impl Default for RunTime {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Whether kicks end slices of this penalty well: not below 16 pages in 4 ms, which are written while a signal travels.
+/// Where such a slice has a ring that fills by itself, it is better left to fill.
+pub fn ends_slices(penalty: Penalty) -> bool {
+    price_of(penalty, 16).is_some_and(|price| price <= 4_000_000)
+}
+
+/// Whether a ring with so much room is so left to fill: it is small, and the kicked run that is over had so many pages
+/// that a thousand such, some 20 ms, fill it.
+pub fn is_too_coarse(penalty: Penalty, pages: u32, room: u32) -> bool {
+    !ends_slices(penalty) && room <= pages.saturating_mul(1024).min(FILLABLE)
+}
+
+/// Whether a kicked vCPU that has logged so many pages since its last pause shall pause again, or run on first.
+///
+/// Two pauses in a row are one long one to the guest, and a kick may come before its first instruction, or between the
+/// write fault that logs a page and the write itself: only from the second page on something was done for certain. Where
+/// two pages cost more than one pause pays, each is paid for by itself.
+pub fn is_to_pause(penalty: Penalty, pages: u32, max_pause: Nanos) -> bool {
+    match pages {
+        0 => false,
+        1 => price_of(penalty, 2).is_some_and(|price| price > max_pause),
+        _ => true,
+    }
+}
+
+/// What so many pages cost; `None` where there is no penalty.
+fn price_of(penalty: Penalty, pages: u32) -> Option<Nanos> {
+    match penalty.terms()? {
+        Terms::Pace(price) | Terms::Sleep(price) => Some(price.of(pages)),
+    }
+}
+
+/// Products above do not overflow: runs are at most `LONGEST`.
+const _: () = assert!(LONGEST <= SECOND && LONGEST < Nanos::MAX / u32::MAX as Nanos);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rate::PageRate;
+
+    /// Runs a writer that needs `entry` to enter the guest and `page` for each page; what 200 runs had at the end.
+    fn drive(entry: Nanos, page: Nanos, slice: u32) -> (RunTime, std::vec::Vec<u32>) {
+        let mut run = RunTime::new();
+        let pages = (0..240)
+            .map(|_| {
+                let pages = u32::try_from(run.get().saturating_sub(entry) / page).unwrap();
+                run.learn(slice, pages);
+                pages
+            })
+            .collect::<std::vec::Vec<_>>();
+        (run, pages[40..].to_vec())
+    }
+
+    #[test]
+    fn the_run_time_follows_the_writer() {
+        for page in [600, 2_600, 30_000] {
+            let (run, _) = drive(0, page, 100);
+            let fitting = (100 * page).clamp(SHORTEST, LONGEST);
+            assert!(run.get().abs_diff(fitting) <= fitting / 20, "{page}: {run:?}");
+        }
+    }
+
+    #[test]
+    fn a_few_pages_are_met_although_the_way_into_the_guest_takes_longer() {
+        for entry in [8_000, 12_000, 30_000] {
+            for slice in [1, 2, 4] {
+                let (_, pages) = drive(entry, 2_600, slice);
+                let mean = f64::from(pages.iter().sum::<u32>()) / pages.len() as f64;
+                assert!(
+                    mean <= 1.5 * f64::from(slice) && mean >= 0.4 * f64::from(slice),
+                    "{entry}, {slice}: {pages:?}"
+                );
+                assert!(pages.iter().all(|&pages| pages <= slice + 2), "{entry}, {slice}: {pages:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_idle_vcpu_is_kicked_seldom_and_a_burst_reins_it_in() {
+        let mut run = RunTime::new();
+        (0..40).for_each(|_| run.learn(100, 0));
+        assert_eq!(run.get(), LONGEST);
+        (0..6).for_each(|_| run.learn(1, 1_000_000));
+        assert_eq!(run.get(), SHORTEST);
+    }
+
+    #[test]
+    fn the_ends_of_the_range_do_not_overflow() {
+        for (slice, pages) in [(u32::MAX, 1), (u32::MAX, u32::MAX), (0, 1), (1, u32::MAX)] {
+            let mut run = RunTime::new();
+            for _ in 0..100 {
+                run.learn(slice, pages);
+                run.learn(slice, 0);
+                assert!((SHORTEST..=LONGEST).contains(&run.get()));
+            }
+        }
+    }
+
+    #[test]
+    fn who_is_left_to_fill_and_who_runs_on() {
+        let at = |pages| Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(pages).price()));
+        assert!(ends_slices(at(4000)) && !ends_slices(at(3999)) && !ends_slices(Penalty::NONE));
+        assert!(is_too_coarse(at(1000), 4, 4096) && !is_too_coarse(at(1000), 4, 4097));
+        assert!(
+            is_too_coarse(at(1000), 1, 1024) && !is_too_coarse(at(1000), 1, 1025) && !is_too_coarse(at(4000), 4, 1)
+        );
+        // At 200 pages a second two of them take 10 ms.
+        let to_pause = |rate, pages| is_to_pause(at(rate), pages, 10_000_000);
+        assert_eq!([0, 1, 2, u32::MAX].map(|pages| to_pause(201, pages)), [false, false, true, true]);
+        assert_eq!([0, 1, 2].map(|pages| to_pause(199, pages)), [false, true, true]);
+        assert!(!is_to_pause(Penalty::NONE, 1, 0), "nothing is owed");
+    }
+}
