@@ -53,7 +53,7 @@ impl RunTime {
             // Half the way up, all of it down: too long a run is paid for by the guest.
             fitting.min(before.midpoint(fitting))
         };
-        self.run_time = fitting.clamp(before / 8, before * 2).clamp(SHORTEST, LONGEST);
+        self.run_time = fitting.max(before / 8).min(before * 2).clamp(SHORTEST, LONGEST);
     }
 }
 

@@ -213,7 +213,7 @@ fn who_rewrites_dirty_pages_gets_longer_slices_until_it_stops() {
 
 #[test]
 fn another_limit_ends_a_stretch_and_a_touch_of_it_does_not() {
-    for (limit, slice) in [(10_000, 160), (12_000, 192), (8_000, 128), (14_000, 56), (6_000, 24)] {
+    for (limit, slice) in [(10_000, 120), (12_000, 144), (8_000, 96), (14_000, 42), (6_000, 18)] {
         let mut vcpu = Vcpu::new(pace(10_000));
         vcpu.settle();
         for _ in 0..2 {
@@ -228,11 +228,11 @@ fn another_limit_ends_a_stretch_and_a_touch_of_it_does_not() {
 #[test]
 fn unused_time_makes_the_slice_longer() {
     let mut vcpu = Vcpu::new(pace(1000));
-    assert_eq!(vcpu.settle().slice, Some(4));
+    assert_eq!(vcpu.settle().slice, Some(3));
     vcpu.now += 5_000_000;
-    assert_eq!(vcpu.settle().slice, Some(9));
+    assert_eq!(vcpu.settle().slice, Some(8));
     vcpu.now += SECOND;
-    assert_eq!(vcpu.settle().slice, Some(10), "no more than the burst");
+    assert_eq!(vcpu.settle().slice, Some(9), "no more than the burst");
 }
 
 #[test]
@@ -240,7 +240,7 @@ fn a_lump_of_sleep_is_paid_for_once() {
     let mut vcpu = Vcpu::new(Some(Terms::Sleep(Price::from_nanos(100_000))));
     vcpu.settle();
     vcpu.turn(4032, 1_000_000);
-    assert_eq!((vcpu.longest, vcpu.turn(0, 0)), (10_000_000, Some(40)));
+    assert_eq!((vcpu.longest, vcpu.turn(0, 0)), (10_000_000, Some(30)));
 }
 
 #[test]
