@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Counts the instructions of the hot paths (benches/benches/instructions.rs) by callgrind, and compares them exactly with
-# benches/callgrind.txt, which has a table for each toolchain: no timing, so no noise. A few seconds after the build.
+# Counts the instructions of the hot paths (core-nostd/benches/instructions.rs) by callgrind, and compares them exactly with
+# core-nostd/benches/callgrind.txt, which has a table for each toolchain: no timing, so no noise. A few seconds after the build.
 #
 # UPDATE=1 ci/callgrind.sh writes this toolchain's table anew: after a change that is meant to cost something, or to save.
 # A toolchain without a table, or a machine that cannot have valgrind, compares nothing, and says so, loudly.
@@ -8,7 +8,7 @@ set -euo pipefail
 shopt -s inherit_errexit
 cd "$(dirname "$0")/.."
 
-table=benches/callgrind.txt
+table=core-nostd/benches/callgrind.txt
 not_compared() {
     echo "callgrind: ############ $1, so NOTHING WAS COMPARED ############"
     exit 0
@@ -22,7 +22,7 @@ fi
 # Nothing of the environment goes into the code, nor how many units it happens to be split into.
 unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
-build=(cargo bench --locked --quiet -p dirtylimit-bench --bench instructions --no-run --message-format=json
+build=(cargo bench --locked --quiet -p dirtylimit-core --bench instructions --no-run --message-format=json
     --config 'profile.bench.codegen-units=1' --target-dir "$target/callgrind")
 binary=$("${build[@]}" | sed -n 's/.*"name":"instructions".*"executable":"\([^"]*\)".*/\1/p')
 [[ -x $binary ]] || { echo "callgrind: the build made no binary" >&2; exit 1; }
@@ -37,7 +37,7 @@ count() {
 }
 
 toolchain=$(rustc -vV | awk '/^release:/ { release = $2 } /^host:/ { host = $2 } END { print release, host }')
-cases=$(sed -n 's/^ *"\([a-z0-9-]*[a-z0-9]\)" => .*/\1/p' benches/benches/instructions.rs)
+cases=$(sed -n 's/^ *"\([a-z0-9-]*[a-z0-9]\)" => .*/\1/p' core-nostd/benches/instructions.rs)
 lines=$(
     for case in $cases; do
         instructions=$(count "$case")

@@ -1,5 +1,5 @@
 //! The instructions that the hot paths take, counted by callgrind: `ci/callgrind.sh` compares them with
-//! `benches/callgrind.txt`. Run by itself it says how to.
+//! `core-nostd/benches/callgrind.txt`. Run by itself it says how to.
 //!
 //! Each case sets up, and calls [`counted`], the only part that is counted, with the same work every time.
 
