@@ -43,6 +43,8 @@ pub struct Pacer {
     /// What the report counted up to the last turn; net pages up to there were charged.
     charged: Counts,
     due: Nanos,
+    /// When it last turned.
+    turned: Nanos,
     limited: bool,
     /// What the limit asked for as a slice at the last turn, and given was that × 2^`stretch`: see [`Pacer::slice`].
     nominal: u32,
@@ -59,7 +61,7 @@ impl Pacer {
     pub fn new(report: &Report) -> Self {
         report.set_needed_pause(0);
         let charged = report.counts();
-        Self { charged, due: 0, limited: false, nominal: 0, stretch: 0, quiet: charged.net }
+        Self { charged, due: 0, turned: 0, limited: false, nominal: 0, stretch: 0, quiet: charged.net }
     }
 
     /// Whether [`Pacer::settle`] has anything to charge or to wait for: one load.
@@ -85,6 +87,7 @@ impl Pacer {
             return Turn { until: now, slice: None, stretched: false };
         };
         let max_pause = vm.max_pause();
+        let run = now.saturating_sub(replace(&mut self.turned, now));
         let (price, credit, most) = match terms {
             Terms::Pace(price) => (price, BURST, MAX_DEBT),
             // Whoever steers the price sees what a lump did to the rate: it is not to be paid for twice.
@@ -92,7 +95,9 @@ impl Pacer {
         };
         let was_limited = replace(&mut self.limited, true);
         let cost = price.of(new.net);
-        let due = if was_limited { self.due.max(now.saturating_sub(credit)).saturating_add(cost) } else { now };
+        // A stretched slice costs more than the burst; who took so long for it owes nothing for it either.
+        let kept = if credit > 0 { credit.max(run.min(SLICE << self.stretch)) } else { 0 };
+        let due = if was_limited { self.due.max(now.saturating_sub(kept)).saturating_add(cost) } else { now };
         self.due = due.min(now.saturating_add(most));
         // Whose debt is at its bound does not catch up: its turns cost more than they may pause.
         if self.due < due && cost > max_pause {

@@ -212,6 +212,20 @@ fn who_rewrites_dirty_pages_gets_longer_slices_until_it_stops() {
 }
 
 #[test]
+fn who_writes_a_stretched_slice_slower_than_allowed_never_pauses() {
+    for (time, pause) in [(24_000_000, 0), (23_000_000, 1_000_000), (1_000, 10_000_000)] {
+        let mut vcpu = Vcpu::new(pace(1000));
+        vcpu.settle();
+        for _ in 0..3 {
+            vcpu.report.add_pages(0, 100);
+            vcpu.settle();
+        }
+        vcpu.turn(24, time);
+        assert_eq!(vcpu.longest, pause, "in {time} ns");
+    }
+}
+
+#[test]
 fn another_limit_ends_a_stretch_and_a_touch_of_it_does_not() {
     for (limit, slice) in [(10_000, 120), (12_000, 144), (8_000, 96), (14_000, 42), (6_000, 18)] {
         let mut vcpu = Vcpu::new(pace(10_000));
