@@ -7,6 +7,5 @@ mod machines;
 mod overrun;
 mod rig;
 mod rounds;
-mod sanitized;
 mod soak;
 mod stopped;

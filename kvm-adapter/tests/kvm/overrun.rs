@@ -59,7 +59,7 @@ fn a_ring_that_somebody_else_consumes_is_told() {
     }
     let _watchdog = Watchdog::new(Duration::from_secs(60));
     // Slow, so that it can be stopped before it has written as many pages as KVM keeps in reserve.
-    let load = Load { delay: 100_000, ..Load::new(Mode::Write, 16 * MIB) };
+    let load = Load { delay: 1_000_000, ..Load::new(Mode::Write, 16 * MIB) };
     for steals_all in [false, true] {
         let (machine, limit) = machine(&[load], &Config::new().ring_entries(RING)).unwrap();
         let mut vcpu = vcpu(&machine, &limit, 0).unwrap();
