@@ -98,7 +98,7 @@ impl Pacer {
         // A stretched slice costs more than the burst; who took so long for it owes nothing for it either.
         let kept = if credit > 0 { credit.max(run.min(SLICE << self.stretch)) } else { 0 };
         let due = if was_limited { self.due.max(now.saturating_sub(kept)).saturating_add(cost) } else { now };
-        self.due = due.min(now.saturating_add(most));
+        self.due = due.max(now.saturating_sub(credit)).min(now.saturating_add(most));
         // Whose debt is at its bound does not catch up: its turns cost more than they may pause.
         if self.due < due && cost > max_pause {
             report.set_needed_pause(cost);

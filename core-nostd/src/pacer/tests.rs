@@ -27,7 +27,10 @@ impl Vcpu {
 
     fn settle(&mut self) -> Turn {
         self.vm.renew(self.now);
-        self.pacer.settle(self.now, &self.vm, &self.cell, &self.report)
+        let mut settle = || self.pacer.settle(self.now, &self.vm, &self.cell, &self.report);
+        let turn = settle();
+        assert_eq!(settle(), turn, "nothing new, another answer");
+        turn
     }
 
     /// Writes `pages` in `time`, settles and pauses.
@@ -213,15 +216,17 @@ fn who_rewrites_dirty_pages_gets_longer_slices_until_it_stops() {
 
 #[test]
 fn who_writes_a_stretched_slice_slower_than_allowed_never_pauses() {
-    for (time, pause) in [(24_000_000, 0), (23_000_000, 1_000_000), (1_000, 10_000_000)] {
+    for (pages, time, pause) in
+        [(24, 24_000_000, 0), (24, 23_000_000, 1_000_000), (24, 1_000, 10_000_000), (8, 24_000_000, 0)]
+    {
         let mut vcpu = Vcpu::new(pace(1000));
         vcpu.settle();
         for _ in 0..3 {
             vcpu.report.add_pages(0, 100);
             vcpu.settle();
         }
-        vcpu.turn(24, time);
-        assert_eq!(vcpu.longest, pause, "in {time} ns");
+        vcpu.turn(pages, time);
+        assert_eq!(vcpu.longest, pause, "{pages} in {time} ns");
     }
 }
 
