@@ -141,6 +141,37 @@ mod tests {
     }
 
     #[test]
+    fn a_run_without_a_page_is_tried_again_a_little_longer_and_the_eighth_twice_as_long() {
+        let (mut run, mut expected) = (RunTime::new(), SHORTEST);
+        for empty in 1..=9 {
+            run.learn(1, 0);
+            expected += if empty < 8 { expected / 16 } else { expected };
+            assert_eq!(run.get(), expected, "{empty}");
+        }
+    }
+
+    #[test]
+    fn the_way_into_the_guest_is_not_the_writers_time() {
+        let grown = || {
+            let mut run = RunTime::new();
+            (0..4).for_each(|_| run.learn(u32::MAX, 1));
+            assert_eq!(run.get(), 80_000, "at most twice as long");
+            run
+        };
+        let mut run = grown();
+        run.learn(1, u32::MAX);
+        assert_eq!(run.get(), 10_000, "at least an eighth");
+        let mut run = grown();
+        run.learn(1, 0); // half of it is the way in: 40,000
+        run.learn(1, 2); // less a 64th; the rest was for two pages
+        assert_eq!(run.get(), 39_375 + (85_000 - 39_375) / 2);
+        run.learn(1, u32::MAX); // less another
+        assert_eq!(run.get(), 38_760);
+        run.learn(1, 2); // so the way in is shorter, half of that perhaps
+        assert_eq!(run.get(), 19_380 + 19_380 / 2);
+    }
+
+    #[test]
     fn an_idle_vcpu_is_kicked_seldom_and_a_burst_reins_it_in() {
         let mut run = RunTime::new();
         (0..40).for_each(|_| run.learn(100, 0));
@@ -172,6 +203,7 @@ mod tests {
         // At 200 pages a second two of them take 10 ms.
         let to_pause = |rate, pages| is_to_pause(at(rate), pages, 10_000_000);
         assert_eq!([0, 1, 2, u32::MAX].map(|pages| to_pause(201, pages)), [false, false, true, true]);
+        assert_eq!([0, 1, 2].map(|pages| to_pause(200, pages)), [false, false, true]);
         assert_eq!([0, 1, 2].map(|pages| to_pause(199, pages)), [false, true, true]);
         assert!(!is_to_pause(Penalty::NONE, 1, 0), "nothing is owed");
     }

@@ -215,10 +215,16 @@ mod tests {
         assert_eq!(PageRate::MAX.price().pages_for(Nanos::MAX), u32::MAX);
     }
 
+    #[test]
+    fn prices_and_times_between_the_ends_are_exact() {
+        assert_eq!(Price::from_nanos(1 << 40).of(1), 1 << 40, "below the dearest");
+        assert_eq!(Price::from_nanos(1 << 17).pages_for(1 << 40), 1 << 23);
+    }
+
     proptest! {
         #[test]
-        fn time_pays_for_what_exact_arithmetic_says(bits in 1..=Price::BITS, time: Nanos) {
-            let price = Price::from_bits(bits);
+        fn time_pays_for_what_exact_arithmetic_says(bits in 1..=Price::BITS, time: Nanos, small in 0..64) {
+            let (price, time) = (Price::from_bits(bits), time >> small);
             let (mantissa, exponent) = price.parts();
             prop_assume!(mantissa > 0);
             let exact = ((u128::from(time) << Price::UNIT_BITS) >> exponent) / u128::from(mantissa);

@@ -59,6 +59,19 @@ fn the_soft_limit_is_learned_from_full_exits_alone() {
 }
 
 #[test]
+fn a_ring_ends_slices_that_its_room_fits() {
+    let memory = entries(4096);
+    let mut ring = Ring::new(memory.as_slice()).unwrap();
+    assert_eq!(ring.room(), 4032);
+    assert_eq!([3225, 3226].map(|slice| ring.ends(slice)), [false, true], "give or take a quarter");
+    memory[..3520].iter().for_each(|entry| entry.push(Page { slot: 0, offset: 0 }));
+    ring.meter(|_| ());
+    ring.learn_soft_limit();
+    assert_eq!(ring.room(), 0, "PML");
+    assert_eq!([1023, 1024].map(|slice| ring.ends(slice)), [false, true], "not what lumps may overshoot");
+}
+
+#[test]
 fn holding_back_leaves_exactly_a_slice() {
     let memory = entries(1024);
     let mut ring = Ring::starting_at(memory.as_slice(), u32::MAX - 500).unwrap();
