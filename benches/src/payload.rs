@@ -5,8 +5,9 @@
 //! [`IMAGE_ADDRESS`], entered at its first byte by every vCPU with rdi = its stats page, rbp = its parameter block,
 //! rsp = the top of its own stack, all other registers 0.
 //!
-//! The loop of every mode is: access a page, count it, read the TSC, account the gap since the last read, turn `delay`
-//! empty loops. It uses no stack, so the only memory it writes besides its pages is its stats page.
+//! The loop of every mode is: access a page, read the TSC, count the access and the gap since the last read, turn `delay`
+//! empty loops. It uses no stack, so the only memory it writes besides its pages is its stats page. That is dirtied too,
+//! and limited: what it waits for that page is a gap of its own, or a low limit's two pauses would look like one.
 
 use std::fs::File;
 use std::io::Read;
@@ -122,16 +123,23 @@ std::arch::global_asm!(
         or rax, rdx
     .endm
 
+    // rax = TSC, rcx = what passed since the last one
+    .macro dirtylimit_gap
+        dirtylimit_tsc
+        xor ecx, ecx                    // a TSC that went backwards is no gap
+        cmp rax, r10
+        jb 19f
+        mov rcx, rax
+        sub rcx, r10
+    19:
+    .endm
+
     // Counts an access and the gap since the last one, then works for `delay` turns.
     .macro dirtylimit_accessed
         inc rbx
-        mov [rdi], rbx
-        dirtylimit_tsc
-        mov rcx, rax
-        sub rcx, r10
-        jae 20f
-        xor ecx, ecx                    // a TSC that went backwards is no gap
+        dirtylimit_gap
     20: mov r10, rax
+        mov [rdi], rbx
         mov [rdi + 8*5], rax
         cmp rcx, [rdi + 8*1]
         jbe 21f
@@ -147,7 +155,10 @@ std::arch::global_asm!(
         cmp rcx, rdx
         cmova rcx, rdx
         inc qword ptr [rdi + 8*rcx + 8*{fine}]
-    22: mov rcx, r15
+    22: dirtylimit_gap
+        cmp rcx, 1 << {fine_shift}
+        ja 20b                          // stopped while it counted
+        mov rcx, r15
         test rcx, rcx
         jz 24f
     23: dec rcx
