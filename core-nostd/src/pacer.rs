@@ -76,7 +76,7 @@ impl Pacer {
     ///
     /// Idempotent while nothing is metered. A pause that ended early is not lost: the rest is still due.
     ///
-    /// Wait-free: at most 600 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
+    /// Wait-free: at most 650 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
     pub fn settle(&mut self, now: Nanos, vm: &VmCell, penalty: &PenaltyCell, report: &Report) -> Turn {
         let counts = report.counts();
         let new = counts.since(replace(&mut self.charged, counts));
