@@ -8,7 +8,7 @@ use std::time::Duration;
 use dirtylimit_bench::guest::kvm::{Exit, Load, Machine, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::{self, Mode};
 use dirtylimit_bench::shadow::Shadow;
-use dirtylimit_kvm::{Config, DirtyLimit, Error, PageRate};
+use dirtylimit_kvm::{Config, DirtyLimit, Error, Kick, PageRate};
 
 use crate::common::{Copy, Limited, drive, machine, vcpu};
 
@@ -124,6 +124,32 @@ fn a_vcpus_thread_ends_and_another_takes_it_up() {
         assert_eq!(copy.lost(), 0);
     }
     limit.remove_vcpu(0).unwrap();
+}
+
+/// The guest's stats page is limited too, each time that its entry has gone round the ring: the pause for it is not to
+/// look like part of the one before.
+#[test]
+fn the_guest_counts_each_pause_by_itself() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let load = Load { stall: Duration::from_millis(1), ..writer()[0] };
+    // A page at a time: two would be one pause of more than 2 ms.
+    let config = Config::new().ring_entries(256).max_pause(Duration::from_millis(2)).kick(Kick::Off);
+    let (machine, limit) = machine(&[load], &config).unwrap();
+    let (mut cpu, mut vcpu) = vcpu(&machine, &limit, 0).unwrap();
+    limit.set_limit(0, PageRate::from_pages_per_sec(512)).unwrap();
+    limit.tick();
+    let mut pauses = 0;
+    while pauses < 1200 {
+        pauses += u64::from(vcpu.before_run().unwrap().paused > load.stall);
+        if cpu.run().unwrap() == Exit::RingFull {
+            vcpu.ring_full();
+        }
+    }
+    // The guest may not have come to count the last of them.
+    let gaps = machine.stats(0).histogram().iter().sum::<u64>();
+    assert!(gaps + 2 >= pauses, "{gaps} gaps counted in {pauses} pauses");
 }
 
 #[test]
