@@ -111,7 +111,8 @@ fn storm(bug: Option<PlantedBug>, rounds: u32) -> Result<usize> {
         }
     }
     let delivered = DELIVERED.load(Relaxed) - delivered;
-    ensure!(delivered > u64::from(rounds) * 100, "{delivered} signals in {rounds} rounds are no storm");
+    // Those that come while they are blocked are delivered as one; how many that leaves is a matter of the host's speed.
+    ensure!(delivered >= u64::from(rounds), "{delivered} signals in {rounds} rounds are no storm");
     Ok(0)
 }
 
