@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use super::by_hand;
 use super::interrupt::Paused;
 use super::measure::Evidence;
+use super::yardstick::Clock;
 use crate::guest::kvm::{self, Script, Scripted};
 use crate::guest::{Phase, Progress, VcpuNow};
 use crate::plan::Plan;
@@ -58,14 +59,15 @@ impl Trial {
         }
     }
 
-    /// Tries it once; `round` decides who of two goes first.
+    /// Tries it once; `round` decides who of two goes first. The clock is looked at while a run is limited; where it is
+    /// `steady`, a run ends once the clock has fallen.
     ///
     /// # Errors
     /// What the guest says.
-    pub fn run(&self, round: usize, interrupt: &Interrupt) -> Result<Evidence> {
+    pub fn run(&self, round: usize, interrupt: &Interrupt, clock: &mut Clock, steady: bool) -> Result<Evidence> {
         match self {
             Self::Run(plan, script) => {
-                let done = kvm::run_scripted(plan, script, &mut Quiet(interrupt))?;
+                let done = kvm::run_scripted(plan, script, &mut Watched { interrupt, clock, steady })?;
                 Ok(Evidence::Run(Box::new(done)))
             }
             Self::Versus(versus) => versus.run(round, interrupt),
@@ -99,6 +101,25 @@ impl Versus {
 }
 
 /// Shows nothing: runs are short, and what is measured is shown at the end.
+struct Watched<'a> {
+    interrupt: &'a Interrupt,
+    clock: &'a mut Clock,
+    steady: bool,
+}
+
+impl Progress for Watched<'_> {
+    fn sample(&mut self, _: Duration, phase: Phase, _: &[VcpuNow]) {
+        if phase == Phase::Limited {
+            self.clock.look();
+        }
+    }
+
+    fn interrupted(&self) -> bool {
+        self.interrupt.requested() || (self.steady && self.clock.fell())
+    }
+}
+
+/// As [`Watched`], of two that are compared: the clock falls for both.
 struct Quiet<'a>(&'a Interrupt);
 
 impl Progress for Quiet<'_> {

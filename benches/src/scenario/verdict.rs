@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::measure::{Evidence, median};
-use super::yardstick::HostLate;
+use super::yardstick::{HostLate, HostSlow};
 use super::{Bound, Case, Must, Scenario};
 use crate::record::Host;
 use crate::units::significant;
@@ -28,10 +28,12 @@ pub struct Verdict {
     pub what: &'static str,
     /// How often each case ran.
     pub runs: u8,
-    /// Pages that copies made from the dirty log alone had wrong, in all runs.
+    /// Pages that copies made from the dirty log alone had wrong, in all runs, repeated ones too.
     pub lost_pages: u64,
     /// What the host did to a thread that only sleeps, beside the runs; null where there were none.
     pub host_late: Option<HostLate>,
+    /// Runs in which the host's clock fell.
+    pub host_slow: HostSlow,
     /// Every measure of every case.
     pub figures: Vec<Figure>,
 }
@@ -67,6 +69,7 @@ impl Verdict {
             runs,
             lost_pages: tried.iter().flatten().filter_map(Evidence::lost_pages).sum(),
             host_late: None,
+            host_slow: HostSlow::default(),
             figures: cases()
                 .flat_map(|(case, tried)| case.bounds.iter().map(|b| Figure::of(case, *b, tried)))
                 .collect(),
@@ -134,7 +137,12 @@ impl fmt::Display for Verdict {
             let [p999, longest] = [p999_ms, longest_ms].map(|ms| number(*ms));
             write!(f, "\nbeside them a thread that only sleeps: p99.9 {p999} ms late, longest {longest} ms")?;
         }
-        Ok(())
+        match self.host_slow {
+            HostSlow { repeated: 0, counted: 0 } => Ok(()),
+            HostSlow { repeated, counted } => {
+                write!(f, "\nthe host's clock fell: {repeated} runs repeated, {counted} counted all the same")
+            }
+        }
     }
 }
 
@@ -198,6 +206,7 @@ mod tests {
                 figure.measured = Some(value);
             }
             verdict.host_late = Some(HostLate { p999_ms: 123.456, longest_ms: 12_345.6 });
+            verdict.host_slow = HostSlow { repeated: 99_999, counted: 9_999 };
             let text = verdict.to_string();
             let widest = text.lines().map(|line| line.chars().count()).max();
             assert!(widest <= Some(80), "{widest:?} columns:\n{text}");

@@ -1,6 +1,8 @@
-//! How late this host ends a sleep. A pause is a sleep: no limiter ends it better than that, so it is measured beside
-//! every run, and whoever reads a missed figure can tell the host's part in it.
+//! The host's part in what is measured. How late it ends a sleep: a pause is one, and no limiter ends it better. And
+//! whether its clock falls: some hosts run all their CPUs at a tenth of their speed for tens of milliseconds (to save
+//! power, or against heat), steal no time meanwhile and say nothing, and a guest cannot write a page in the time it has.
 
+use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,6 +13,9 @@ use super::measure::{median, per_mille};
 
 /// As long as the limiter's slices.
 const SLEEP: Duration = Duration::from_millis(3);
+
+/// A clock that is so many times slower than its best has fallen. Another thread on the same core halves it at most.
+const FALLEN: u32 = 3;
 
 /// How late the sleeps of a thread were that does nothing else.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -50,9 +55,67 @@ pub fn beside<T>(run: impl FnOnce() -> T) -> (T, Vec<Duration>) {
     })
 }
 
+/// How many runs the host's clock fell in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct HostSlow {
+    /// So many were repeated for it.
+    pub repeated: u32,
+    /// So many counted all the same, after too many repeats.
+    pub counted: u32,
+}
+
+/// The clock of the host's CPUs, judged by how long a little work takes.
+#[derive(Debug, Default)]
+pub struct Clock {
+    best: Option<Duration>,
+    fell: bool,
+}
+
+impl Clock {
+    /// From here on it has not fallen.
+    pub const fn begin(&mut self) {
+        self.fell = false;
+    }
+
+    /// Looks at the clock, for some ten microseconds.
+    pub fn look(&mut self) {
+        let time = || {
+            let start = Instant::now();
+            // Each step waits for the one before, and for nothing else: neither memory nor a neighbour.
+            black_box((0..2000).fold(black_box(1u64), |x, _| x.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1)));
+            start.elapsed()
+        };
+        // Whoever is interrupted is not so three times in a row.
+        self.judge(time().min(time()).min(time()));
+    }
+
+    fn judge(&mut self, time: Duration) {
+        let best = self.best.map_or(time, |best| best.min(time));
+        self.best = Some(best);
+        self.fell |= time > best * FALLEN;
+    }
+
+    /// Whether it fell, at any look since the beginning.
+    pub const fn fell(&self) -> bool {
+        self.fell
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clock_falls_below_a_third_of_its_best() {
+        let mut clock = Clock::default();
+        let fell = [40, 10, 30, 31, 10].map(|us| {
+            clock.judge(Duration::from_micros(us));
+            clock.fell()
+        });
+        assert_eq!(fell, [false, false, false, true, true]);
+        clock.begin();
+        assert!(!clock.fell());
+    }
 
     #[test]
     fn the_latest_of_each_run_and_the_bulk_of_all() {
