@@ -2,7 +2,8 @@
 //!
 //! - *Settled rate*: the mean of the net dirty page rate over the second half of the limited phase; where the limit was
 //!   changed meanwhile, over the second half of the last step. *Error*: (settled − limit) ÷ limit.
-//! - *Window*: 100 ms of net rate. Windows start every 10 ms from the instant the limit was set, so they overlap.
+//! - *Window*: 100 ms of net rate. Windows start every 10 ms from the instant the limit was set, so they overlap; each but
+//!   the first at a reading, the next one: from between two, part of a burst that is over would count.
 //! - *Settle time*: from the limit being set to the start of the first window from which on every window is within
 //!   ±10 % of the limit.
 //! - *Worst window*: how far the worst window after settling is from the limit, without its sign.
@@ -202,19 +203,26 @@ impl Series<'_> {
     /// How far above `limit` (MiB/s) the highest window of that length was, in percent; 0 where none was above it, `None`
     /// where there was no whole window.
     pub fn over_pct(&self, from: Duration, to: Duration, window: Duration, limit: f64) -> Option<f64> {
-        let last = to.min(self.samples.last()?.at).checked_sub(window)?;
-        let starts =
-            std::iter::successors(Some(from), |&start| Some(start + STRIDE)).take_while(|&start| start <= last);
-        let over = starts.map(|start| error_pct(self.mean_mib_s(start, start + window)?, limit));
+        let over =
+            self.windows(from, to, window)?.map(|start| error_pct(self.mean_mib_s(start, start + window)?, limit));
         over.collect::<Option<Vec<_>>>()?.into_iter().reduce(f64::max).map(|over| over.max(0.0))
+    }
+
+    /// When windows of that length start, all within `from` and `to`; `None` where not even the first one is.
+    fn windows(&self, from: Duration, to: Duration, window: Duration) -> Option<impl Iterator<Item = Duration>> {
+        let last = to.min(self.samples.last()?.at).checked_sub(window)?;
+        let strides = std::iter::successors(Some(from + STRIDE), |&start| Some(start + STRIDE));
+        let readings = strides.map_while(|start| {
+            let next = self.samples.partition_point(|sample| sample.at < start);
+            self.samples.get(next).map(|sample| sample.at)
+        });
+        Some(std::iter::once(from).chain(readings).take_while(move |&start| start <= last))
     }
 
     /// Settle time in ms and the worst window's error after it; `None` where the rate never settled.
     fn settle(&self, from: Duration, to: Duration, limit: f64) -> Option<(f64, f64)> {
-        let last = to.min(self.samples.last()?.at).checked_sub(WINDOW)?;
         let mut settled: Option<(Duration, f64)> = None;
-        let mut start = from;
-        while start <= last {
+        for start in self.windows(from, to, WINDOW)? {
             // A millionth of a percent, so that rounding does not decide over a window on the boundary.
             let error = error_pct(self.mean_mib_s(start, start + WINDOW)?, limit)?.abs();
             settled = match settled {
@@ -222,7 +230,6 @@ impl Series<'_> {
                 Some((since, worst)) => Some((since, worst.max(error))),
                 None => Some((start, error)),
             };
-            start += STRIDE;
         }
         settled.map(|(since, worst)| ((since - from).as_secs_f64() * 1e3, worst))
     }

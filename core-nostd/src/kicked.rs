@@ -10,8 +10,11 @@ const SHORTEST: Nanos = 5_000;
 const LONGEST: Nanos = 10_000_000;
 /// So many runs in a row without a page are a guest that does not write, not one that was kicked too soon.
 const IDLE: u32 = 8;
-/// Rings of so many free entries at most may be left to fill.
+/// Rings of so many free entries at most may be left to fill, and where that takes no longer than so.
 const FILLABLE: u32 = 4096;
+const FILLS: Nanos = 100_000_000;
+/// Whether they are is decided in the first runs with a page: later a single late signal would be a burst.
+const DECIDED: u32 = 8;
 
 /// How long one vCPU shall run before its kick, learned from its runs before. Owned by the vCPU's thread.
 #[derive(Debug)]
@@ -21,12 +24,21 @@ pub struct RunTime {
     entry: Nanos,
     /// Runs in a row without a page.
     empty: u32,
+    /// Runs with a page since kicks began.
+    runs: u32,
+    /// How long a page took in the last of them.
+    page: Nanos,
 }
 
 impl RunTime {
     /// A vCPU of which nothing is known: its first runs are short.
     pub const fn new() -> Self {
-        Self { run_time: SHORTEST, entry: 0, empty: 0 }
+        Self { run_time: SHORTEST, entry: 0, empty: 0, runs: 0, page: 0 }
+    }
+
+    /// The run that is over was not to be ended by a kick: those begin anew.
+    pub const fn begin(&mut self) {
+        self.runs = 0;
     }
 
     /// How long the next run is to be: 5 µs to 10 ms.
@@ -49,11 +61,20 @@ impl RunTime {
             self.empty = 0;
             // Less and less of it is believed, or one empty run that the host was the reason of would be for good.
             self.entry = if before > self.entry { self.entry - self.entry / 64 } else { before / 2 };
+            self.runs = self.runs.saturating_add(1);
+            self.page = (before - self.entry) / Nanos::from(pages);
             let fitting = self.entry + (before - self.entry) * Nanos::from(slice) / Nanos::from(pages);
             // Half the way up, all of it down: too long a run is paid for by the guest.
             fitting.min(before.midpoint(fitting))
         };
         self.run_time = fitting.max(before / 8).min(before * 2).clamp(SHORTEST, LONGEST);
+    }
+
+    /// Whether a ring with so much room is better left to fill than its vCPU kicked on: kicks end slices of this penalty
+    /// badly, and the writer is fast.
+    pub fn is_left_to_fill(&self, penalty: Penalty, room: u32) -> bool {
+        let is_fast = (1..=DECIDED).contains(&self.runs) && self.page * Nanos::from(room) <= FILLS;
+        !ends_slices(penalty) && room <= FILLABLE && is_fast
     }
 }
 
@@ -67,12 +88,6 @@ impl Default for RunTime {
 /// Where such a slice has a ring that fills by itself, it is better left to fill.
 pub fn ends_slices(penalty: Penalty) -> bool {
     price_of(penalty, 16).is_some_and(|price| price <= 4_000_000)
-}
-
-/// Whether a ring with so much room is so left to fill: it is small, and the kicked run that is over had so many pages
-/// that a thousand such, some 20 ms, fill it.
-pub fn is_too_coarse(penalty: Penalty, pages: u32, room: u32) -> bool {
-    !ends_slices(penalty) && room <= pages.saturating_mul(1024).min(FILLABLE)
 }
 
 /// Whether a kicked vCPU that has logged so many pages since its last pause shall pause again, or run on first.
@@ -196,10 +211,23 @@ mod tests {
     fn who_is_left_to_fill_and_who_runs_on() {
         let at = |pages| Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(pages).price()));
         assert!(ends_slices(at(4000)) && !ends_slices(at(3999)) && !ends_slices(Penalty::NONE));
-        assert!(is_too_coarse(at(1000), 4, 4096) && !is_too_coarse(at(1000), 4, 4097));
-        assert!(
-            is_too_coarse(at(1000), 1, 1024) && !is_too_coarse(at(1000), 1, 1025) && !is_too_coarse(at(4000), 4, 1)
-        );
+        // 5 µs for 4 pages: 4,096 of them in 5 ms.
+        let mut run = RunTime::new();
+        assert!(!run.is_left_to_fill(at(1000), 1), "nothing is known");
+        run.learn(4, 4);
+        assert!(run.is_left_to_fill(at(1000), 4096) && !run.is_left_to_fill(at(1000), 4097));
+        assert!(!run.is_left_to_fill(at(4000), 1), "a kick ends that one well");
+        (0..7).for_each(|_| run.learn(4, 4));
+        assert!(run.is_left_to_fill(at(1000), 4096));
+        run.learn(4, 4);
+        assert!(!run.is_left_to_fill(at(1000), 1), "that is decided");
+        run.begin();
+        run.learn(4, 4);
+        assert!(run.is_left_to_fill(at(1000), 4096));
+        // A page in 100 µs: 1,000 of them in 100 ms.
+        let mut run = RunTime { run_time: 100_000, ..RunTime::new() };
+        run.learn(1, 1);
+        assert!(run.is_left_to_fill(at(1000), 1000) && !run.is_left_to_fill(at(1000), 1001));
         // At 200 pages a second two of them take 10 ms.
         let to_pause = |rate, pages| is_to_pause(at(rate), pages, 10_000_000);
         assert_eq!([0, 1, 2, u32::MAX].map(|pages| to_pause(201, pages)), [false, false, true, true]);

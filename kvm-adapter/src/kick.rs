@@ -32,7 +32,7 @@ pub enum Kick {
 pub(crate) struct Kicker {
     kick: Kick,
     timer: Option<Timer>,
-    run_time: RunTime,
+    pub(crate) run_time: RunTime,
     /// Ring entries counted when the vCPU last ran under a kick.
     gross: Option<u32>,
     /// Kicks by others that were taken note of.
@@ -70,12 +70,15 @@ impl Kicker {
         Ok(())
     }
 
-    /// Learns from the run that is over, which was given `slice`, once its pages are metered; returns how many they are,
-    /// if it was one that a kick was to end.
-    pub(crate) fn learn(&mut self, slice: u32, gross: u32) -> Option<u32> {
-        let pages = gross.wrapping_sub(self.gross.take()?);
-        self.run_time.learn(slice, pages);
-        Some(pages)
+    /// Learns from the run that is over, which was given `slice`, once its pages are metered; whether it was one that a
+    /// kick was to end.
+    pub(crate) fn learn(&mut self, slice: u32, gross: u32) -> bool {
+        let before = self.gross.take();
+        match before {
+            Some(before) => self.run_time.learn(slice, gross.wrapping_sub(before)),
+            None => self.run_time.begin(),
+        }
+        before.is_some()
     }
 
     /// Arms a kick for the run to come.

@@ -201,9 +201,9 @@ impl Vcpu {
         seat.ask(if wanted { slice } else { 0 });
         let gross = cell.report.counts().gross;
         let mut kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring.ends(*slice));
-        if let Some(pages) = kicker.learn(self.kicked_slice.unwrap_or(slice), gross) {
+        if kicker.learn(self.kicked_slice.unwrap_or(slice), gross) {
             let penalty = cell.penalty.accept();
-            if kicked_slice.is_some() && kicked::is_too_coarse(penalty, pages, place.ring.room()) {
+            if kicked_slice.is_some() && kicker.run_time.is_left_to_fill(penalty, place.ring.room()) {
                 kicked_slice = None;
                 pacer.forgive();
                 turn.until = now;

@@ -103,6 +103,17 @@ fn samples_at_odd_times_are_interpolated() {
 }
 
 #[test]
+fn a_burst_is_over_with_the_reading_that_ends_it() {
+    // 3,000 pages at once when the limit is set, seen 0.1 ms after the second window would start.
+    let mut samples = sampled(5000, 10, |ms| if ms == 1000 { 3256 } else { 256 });
+    samples.iter_mut().filter(|sample| sample.at > MS * 1000).for_each(|sample| sample.at += MS / 10);
+    let recording = recording(5000, vec![vcpu(&[(1000, 1000)], samples)]);
+    let measures = Measures::of(&recording, &recording.vcpus[0]);
+    near(measures.last().settle_ms, 10.1);
+    near(measures.last().worst_window_error_pct, 0.0);
+}
+
+#[test]
 fn a_late_excursion_moves_the_settle_time_behind_it() {
     // 30 ms without a page, from 4,000 ms: windows that hold more than 10 of those ms are out.
     let measures = measures(5000, &[(1000, 1000)], 10, |ms| if (4000..4030).contains(&ms) { 0 } else { 256 });

@@ -7,7 +7,7 @@
 use core::fmt::{self, Write};
 use core::hint::black_box as any;
 
-use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause, is_too_coarse};
+use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause};
 use dirtylimit_core::{
     BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, Paced, Pacer, Page, PageRate, Penalty, PenaltyCell,
     Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn, VcpuCell,
@@ -106,7 +106,8 @@ fn pacers() {
     RunTime::learn(&mut run, any(0), any(0));
     any(RunTime::get(&run));
     any(ends_slices(any(Penalty::NONE)));
-    any(is_too_coarse(any(Penalty::NONE), any(0), any(0)));
+    RunTime::begin(any(&mut run));
+    any(RunTime::is_left_to_fill(&run, any(Penalty::NONE), any(0)));
     any(is_to_pause(any(Penalty::NONE), any(0), any(0)));
 }
 

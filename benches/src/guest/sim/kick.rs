@@ -8,7 +8,7 @@ use super::costs::Dice;
 /// One vCPU's kicks.
 #[derive(Debug)]
 pub(super) struct Kicker {
-    run_time: RunTime,
+    pub(super) run_time: RunTime,
     /// Ring entries counted when the vCPU last ran under a kick.
     gross: Option<u32>,
     /// When the signal arrives; one that comes outside the guest ends the next run at once.
@@ -30,11 +30,14 @@ impl Kicker {
         self.at = Nanos::MAX;
     }
 
-    /// Learns from the run that is over, which was given `slice`; returns how many pages it dirtied, if a kick was to end it.
-    pub(super) fn learn(&mut self, slice: u32, gross: u32) -> Option<u32> {
-        let pages = gross.wrapping_sub(self.gross.take()?);
-        self.run_time.learn(slice, pages);
-        Some(pages)
+    /// Learns from the run that is over, which was given `slice`; whether it was one that a kick was to end.
+    pub(super) fn learn(&mut self, slice: u32, gross: u32) -> bool {
+        let before = self.gross.take();
+        match before {
+            Some(before) => self.run_time.learn(slice, gross.wrapping_sub(before)),
+            None => self.run_time.begin(),
+        }
+        before.is_some()
     }
 
     /// Arms a kick for the run to come.

@@ -192,8 +192,8 @@ impl Vcpu {
         let place = &mut adapter.places[self.id];
         let mut kicked_slice = turn.slice.filter(|slice| kicks && !place.ring.ends(*slice));
         let given = self.kicked_slice.or(turn.slice).unwrap_or(BATCH);
-        if let Some(pages) = self.kicker.learn(given, gross) {
-            if kicked_slice.is_some() && kicked::is_too_coarse(penalty, pages, place.ring.room()) {
+        if self.kicker.learn(given, gross) {
+            if kicked_slice.is_some() && self.kicker.run_time.is_left_to_fill(penalty, place.ring.room()) {
                 kicked_slice = None;
                 self.pacer.forgive();
                 turn.until = now;
