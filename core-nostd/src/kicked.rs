@@ -2,6 +2,8 @@
 //! emptied, or where it is larger than what the guest writes to. What a kick ends is a time, so how many pages that is has
 //! to be learned.
 
+use core::mem::replace;
+
 use crate::penalty::{Penalty, Terms};
 use crate::rate::{Nanos, SECOND};
 
@@ -10,7 +12,7 @@ const SHORTEST: Nanos = 5_000;
 const LONGEST: Nanos = 10_000_000;
 /// So many runs in a row without a page are a guest that does not write, not one that was kicked too soon.
 const IDLE: u32 = 8;
-/// Rings of so many free entries at most may be left to fill, and where that takes no longer than so.
+/// Rings of so many free entries at most may be left to fill, and for no longer than so.
 const FILLABLE: u32 = 4096;
 const FILLS: Nanos = 100_000_000;
 /// Whether they are is decided in the first runs with a page: later a single late signal would be a burst.
@@ -28,12 +30,14 @@ pub struct RunTime {
     runs: u32,
     /// How long a page took in the last of them.
     page: Nanos,
+    /// The next run, or the one that is over, is to fill the ring.
+    fills: bool,
 }
 
 impl RunTime {
     /// A vCPU of which nothing is known: its first runs are short.
     pub const fn new() -> Self {
-        Self { run_time: SHORTEST, entry: 0, empty: 0, runs: 0, page: 0 }
+        Self { run_time: SHORTEST, entry: 0, empty: 0, runs: 0, page: 0, fills: false }
     }
 
     /// The run that is over was not to be ended by a kick: those begin anew.
@@ -41,13 +45,16 @@ impl RunTime {
         self.runs = 0;
     }
 
-    /// How long the next run is to be: 5 µs to 10 ms.
+    /// How long the next run is to be: 5 µs to 10 ms, or 100 ms where it is to fill the ring.
     pub const fn get(&self) -> Nanos {
-        self.run_time
+        if self.fills { FILLS } else { self.run_time }
     }
 
     /// Learns from a run of that time, which was to have `slice` pages (at least one) and had `pages`.
     pub fn learn(&mut self, slice: u32, pages: u32) {
+        if replace(&mut self.fills, false) {
+            return; // nothing: it was not to have a slice
+        }
         let before = self.run_time;
         let fitting = if pages == 0 {
             self.empty = self.empty.saturating_add(1);
@@ -70,11 +77,15 @@ impl RunTime {
         self.run_time = fitting.max(before / 8).min(before * 2).clamp(SHORTEST, LONGEST);
     }
 
-    /// Whether a ring with so much room is better left to fill than its vCPU kicked on: kicks end slices of this penalty
-    /// badly, and the writer is fast.
-    pub fn is_left_to_fill(&self, penalty: Penalty, room: u32) -> bool {
+    /// Whether the next run is better to fill the ring, which has so much room: kicks end slices of this penalty badly, and
+    /// the writer is fast. Who has not filled it by then, or is not asked in its first runs, is kicked on.
+    pub fn is_to_fill(&mut self, penalty: Penalty, room: u32) -> bool {
         let is_fast = (1..=DECIDED).contains(&self.runs) && self.page * Nanos::from(room) <= FILLS;
-        !ends_slices(penalty) && room <= FILLABLE && is_fast
+        self.fills = !ends_slices(penalty) && room <= FILLABLE && is_fast;
+        if self.fills {
+            self.runs = DECIDED + 1;
+        }
+        self.fills
     }
 }
 
@@ -211,23 +222,26 @@ mod tests {
     fn who_is_left_to_fill_and_who_runs_on() {
         let at = |pages| Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(pages).price()));
         assert!(ends_slices(at(4000)) && !ends_slices(at(3999)) && !ends_slices(Penalty::NONE));
-        // 5 µs for 4 pages: 4,096 of them in 5 ms.
-        let mut run = RunTime::new();
-        assert!(!run.is_left_to_fill(at(1000), 1), "nothing is known");
-        run.learn(4, 4);
-        assert!(run.is_left_to_fill(at(1000), 4096) && !run.is_left_to_fill(at(1000), 4097));
-        assert!(!run.is_left_to_fill(at(4000), 1), "a kick ends that one well");
-        (0..7).for_each(|_| run.learn(4, 4));
-        assert!(run.is_left_to_fill(at(1000), 4096));
-        run.learn(4, 4);
-        assert!(!run.is_left_to_fill(at(1000), 1), "that is decided");
-        run.begin();
-        run.learn(4, 4);
-        assert!(run.is_left_to_fill(at(1000), 4096));
-        // A page in 100 µs: 1,000 of them in 100 ms.
-        let mut run = RunTime { run_time: 100_000, ..RunTime::new() };
-        run.learn(1, 1);
-        assert!(run.is_left_to_fill(at(1000), 1000) && !run.is_left_to_fill(at(1000), 1001));
+        // A page in 25 µs: 4,000 of them in 100 ms.
+        let after = |runs: u32| {
+            let mut run = RunTime { run_time: 25_000, ..RunTime::new() };
+            (0..runs).for_each(|_| run.learn(1, 1));
+            run
+        };
+        assert!(!after(0).is_to_fill(at(1000), 1), "nothing is known");
+        assert!(after(1).is_to_fill(at(1000), 4000) && !after(1).is_to_fill(at(1000), 4001));
+        assert!(!after(1).is_to_fill(at(4000), 1), "a kick ends that one well");
+        assert!(after(8).is_to_fill(at(1000), 4000) && !after(9).is_to_fill(at(1000), 1), "decided by then");
+        let mut fast = RunTime::new();
+        fast.learn(4, 4);
+        assert!(fast.is_to_fill(at(1000), 4096));
+        assert_eq!(fast.get(), 100_000_000);
+        fast.learn(4, 1000);
+        assert_eq!(fast.get(), 5_000, "that run taught nothing");
+        assert!(!fast.is_to_fill(at(1000), 1), "once");
+        fast.begin();
+        fast.learn(4, 4);
+        assert!(!fast.is_to_fill(at(1000), 4097) && fast.is_to_fill(at(1000), 4096));
         // At 200 pages a second two of them take 10 ms.
         let to_pause = |rate, pages| is_to_pause(at(rate), pages, 10_000_000);
         assert_eq!([0, 1, 2, u32::MAX].map(|pages| to_pause(201, pages)), [false, false, true, true]);

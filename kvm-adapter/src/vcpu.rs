@@ -200,11 +200,10 @@ impl Vcpu {
         let wanted = place.ring.to_collect(slice) > 0 || (self.full && place.ring.awaiting_reset() > 0);
         seat.ask(if wanted { slice } else { 0 });
         let gross = cell.report.counts().gross;
-        let mut kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring.ends(*slice));
+        let kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring.ends(*slice));
         if kicker.learn(self.kicked_slice.unwrap_or(slice), gross) {
             let penalty = cell.penalty.accept();
-            if kicked_slice.is_some() && kicker.run_time.is_left_to_fill(penalty, place.ring.room()) {
-                kicked_slice = None;
+            if kicked_slice.is_some() && kicker.run_time.is_to_fill(penalty, place.ring.room()) {
                 pacer.forgive();
                 turn.until = now;
             }

@@ -107,7 +107,7 @@ fn pacers() {
     any(RunTime::get(&run));
     any(ends_slices(any(Penalty::NONE)));
     RunTime::begin(any(&mut run));
-    any(RunTime::is_left_to_fill(&run, any(Penalty::NONE), any(0)));
+    any(RunTime::is_to_fill(&mut run, any(Penalty::NONE), any(0)));
     any(is_to_pause(any(Penalty::NONE), any(0), any(0)));
 }
 

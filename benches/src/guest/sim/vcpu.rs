@@ -190,11 +190,10 @@ impl Vcpu {
         let cell = adapter.cell(self.id);
         let (penalty, max_pause, kicks) = (cell.penalty.accept(), adapter.limiter.vm().max_pause(), adapter.kicks());
         let place = &mut adapter.places[self.id];
-        let mut kicked_slice = turn.slice.filter(|slice| kicks && !place.ring.ends(*slice));
+        let kicked_slice = turn.slice.filter(|slice| kicks && !place.ring.ends(*slice));
         let given = self.kicked_slice.or(turn.slice).unwrap_or(BATCH);
         if self.kicker.learn(given, gross) {
-            if kicked_slice.is_some() && self.kicker.run_time.is_left_to_fill(penalty, place.ring.room()) {
-                kicked_slice = None;
+            if kicked_slice.is_some() && self.kicker.run_time.is_to_fill(penalty, place.ring.room()) {
                 self.pacer.forgive();
                 turn.until = now;
             }
