@@ -204,9 +204,11 @@ fn gaps_are_counted_where_they_belong_and_forgotten_on_request() {
     run_for(&machine, &mut vcpus[0], 1_000).unwrap();
     let stats = machine.stats(0);
     let histogram = stats.histogram();
-    assert_eq!(histogram.iter().sum::<u64>(), stats.accesses());
     let fine = stats.fine();
-    assert_eq!(fine.iter().sum::<u64>(), stats.accesses());
+    // It may have been stopped between counting a gap and the access after it.
+    for gaps in [&histogram[..], &fine] {
+        assert!(gaps.iter().sum::<u64>().abs_diff(stats.accesses()) <= 1, "{} accesses: {gaps:?}", stats.accesses());
+    }
     let last = fine.iter().rposition(|&count| count > 0).unwrap() as u64;
     assert_eq!(last, (stats.longest() >> payload::stats::FINE_SHIFT).min(fine.len() as u64 - 1));
     let highest = 63 - histogram.iter().rev().position(|&count| count > 0).unwrap();
