@@ -12,8 +12,9 @@ const SHORTEST: Nanos = 5_000;
 const LONGEST: Nanos = 10_000_000;
 /// So many runs in a row without a page are a guest that does not write, not one that was kicked too soon.
 const IDLE: u32 = 8;
-/// Rings of so many free entries at most may be left to fill, and for no longer than so.
+/// Rings of so many free entries at most may be left to fill.
 const FILLABLE: u32 = 4096;
+/// And for no longer than so: where the working set is smaller they never fill.
 const FILLS: Nanos = 100_000_000;
 /// Whether they are is decided in the first runs with a page: later a single late signal would be a burst.
 const DECIDED: u32 = 8;
