@@ -21,6 +21,7 @@ pub const MAX_DEBT: Nanos = SECOND;
 
 /// Slices of a vCPU that rewrites dirty pages grow up to 2^this times.
 const MAX_STRETCH: u32 = 3;
+const LONGEST_SLICE: Nanos = SLICE << MAX_STRETCH;
 
 /// What the vCPU is to do before it runs on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -95,9 +96,16 @@ impl Pacer {
         };
         let was_limited = replace(&mut self.limited, true);
         let cost = price.of(new.net);
-        // A stretched slice costs more than the burst; who took so long for it owes nothing for it either.
-        let kept = if credit > 0 { credit.max(run.min(SLICE << self.stretch)) } else { 0 };
-        let due = if was_limited { self.due.max(now.saturating_sub(kept)).saturating_add(cost) } else { now };
+        let after = |unused| self.due.max(now.saturating_sub(unused)).saturating_add(cost);
+        let due = if !was_limited {
+            now
+        } else if credit > 0 {
+            // A turn may cost more than the burst: its slice was stretched, or a pass made room in the middle of it. Who
+            // took so long for it owes nothing for it either, and has no credit.
+            after(credit).min(after(run.min(LONGEST_SLICE)).max(now))
+        } else {
+            after(credit)
+        };
         self.due = due.max(now.saturating_sub(credit)).min(now.saturating_add(most));
         // Whose debt is at its bound does not catch up: its turns cost more than they may pause.
         if self.due < due && cost > max_pause {

@@ -128,6 +128,24 @@ fn who_is_metered_within_a_slice_does_not_pause_either() {
 }
 
 #[test]
+fn a_turn_that_took_as_long_as_it_costs_is_free_and_leaves_no_credit() {
+    // A page in 1 ms is allowed; of the time at most 24 ms are believed, and 9 of credit from before.
+    for (pages, time, pause) in [(14, 14, 0), (14, 13, 1), (24, 24, 0), (24, 23, 1), (26, 40, 2), (8, 1, 0), (10, 1, 1)]
+    {
+        let mut vcpu = Vcpu::new(pace(1000));
+        vcpu.settle();
+        (0..3).for_each(|_| _ = vcpu.turn(0, 9_000_000));
+        assert_eq!(vcpu.longest, 0);
+        vcpu.turn(pages, time * 1_000_000);
+        assert_eq!(vcpu.longest, pause * 1_000_000, "{pages} in {time} ms");
+        let credit = u64::from(9u32.saturating_sub(pages));
+        vcpu.longest = 0;
+        vcpu.turn(9, 0);
+        assert_eq!(vcpu.longest, (9 - credit) * 1_000_000, "after {pages} in {time} ms");
+    }
+}
+
+#[test]
 fn a_debt_is_paid_in_bounded_pauses_page_by_page() {
     let mut vcpu = Vcpu::new(pace(5_120));
     vcpu.settle();
@@ -306,13 +324,18 @@ fn what_is_forgiven_is_not_owed() {
 struct Exact {
     raw: i128,
     due: i128,
+    turned: Nanos,
 }
 
 impl Exact {
     fn settle(&mut self, now: Nanos, pages: u32) -> i128 {
         let at = |time: Nanos| i128::from(time) * self.raw;
         let cost = i128::from(pages) * i128::from(SECOND) * 1024;
-        self.due = (self.due.max(at(now - BURST)) + cost).min(at(now + MAX_DEBT));
+        let after = |unused: Nanos| self.due.max(at(now - unused)) + cost;
+        // By the burst; or nothing is owed, for a turn that took as long as it costs.
+        let run = (now - std::mem::replace(&mut self.turned, now)).min(24_000_000);
+        self.due = after(BURST).min(after(run).max(at(now)));
+        self.due = self.due.max(at(now - BURST)).min(at(now + MAX_DEBT));
         self.due.min(at(now + 10_000_000)) / self.raw
     }
 }
@@ -326,7 +349,7 @@ proptest! {
         let limit = PageRate::from_raw(u64::try_from(raw).unwrap());
         let mut vcpu = Vcpu::new(Some(Terms::Pace(limit.price())));
         vcpu.settle();
-        let mut exact = Exact { raw, due: i128::from(vcpu.now) * raw };
+        let mut exact = Exact { raw, due: i128::from(vcpu.now) * raw, turned: vcpu.now };
         let mut slack = 0;
         for (pages, time) in turns {
             vcpu.now += time;
