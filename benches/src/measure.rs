@@ -11,9 +11,15 @@
 //!   percentile is over those gaps alone and interpolated, see [`Stalls::percentile_ms`].
 //! - *Work kept*: the guest's own accesses per second, limited over free.
 //!
+//! While the host's clock had fallen ([`Recording::slow`]) nothing tells whether a vCPU is below its limit by its limiter
+//! or by its host: means leave that time out, and windows that touch it are none. How far it was *above* its limit is
+//! over all the time.
+//!
 //! Counters are read about every 10 ms, not exactly: between two readings they are interpolated, and beyond the last one
 //! nothing is said.
 
+use std::iter;
+use std::ops::Range;
 use std::time::Duration;
 
 use dirtylimit_core::PageRate;
@@ -74,7 +80,7 @@ pub struct Measures {
 impl Measures {
     /// Measures one vCPU of a recording.
     pub fn of(recording: &Recording, vcpu: &VcpuRecording) -> Self {
-        let series = Series { samples: &vcpu.samples, page_size: recording.page_size };
+        let series = Series::of(recording, vcpu);
         let nothing = [(recording.limited_at, None)];
         let limits = if vcpu.limits.is_empty() { &nothing[..] } else { &vcpu.limits };
         let ends = limits[1..].iter().map(|&(from, _)| from).chain([recording.end]);
@@ -126,9 +132,7 @@ impl VmMeasures {
         let settled_mib_s = recording
             .vcpus
             .iter()
-            .map(|vcpu| {
-                Series { samples: &vcpu.samples, page_size: recording.page_size }.mean_mib_s(from, recording.end)
-            })
+            .map(|vcpu| Series::of(recording, vcpu).mean_mib_s(from, recording.end))
             .sum::<Option<f64>>();
         let error_pct = settled_mib_s.and_then(|settled| error_pct(settled, limit_mib_s));
         Some(Self { limit_mib_s, settled_mib_s, error_pct })
@@ -142,9 +146,22 @@ pub struct Series<'a> {
     pub samples: &'a [Sample],
     /// Bytes of a page.
     pub page_size: u32,
+    /// What means and windows leave out, in order, none overlapping.
+    pub slow: &'a [Range<Duration>],
 }
 
-impl Series<'_> {
+impl<'a> Series<'a> {
+    /// What a vCPU of the recording did.
+    pub fn of(recording: &'a Recording, vcpu: &'a VcpuRecording) -> Self {
+        Self { samples: &vcpu.samples, page_size: recording.page_size, slow: &recording.slow }
+    }
+
+    /// The same with nothing left out.
+    #[must_use]
+    pub const fn whole(self) -> Self {
+        Self { slow: &[], ..self }
+    }
+
     /// A cumulative counter at `at`, interpolated; `None` outside the samples. Before the first sample all counters are 0.
     fn at(&self, at: Duration, counter: impl Fn(&Sample) -> f64) -> Option<f64> {
         let next = self.samples.partition_point(|sample| sample.at < at);
@@ -157,9 +174,19 @@ impl Series<'_> {
 
     /// Growth of a counter per second from `from` to `to`, or to the last sample where that is earlier.
     fn mean(&self, from: Duration, to: Duration, counter: impl Fn(&Sample) -> f64) -> Option<f64> {
-        let to = to.min(self.samples.last()?.at);
-        let time = to.checked_sub(from)?;
-        ratio(self.at(to, &counter)? - self.at(from, &counter)?, time.as_secs_f64())
+        let (mut growth, mut time) = (0.0, 0.0);
+        for (from, to) in self.steady(from, to.min(self.samples.last()?.at)) {
+            growth += self.at(to, &counter)? - self.at(from, &counter)?;
+            time += (to - from).as_secs_f64();
+        }
+        ratio(growth, time)
+    }
+
+    /// What is left of a time without the slow spans, in order.
+    fn steady(&self, from: Duration, to: Duration) -> impl Iterator<Item = (Duration, Duration)> {
+        let starts = iter::once(from).chain(self.slow.iter().map(move |slow| slow.end.max(from)));
+        let ends = self.slow.iter().map(move |slow| slow.start.min(to)).chain([to]);
+        iter::zip(starts, ends).filter(|(start, end)| start < end)
     }
 
     /// Mean net rate in MiB/s.
@@ -200,23 +227,37 @@ impl Series<'_> {
         }
     }
 
-    /// How far above `limit` (MiB/s) the highest window of that length was, in percent; 0 where none was above it, `None`
-    /// where there was no whole window.
+    /// How far above `limit` (MiB/s) the highest window of that length was, slow or not, in percent; 0 where none was above
+    /// it, `None` where there was no whole window.
     pub fn over_pct(&self, from: Duration, to: Duration, window: Duration, limit: f64) -> Option<f64> {
-        let over =
-            self.windows(from, to, window)?.map(|start| error_pct(self.mean_mib_s(start, start + window)?, limit));
+        let all = self.whole();
+        let over = all.windows(from, to, window)?.map(|start| error_pct(all.mean_mib_s(start, start + window)?, limit));
         over.collect::<Option<Vec<_>>>()?.into_iter().reduce(f64::max).map(|over| over.max(0.0))
     }
 
-    /// When windows of that length start, all within `from` and `to`; `None` where not even the first one is.
+    /// When windows of that length start, all within `from` and `to` and none touching a slow span; `None` where there is
+    /// no room for any.
     fn windows(&self, from: Duration, to: Duration, window: Duration) -> Option<impl Iterator<Item = Duration>> {
         let last = to.min(self.samples.last()?.at).checked_sub(window)?;
-        let strides = std::iter::successors(Some(from + STRIDE), |&start| Some(start + STRIDE));
+        let strides = iter::successors(Some(from + STRIDE), |&start| Some(start + STRIDE));
         let readings = strides.map_while(|start| {
             let next = self.samples.partition_point(|sample| sample.at < start);
             self.samples.get(next).map(|sample| sample.at)
         });
-        Some(std::iter::once(from).chain(readings).take_while(move |&start| start <= last))
+        let starts = iter::once(from).chain(readings).take_while(move |&start| start <= last);
+        let is_slow =
+            move |start: Duration| self.slow.iter().any(|slow| slow.start < start + window && start < slow.end);
+        Some(starts.filter(move |&start| !is_slow(start)))
+    }
+
+    /// How far the worst window is from `limit` (MiB/s), in percent and without its sign; `None` where there is no window.
+    pub fn worst_pct(&self, from: Duration, to: Duration, limit: f64) -> Option<f64> {
+        let errors = self.windows(from, to, WINDOW)?.map(|start| self.window_pct(start, limit));
+        errors.collect::<Option<Vec<_>>>()?.into_iter().reduce(f64::max)
+    }
+
+    fn window_pct(&self, start: Duration, limit: f64) -> Option<f64> {
+        error_pct(self.mean_mib_s(start, start + WINDOW)?, limit).map(f64::abs)
     }
 
     /// Settle time in ms and the worst window's error after it; `None` where the rate never settled.
@@ -224,7 +265,7 @@ impl Series<'_> {
         let mut settled: Option<(Duration, f64)> = None;
         for start in self.windows(from, to, WINDOW)? {
             // A millionth of a percent, so that rounding does not decide over a window on the boundary.
-            let error = error_pct(self.mean_mib_s(start, start + WINDOW)?, limit)?.abs();
+            let error = self.window_pct(start, limit)?;
             settled = match settled {
                 _ if error > TOLERANCE_PCT + 1e-6 => None,
                 Some((since, worst)) => Some((since, worst.max(error))),

@@ -9,6 +9,7 @@ use super::Measure::{
     Speed, StallMax, StallP999, Tick, VmError, WorstWindow,
 };
 use super::Must::{AtLeast, AtMost};
+use super::measure::SETTLED;
 use super::trial::{HandServed, Versus};
 use super::{Bound, Case, Measure, Must, Scenario, Trial};
 use crate::guest::kvm::{Hold, Script};
@@ -20,6 +21,9 @@ use crate::workload::Workload;
 const MIB: u64 = 1 << 20;
 /// The working set of a writer that is alone.
 const SET: u64 = 224 * MIB;
+
+/// When a rate must have settled, in ms.
+const IN_TIME: Must = AtMost(1e3 * SETTLED.as_secs_f64());
 
 /// All of them, in the order in which they run.
 pub fn all() -> Vec<Scenario> {
@@ -55,7 +59,7 @@ fn exact(pause: u32) -> Vec<Case> {
         bounds: bounds([
             (Error, AtMost(1.0)),
             (WorstWindow, AtMost(5.0)),
-            (Settle, AtMost(150.0)),
+            (Settle, IN_TIME),
             (StallP999, AtMost(pause + 0.5)),
             (StallMax, AtMost(pause + 3.0)),
         ]),
@@ -82,7 +86,7 @@ fn steps() -> Vec<Case> {
     vec![Case {
         name: "none, 30, then 300 MiB/s".into(),
         trial: Trial::run_of(plan),
-        bounds: bounds([(Settle, AtMost(150.0)), (Overshoot, AtMost(20.0))]),
+        bounds: bounds([(Settle, IN_TIME), (Overshoot, AtMost(20.0))]),
     }]
 }
 

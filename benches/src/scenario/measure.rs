@@ -4,17 +4,20 @@ use std::time::Duration;
 
 use crate::guest::kvm::{Mark, Scripted};
 use crate::measure::{Measures, Series, VmMeasures};
-use crate::record::Stalls;
+use crate::record::{Recording, Stalls};
 use crate::units::mib_per_sec;
 use crate::workload::Workload;
+
+/// A limiter has settled so long after a limit was set, or never.
+pub const SETTLED: Duration = Duration::from_millis(150);
 
 /// A measure. Where a run has several vCPUs or steps, it is the worst of them, readers and the unlimited left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
     /// How far the settled rate is from the limit, without its sign.
     Error,
-    /// How far the worst 100 ms window after settling is from the limit, without its sign. At 2 MiB/s and more, ±2 pages
-    /// are less than 5 % of a window.
+    /// How far the worst 100 ms window is from the limit, without its sign, from [`SETTLED`] on. At 2 MiB/s and more, ±2
+    /// pages are less than 5 % of a window.
     WorstWindow,
     /// From a limit being set until every 100 ms window stays within ±10 %.
     Settle,
@@ -67,6 +70,24 @@ impl Evidence {
             Self::Speed(_, lost) => Some(*lost),
             Self::Interrupted(_) => None,
         }
+    }
+
+    /// The run; `None` where there is none of its own.
+    pub fn recording(&self) -> Option<&Recording> {
+        match self {
+            Self::Run(done) => Some(&done.recording),
+            Self::Speed(..) | Self::Interrupted(_) => None,
+        }
+    }
+
+    /// The same as if the host's clock had never fallen: nothing is left out.
+    #[must_use]
+    pub fn whole(&self) -> Self {
+        let mut whole = self.clone();
+        if let Self::Run(done) = &mut whole {
+            done.recording.slow.clear();
+        }
+        whole
     }
 }
 
@@ -123,15 +144,19 @@ impl Measure {
         let measures = || writers().map(|vcpu| Measures::of(recording, vcpu));
         match self {
             Self::Error => worst(measures().map(|vcpu| vcpu.last().error_pct.map(f64::abs))),
-            Self::WorstWindow => worst(measures().map(|vcpu| vcpu.last().worst_window_error_pct)),
+            Self::WorstWindow => worst(writers().map(|vcpu| {
+                let &(from, limit) = vcpu.limits.last()?;
+                let limit = mib_per_sec(limit?, recording.page_size);
+                Series::of(recording, vcpu).worst_pct(from + SETTLED, recording.end, limit)
+            })),
             Self::Settle => worst(measures().flat_map(|vcpu| vcpu.steps).map(|step| step.settle_ms)),
             Self::Overshoot => worst(measures().flat_map(|vcpu| vcpu.steps).map(|step| step.overshoot_pct)),
             Self::StallMax => worst(measures().map(|vcpu| vcpu.stall_max_ms)),
             Self::Paused => worst(measures().map(|vcpu| vcpu.paused_pct)),
             Self::OneSecond => worst(writers().map(|vcpu| {
-                let series = Series { samples: &vcpu.samples, page_size: recording.page_size };
                 let limit = mib_per_sec(vcpu.limits.last()?.1?, recording.page_size);
-                series.over_pct(recording.limited_at, recording.end, Duration::from_secs(1), limit)
+                let second = Duration::from_secs(1);
+                Series::of(recording, vcpu).over_pct(recording.limited_at, recording.end, second, limit)
             })),
             Self::VmError => Some(VmMeasures::of(recording)?.error_pct?.abs()),
             Self::Share => {

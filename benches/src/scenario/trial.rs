@@ -59,15 +59,15 @@ impl Trial {
         }
     }
 
-    /// Tries it once; `round` decides who of two goes first. The clock is looked at while a run is limited; where it is
-    /// `steady`, a run ends once the clock has fallen.
+    /// Tries it once; `round` decides who of two goes first. The clock is looked at meanwhile.
     ///
     /// # Errors
     /// What the guest says.
-    pub fn run(&self, round: usize, interrupt: &Interrupt, clock: &mut Clock, steady: bool) -> Result<Evidence> {
+    pub fn run(&self, round: usize, interrupt: &Interrupt, clock: &mut Clock) -> Result<Evidence> {
         match self {
             Self::Run(plan, script) => {
-                let done = kvm::run_scripted(plan, script, &mut Watched { interrupt, clock, steady })?;
+                let mut done = kvm::run_scripted(plan, script, &mut Watched { interrupt, clock })?;
+                done.recording.slow = clock.over();
                 Ok(Evidence::Run(Box::new(done)))
             }
             Self::Versus(versus) => versus.run(round, interrupt),
@@ -104,18 +104,15 @@ impl Versus {
 struct Watched<'a> {
     interrupt: &'a Interrupt,
     clock: &'a mut Clock,
-    steady: bool,
 }
 
 impl Progress for Watched<'_> {
-    fn sample(&mut self, _: Duration, phase: Phase, _: &[VcpuNow]) {
-        if phase == Phase::Limited {
-            self.clock.look();
-        }
+    fn sample(&mut self, at: Duration, _: Phase, _: &[VcpuNow]) {
+        self.clock.look(at);
     }
 
     fn interrupted(&self) -> bool {
-        self.interrupt.requested() || (self.steady && self.clock.fell())
+        self.interrupt.requested()
     }
 }
 

@@ -1,13 +1,15 @@
 //! What came of a scenario, for people and for scripts.
 
 use std::fmt;
+use std::iter;
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::measure::{Evidence, median};
 use super::yardstick::{HostLate, HostSlow};
 use super::{Bound, Case, Must, Scenario};
-use crate::record::Host;
+use crate::record::{Host, Recording};
 use crate::units::significant;
 
 /// The document for scripts.
@@ -28,12 +30,12 @@ pub struct Verdict {
     pub what: &'static str,
     /// How often each case ran.
     pub runs: u8,
-    /// Pages that copies made from the dirty log alone had wrong, in all runs, repeated ones too.
+    /// Pages that copies made from the dirty log alone had wrong, in all runs.
     pub lost_pages: u64,
     /// What the host did to a thread that only sleeps, beside the runs; null where there were none.
     pub host_late: Option<HostLate>,
-    /// Runs in which the host's clock fell.
-    pub host_slow: HostSlow,
+    /// What of them the host's clock had fallen for; null where it never had.
+    pub host_slow: Option<HostSlow>,
     /// Every measure of every case.
     pub figures: Vec<Figure>,
 }
@@ -49,6 +51,8 @@ pub struct Figure {
     pub unit: &'static str,
     /// The figure: the median of `values`, or for a percentile that of all runs together. Null where most runs had none.
     pub measured: Option<f64>,
+    /// The same with the time in which the host's clock had fallen.
+    pub with_slow: Option<f64>,
     /// One for each run; null where it had none, such as a rate that never settled.
     pub values: Vec<Option<f64>>,
     /// What it may be at most; null where the bound is a lower one.
@@ -62,17 +66,20 @@ pub struct Figure {
 impl Verdict {
     /// Judges what was tried: for each case, one piece of evidence a run.
     pub fn of(scenario: &Scenario, runs: u8, tried: &[Vec<Evidence>]) -> Self {
-        let cases = || scenario.cases.iter().zip(tried);
+        let figures: Vec<_> = iter::zip(&scenario.cases, tried)
+            .flat_map(|(case, tried)| {
+                let whole: Vec<_> = tried.iter().map(Evidence::whole).collect();
+                case.bounds.iter().map(move |bound| Figure::of(case, *bound, tried, &whole))
+            })
+            .collect();
         Self {
             scenario: scenario.name,
             what: scenario.what,
             runs,
             lost_pages: tried.iter().flatten().filter_map(Evidence::lost_pages).sum(),
             host_late: None,
-            host_slow: HostSlow::default(),
-            figures: cases()
-                .flat_map(|(case, tried)| case.bounds.iter().map(|b| Figure::of(case, *b, tried)))
-                .collect(),
+            host_slow: HostSlow::of(tried.iter().flatten().filter_map(Evidence::recording), &figures),
+            figures,
         }
     }
 
@@ -83,19 +90,51 @@ impl Verdict {
 }
 
 impl Figure {
-    fn of(case: &Case, Bound { measure, must }: Bound, tried: &[Evidence]) -> Self {
-        let values: Vec<_> = tried.iter().map(|evidence| measure.of(evidence)).collect();
-        // A value that is missing is worse than any.
-        let missing = if matches!(must, Must::AtMost(_)) { f64::INFINITY } else { f64::NEG_INFINITY };
-        let of_each = || median(values.iter().map(|value| value.unwrap_or(missing)).collect());
-        let measured = measure.of_all(tried).or_else(of_each);
+    fn of(case: &Case, bound: Bound, tried: &[Evidence], whole: &[Evidence]) -> Self {
+        let Bound { measure, must } = bound;
+        let (measured, with_slow) = (bound.judged(tried), bound.judged(whole));
+        let values = tried.iter().map(|evidence| measure.of(evidence)).collect();
         let (measure, unit) = measure.name();
         let (at_most, at_least) = match must {
             Must::AtMost(most) => (Some(most), None),
             Must::AtLeast(least) => (None, Some(least)),
         };
         let met = measured.is_some_and(|value| must.met(value));
-        Self { case: case.name.clone(), measure, unit, measured, values, at_most, at_least, met }
+        Self { case: case.name.clone(), measure, unit, measured, with_slow, values, at_most, at_least, met }
+    }
+
+    /// The bound, as it is allowed.
+    fn must(&self) -> Must {
+        match (self.at_most, self.at_least) {
+            (Some(most), _) => Must::AtMost(most),
+            (None, least) => Must::AtLeast(least.unwrap_or_default()),
+        }
+    }
+}
+
+impl Bound {
+    /// The figure to judge by it: of all trials, or the median of each one's.
+    fn judged(self, tried: &[Evidence]) -> Option<f64> {
+        // A value that is missing is worse than any.
+        let missing = if matches!(self.must, Must::AtMost(_)) { f64::INFINITY } else { f64::NEG_INFINITY };
+        let of_each = || median(tried.iter().map(|evidence| self.measure.of(evidence).unwrap_or(missing)).collect());
+        self.measure.of_all(tried).or_else(of_each)
+    }
+}
+
+impl HostSlow {
+    /// How much of these runs was slow; `None` for nothing.
+    fn of<'a>(runs: impl Iterator<Item = &'a Recording>, figures: &[Figure]) -> Option<Self> {
+        let (mut slow, mut limited) = (Duration::ZERO, Duration::ZERO);
+        for Recording { slow: spans, limited_at, end, .. } in runs {
+            limited += end.saturating_sub(*limited_at);
+            slow += spans.iter().map(|span| span.end.min(*end).saturating_sub(span.start.max(*limited_at))).sum();
+        }
+        let missed = |figure: &&Figure| !figure.with_slow.is_some_and(|value| figure.must().met(value));
+        (!slow.is_zero()).then(|| Self {
+            share_pct: 100.0 * slow.as_secs_f64() / limited.as_secs_f64(),
+            missed_with_it: figures.iter().filter(missed).count(),
+        })
     }
 }
 
@@ -112,9 +151,9 @@ impl fmt::Display for Verdict {
             last = &figure.case;
             let with_unit = |value| format!("{} {}", number(value), figure.unit);
             let measured = figure.measured.map_or("none".into(), with_unit);
-            let must = match (figure.at_most, figure.at_least) {
-                (Some(most), _) => format!("at most {}", with_unit(most)),
-                (None, least) => format!("at least {}", with_unit(least.unwrap_or_default())),
+            let must = match figure.must() {
+                Must::AtMost(most) => format!("at most {}", with_unit(most)),
+                Must::AtLeast(least) => format!("at least {}", with_unit(least)),
             };
             let met = if figure.met { "ok" } else { "MISSED" };
             writeln!(f, "{case:<26} {:<13} {:>12}  {must:<17} {met}", figure.measure, measured.trim_end())?;
@@ -137,12 +176,14 @@ impl fmt::Display for Verdict {
             let [p999, longest] = [p999_ms, longest_ms].map(|ms| number(*ms));
             write!(f, "\nbeside them a thread that only sleeps: p99.9 {p999} ms late, longest {longest} ms")?;
         }
-        match self.host_slow {
-            HostSlow { repeated: 0, counted: 0 } => Ok(()),
-            HostSlow { repeated, counted } => {
-                write!(f, "\nthe host's clock fell: {repeated} runs repeated, {counted} counted all the same")
-            }
+        if let Some(HostSlow { share_pct, missed_with_it }) = &self.host_slow {
+            let share = number(*share_pct);
+            write!(
+                f,
+                "\nthe host's clock had fallen for {share} % of the time; with that {missed_with_it} were MISSED"
+            )?;
         }
+        Ok(())
     }
 }
 
@@ -153,7 +194,11 @@ pub(crate) fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::*;
+    use crate::guest::kvm::Scripted;
+    use crate::report::example;
     use crate::scenario::{Measure, Trial, catalogue};
 
     fn scenario(must: Must) -> Scenario {
@@ -189,6 +234,31 @@ mod tests {
     }
 
     #[test]
+    fn what_a_slow_host_spoiled_is_left_out_and_told() {
+        let mut recording = example::recording();
+        // 8 s limited, of which the last one was at half the rate.
+        for sample in recording.vcpus[0].samples.iter_mut().filter(|sample| sample.at.as_secs() >= 8) {
+            sample.net -= u64::try_from((sample.at - Duration::from_secs(8)).as_millis()).unwrap() * 256 * 50 / 1000;
+        }
+        let judged = |slow: &[Range<Duration>]| {
+            let recording = Recording { slow: slow.to_vec(), ..recording.clone() };
+            let run = Evidence::Run(Box::new(Scripted { recording, marks: Vec::new(), ticks: Vec::new() }));
+            let mut scenario = scenario(Must::AtMost(1.0));
+            scenario.cases[0].bounds[0].measure = Measure::Error;
+            Verdict::of(&scenario, 1, &[vec![run]])
+        };
+        let strict = judged(&[]);
+        assert!(!strict.met() && strict.host_slow.is_none());
+        assert!(strict.figures[0].measured > Some(12.0), "{strict:?}");
+        let left_out =
+            judged(&[Duration::ZERO..Duration::from_secs(2), Duration::from_secs(8)..Duration::from_secs(10)]);
+        assert!(left_out.met(), "{left_out:?}");
+        assert_eq!(left_out.figures[0].with_slow, strict.figures[0].measured);
+        assert_eq!(left_out.host_slow, Some(HostSlow { share_pct: 25.0, missed_with_it: 1 }));
+        assert!(left_out.to_string().ends_with("for 25 % of the time; with that 1 were MISSED"), "{left_out}");
+    }
+
+    #[test]
     fn lost_pages_are_summed_and_never_met() {
         let verdict = judged(Must::AtLeast(1.0), &[2.0, 2.0], 3);
         assert_eq!(verdict.lost_pages, 6);
@@ -206,7 +276,7 @@ mod tests {
                 figure.measured = Some(value);
             }
             verdict.host_late = Some(HostLate { p999_ms: 123.456, longest_ms: 12_345.6 });
-            verdict.host_slow = HostSlow { repeated: 99_999, counted: 9_999 };
+            verdict.host_slow = Some(HostSlow { share_pct: 12.345_678, missed_with_it: 1234 });
             let text = verdict.to_string();
             let widest = text.lines().map(|line| line.chars().count()).max();
             assert!(widest <= Some(80), "{widest:?} columns:\n{text}");

@@ -3,6 +3,8 @@
 //! power, or against heat), steal no time meanwhile and say nothing, and a guest cannot write a page in the time it has.
 
 use std::hint::black_box;
+use std::mem::{replace, take};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -55,30 +57,28 @@ pub fn beside<T>(run: impl FnOnce() -> T) -> (T, Vec<Duration>) {
     })
 }
 
-/// How many runs the host's clock fell in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+/// How much of the runs the host's clock had fallen for.
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct HostSlow {
-    /// So many were repeated for it.
-    pub repeated: u32,
-    /// So many counted all the same, after too many repeats.
-    pub counted: u32,
+    /// Of the limited time, in percent; rates leave it out.
+    pub share_pct: f64,
+    /// So many figures would be missed if they did not.
+    pub missed_with_it: usize,
 }
 
 /// The clock of the host's CPUs, judged by how long a little work takes.
 #[derive(Debug, Default)]
 pub struct Clock {
     best: Option<Duration>,
-    fell: bool,
+    /// When it was last looked at, and whether it had fallen.
+    looked: Duration,
+    fallen: bool,
+    slow: Vec<Range<Duration>>,
 }
 
 impl Clock {
-    /// From here on it has not fallen.
-    pub const fn begin(&mut self) {
-        self.fell = false;
-    }
-
-    /// Looks at the clock, for some ten microseconds.
-    pub fn look(&mut self) {
+    /// Looks at the clock, for some ten microseconds, `at` after the start of a recording.
+    pub fn look(&mut self, at: Duration) {
         let time = || {
             let start = Instant::now();
             // Each step waits for the one before, and for nothing else: neither memory nor a neighbour.
@@ -86,18 +86,27 @@ impl Clock {
             start.elapsed()
         };
         // Whoever is interrupted is not so three times in a row.
-        self.judge(time().min(time()).min(time()));
+        self.judge(at, time().min(time()).min(time()));
     }
 
-    fn judge(&mut self, time: Duration) {
+    fn judge(&mut self, at: Duration, time: Duration) {
         let best = self.best.map_or(time, |best| best.min(time));
         self.best = Some(best);
-        self.fell |= time > best * FALLEN;
+        let fallen = time > best * FALLEN;
+        let before = replace(&mut self.looked, at);
+        // From the last look before, as far as is known, to the first one after.
+        let goes_on = replace(&mut self.fallen, fallen);
+        match self.slow.last_mut() {
+            Some(slow) if goes_on => slow.end = at,
+            _ if fallen => self.slow.push(before..at),
+            _ => {}
+        }
     }
 
-    /// Whether it fell, at any look since the beginning.
-    pub const fn fell(&self) -> bool {
-        self.fell
+    /// When it had fallen, in the recording that is over.
+    pub fn over(&mut self) -> Vec<Range<Duration>> {
+        (self.looked, self.fallen) = (Duration::ZERO, false);
+        take(&mut self.slow)
     }
 }
 
@@ -107,14 +116,17 @@ mod tests {
 
     #[test]
     fn a_clock_falls_below_a_third_of_its_best() {
+        let ms = Duration::from_millis;
         let mut clock = Clock::default();
-        let fell = [40, 10, 30, 31, 10].map(|us| {
-            clock.judge(Duration::from_micros(us));
-            clock.fell()
-        });
-        assert_eq!(fell, [false, false, false, true, true]);
-        clock.begin();
-        assert!(!clock.fell());
+        let mut slow = |us: &[u64]| {
+            for (number, &us) in (1..).zip(us) {
+                clock.judge(ms(10) * number, Duration::from_micros(us));
+            }
+            clock.over()
+        };
+        assert_eq!(slow(&[40, 10, 30, 31, 120, 10, 10, 31, 10, 31]), [ms(30)..ms(60), ms(70)..ms(90), ms(90)..ms(100)]);
+        assert_eq!(slow(&[31, 30]), [ms(0)..ms(20)], "another recording");
+        assert_eq!(slow(&[9, 28]), [ms(10)..ms(20)], "by the best that was ever seen");
     }
 
     #[test]
