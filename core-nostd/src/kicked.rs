@@ -12,6 +12,8 @@ const SHORTEST: Nanos = 5_000;
 const LONGEST: Nanos = 10_000_000;
 /// So many runs in a row without a page are a guest that does not write, not one that was kicked too soon.
 const IDLE: u32 = 8;
+/// A run with so many times the pages that it was to have was much too long.
+const MANY: u32 = 4;
 /// Rings of so many free entries at most may be left to fill.
 const FILLABLE: u32 = 4096;
 /// And for no longer than so: where the working set is smaller they never fill.
@@ -67,8 +69,13 @@ impl RunTime {
             }
         } else {
             self.empty = 0;
-            // Less and less of it is believed, or one empty run that the host was the reason of would be for good.
-            self.entry = if before > self.entry { self.entry - self.entry / 64 } else { before / 2 };
+            // Less and less of it is believed, or one empty run that the host was the reason of would be for good; and much
+            // less where there are many pages, which cost more than the empty runs if that was wrong.
+            self.entry = match self.entry {
+                entry if pages > slice.saturating_mul(MANY) => entry.min(before) / 2,
+                entry if entry < before => entry - entry / 64,
+                _ => before / 2,
+            };
             self.runs = self.runs.saturating_add(1);
             self.page = (before - self.entry) / Nanos::from(pages);
             let fitting = self.entry + (before - self.entry) * Nanos::from(slice) / Nanos::from(pages);
@@ -192,10 +199,47 @@ mod tests {
         run.learn(1, 0); // half of it is the way in: 40,000
         run.learn(1, 2); // less a 64th; the rest was for two pages
         assert_eq!(run.get(), 39_375 + (85_000 - 39_375) / 2);
-        run.learn(1, u32::MAX); // less another
-        assert_eq!(run.get(), 38_760);
-        run.learn(1, 2); // so the way in is shorter, half of that perhaps
-        assert_eq!(run.get(), 19_380 + 19_380 / 2);
+        run.learn(1, 4); // less another
+        assert_eq!(run.get(), 38_760 + (62_187 - 38_760) / 4);
+        run.learn(1, 5); // that many: less its half
+        assert_eq!(run.get(), 19_380 + (44_616 - 19_380) / 5);
+        let at = |entry| RunTime { run_time: 30_000, entry, ..RunTime::new() };
+        // Pages came sooner than was possible, so the way in is shorter: half of that perhaps, of many pages too.
+        for (entry, pages, expected) in [(30_000, 2, 22_500), (40_000, 2, 22_500), (40_000, 8, 16_875)] {
+            let mut run = at(entry);
+            run.learn(1, pages);
+            assert_eq!(run.get(), expected, "{entry}, {pages}");
+        }
+        let mut run = at(20_000);
+        run.learn(2, 8);
+        assert_eq!(run.get(), 19_688 + 10_312 * 2 / 8, "four times what it was to have is not yet many");
+        let mut run = at(20_000);
+        run.learn(2, 9);
+        assert_eq!(run.get(), 10_000 + 20_000 * 2 / 9);
+    }
+
+    #[test]
+    fn a_host_that_was_slow_for_a_while_is_soon_forgotten() {
+        for slow in [10, 20, 40, 80] {
+            let mut run = RunTime::new();
+            let mut had = |entry: Nanos, page: Nanos, runs: Nanos| -> std::vec::Vec<u32> {
+                let mut one = |number: Nanos| {
+                    // The way in is half as long, or half as long again, and that at random.
+                    let entry = entry * (50 + number * 37 % 100) / 100;
+                    let pages = u32::try_from(run.get().saturating_sub(entry) / page).unwrap();
+                    run.learn(1, pages);
+                    pages
+                };
+                (0..runs).map(&mut one).collect()
+            };
+            had(15_000, 7_000, 200);
+            had(180_000, 84_000, slow);
+            let after = had(15_000, 7_000, 60);
+            assert!(
+                after.iter().sum::<u32>() <= 200 && after[4..].iter().all(|&pages| pages <= 4),
+                "{slow}: {after:?}"
+            );
+        }
     }
 
     #[test]
