@@ -11,15 +11,10 @@
 //!   percentile is over those gaps alone and interpolated, see [`Stalls::percentile_ms`].
 //! - *Work kept*: the guest's own accesses per second, limited over free.
 //!
-//! While the host's clock had fallen ([`Recording::slow`]) nothing tells whether a vCPU is below its limit by its limiter
-//! or by its host: means leave that time out, and windows that touch it are none. How far it was *above* its limit is
-//! over all the time.
-//!
 //! Counters are read about every 10 ms, not exactly: between two readings they are interpolated, and beyond the last one
 //! nothing is said.
 
 use std::iter;
-use std::ops::Range;
 use std::time::Duration;
 
 use dirtylimit_core::PageRate;
@@ -146,20 +141,12 @@ pub struct Series<'a> {
     pub samples: &'a [Sample],
     /// Bytes of a page.
     pub page_size: u32,
-    /// What means and windows leave out, in order, none overlapping.
-    pub slow: &'a [Range<Duration>],
 }
 
 impl<'a> Series<'a> {
     /// What a vCPU of the recording did.
     pub fn of(recording: &'a Recording, vcpu: &'a VcpuRecording) -> Self {
-        Self { samples: &vcpu.samples, page_size: recording.page_size, slow: &recording.slow }
-    }
-
-    /// The same with nothing left out.
-    #[must_use]
-    pub const fn whole(self) -> Self {
-        Self { slow: &[], ..self }
+        Self { samples: &vcpu.samples, page_size: recording.page_size }
     }
 
     /// A cumulative counter at `at`, interpolated; `None` outside the samples. Before the first sample all counters are 0.
@@ -174,19 +161,9 @@ impl<'a> Series<'a> {
 
     /// Growth of a counter per second from `from` to `to`, or to the last sample where that is earlier.
     fn mean(&self, from: Duration, to: Duration, counter: impl Fn(&Sample) -> f64) -> Option<f64> {
-        let (mut growth, mut time) = (0.0, 0.0);
-        for (from, to) in self.steady(from, to.min(self.samples.last()?.at)) {
-            growth += self.at(to, &counter)? - self.at(from, &counter)?;
-            time += (to - from).as_secs_f64();
-        }
-        ratio(growth, time)
-    }
-
-    /// What is left of a time without the slow spans, in order.
-    fn steady(&self, from: Duration, to: Duration) -> impl Iterator<Item = (Duration, Duration)> {
-        let starts = iter::once(from).chain(self.slow.iter().map(move |slow| slow.end.max(from)));
-        let ends = self.slow.iter().map(move |slow| slow.start.min(to)).chain([to]);
-        iter::zip(starts, ends).filter(|(start, end)| start < end)
+        let to = to.min(self.samples.last()?.at);
+        let time = to.checked_sub(from)?;
+        ratio(self.at(to, &counter)? - self.at(from, &counter)?, time.as_secs_f64())
     }
 
     /// Mean net rate in MiB/s.
@@ -213,7 +190,9 @@ impl<'a> Series<'a> {
         let settled_mib_s = self.mean_mib_s(middle(from, to), to);
         let judged = limit_mib_s.filter(|_| writes);
         let error_pct = judged.zip(settled_mib_s).and_then(|(limit, settled)| error_pct(settled, limit));
-        let (settle_ms, worst_window_error_pct) = judged.and_then(|limit| self.settle(from, to, limit)).unzip();
+        let off = |limit| move |from, to| self.error_pct(from, to, limit).map(f64::abs);
+        let settled = judged.and_then(|limit| self.settle(from, to, off(limit)));
+        let (settle_ms, worst_window_error_pct) = settled.unzip();
         let overshoot_pct = judged.and_then(|limit| self.over_pct(from, to, WINDOW, limit));
         StepMeasures {
             from,
@@ -227,16 +206,14 @@ impl<'a> Series<'a> {
         }
     }
 
-    /// How far above `limit` (MiB/s) the highest window of that length was, slow or not, in percent; 0 where none was above
-    /// it, `None` where there was no whole window.
+    /// How far above `limit` (MiB/s) the highest window of that length was, in percent; 0 where none was above it, `None`
+    /// where there was no whole window.
     pub fn over_pct(&self, from: Duration, to: Duration, window: Duration, limit: f64) -> Option<f64> {
-        let all = self.whole();
-        let over = all.windows(from, to, window)?.map(|start| error_pct(all.mean_mib_s(start, start + window)?, limit));
+        let over = self.windows(from, to, window)?.map(|start| self.error_pct(start, start + window, limit));
         over.collect::<Option<Vec<_>>>()?.into_iter().reduce(f64::max).map(|over| over.max(0.0))
     }
 
-    /// When windows of that length start, all within `from` and `to` and none touching a slow span; `None` where there is
-    /// no room for any.
+    /// When windows of that length start, all within `from` and `to`; `None` where not even the first one is.
     fn windows(&self, from: Duration, to: Duration, window: Duration) -> Option<impl Iterator<Item = Duration>> {
         let last = to.min(self.samples.last()?.at).checked_sub(window)?;
         let strides = iter::successors(Some(from + STRIDE), |&start| Some(start + STRIDE));
@@ -244,28 +221,37 @@ impl<'a> Series<'a> {
             let next = self.samples.partition_point(|sample| sample.at < start);
             self.samples.get(next).map(|sample| sample.at)
         });
-        let starts = iter::once(from).chain(readings).take_while(move |&start| start <= last);
-        let is_slow =
-            move |start: Duration| self.slow.iter().any(|slow| slow.start < start + window && start < slow.end);
-        Some(starts.filter(move |&start| !is_slow(start)))
+        Some(iter::once(from).chain(readings).take_while(move |&start| start <= last))
     }
 
-    /// How far the worst window is from `limit` (MiB/s), in percent and without its sign; `None` where there is no window.
-    pub fn worst_pct(&self, from: Duration, to: Duration, limit: f64) -> Option<f64> {
-        let errors = self.windows(from, to, WINDOW)?.map(|start| self.window_pct(start, limit));
+    /// How far the mean rate is above `limit` (MiB/s), in percent.
+    pub fn error_pct(&self, from: Duration, to: Duration, limit: f64) -> Option<f64> {
+        error_pct(self.mean_mib_s(from, to)?, limit)
+    }
+
+    /// How far the worst window is off in percent, as `off` tells from its start and end; `None` where there is none.
+    pub fn worst_pct(
+        &self,
+        from: Duration,
+        to: Duration,
+        off: impl Fn(Duration, Duration) -> Option<f64>,
+    ) -> Option<f64> {
+        let errors = self.windows(from, to, WINDOW)?.map(|start| off(start, start + WINDOW));
         errors.collect::<Option<Vec<_>>>()?.into_iter().reduce(f64::max)
     }
 
-    fn window_pct(&self, start: Duration, limit: f64) -> Option<f64> {
-        error_pct(self.mean_mib_s(start, start + WINDOW)?, limit).map(f64::abs)
-    }
-
-    /// Settle time in ms and the worst window's error after it; `None` where the rate never settled.
-    fn settle(&self, from: Duration, to: Duration, limit: f64) -> Option<(f64, f64)> {
+    /// Settle time in ms and the worst window's error after it, as `off` tells from its start and end; `None` where the
+    /// rate never settled.
+    pub fn settle(
+        &self,
+        from: Duration,
+        to: Duration,
+        off: impl Fn(Duration, Duration) -> Option<f64>,
+    ) -> Option<(f64, f64)> {
         let mut settled: Option<(Duration, f64)> = None;
         for start in self.windows(from, to, WINDOW)? {
             // A millionth of a percent, so that rounding does not decide over a window on the boundary.
-            let error = self.window_pct(start, limit)?;
+            let error = off(start, start + WINDOW)?;
             settled = match settled {
                 _ if error > TOLERANCE_PCT + 1e-6 => None,
                 Some((since, worst)) => Some((since, worst.max(error))),
@@ -370,7 +356,8 @@ impl Stalls {
     }
 }
 
-fn middle(from: Duration, to: Duration) -> Duration {
+/// Half-way between two instants.
+pub(crate) fn middle(from: Duration, to: Duration) -> Duration {
     from + to.saturating_sub(from) / 2
 }
 

@@ -1,7 +1,6 @@
 //! What one run recorded. A guest writes it; the measures and reports are derived from it alone.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -72,9 +71,6 @@ pub struct Recording {
     pub end: Duration,
     /// The user ended it early.
     pub interrupted: bool,
-    /// When the host's clock had fallen, in order, none overlapping; empty where nobody looked. See
-    /// [`Series`](crate::measure::Series).
-    pub slow: Vec<Range<Duration>>,
     /// Pages that a copy made from the dirty log alone would have wrong; `None` where that was not checked.
     pub lost_pages: Option<u64>,
     /// Pages that resets gave back, in the limited phase.
@@ -99,7 +95,6 @@ impl Recording {
             limited_at: Duration::ZERO,
             end: Duration::ZERO,
             interrupted: false,
-            slow: Vec::new(),
             lost_pages: None,
             reset_pages: 0,
             reset_calls: 0,

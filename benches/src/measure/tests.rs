@@ -51,7 +51,6 @@ fn recording(end: u32, vcpus: Vec<VcpuRecording>) -> Recording {
         limited_at: MS * 1000,
         end: MS * end,
         interrupted: false,
-        slow: Vec::new(),
         lost_pages: None,
         reset_pages: 0,
         reset_calls: 0,
@@ -112,44 +111,6 @@ fn a_burst_is_over_with_the_reading_that_ends_it() {
     let measures = Measures::of(&recording, &recording.vcpus[0]);
     near(measures.last().settle_ms, 10.1);
     near(measures.last().worst_window_error_pct, 0.0);
-}
-
-#[test]
-fn what_a_slow_host_spoils_is_left_out_but_nothing_that_is_too_much() {
-    // 256 pages/ms against 256 (1,000 MiB/s); from 2,000 on nothing for 100 ms, then double for 50; the same at 3,500.
-    let rate = |ms| match ms {
-        2000..2100 | 3500..3600 => 0,
-        2100..2150 | 3600..3650 => 512,
-        _ => 256,
-    };
-    let mut recording = recording(5000, vec![vcpu(&[(1000, 1000)], sampled(5000, 10, rate))]);
-    let worst = |recording: &Recording, from| {
-        Series::of(recording, &recording.vcpus[0]).worst_pct(MS * from, recording.end, 1000.0)
-    };
-    let whole = Measures::of(&recording, &recording.vcpus[0]);
-    near(whole.last().settle_ms, 2640.0);
-    near(worst(&recording, 1000), 100.0);
-
-    recording.slow = vec![MS * 1990..MS * 2150, MS * 3490..MS * 3600];
-    let measures = Measures::of(&recording, &recording.vcpus[0]);
-    // What follows the second span belongs to nobody but the limiter.
-    near(measures.last().settle_ms, 2640.0);
-    near(worst(&recording, 1000), 50.0);
-    // Half of 4 s, less 110 ms, with 50 ms of 256 pages too many.
-    near(measures.last().error_pct, 100.0 * 50.0 / 1890.0);
-    recording.slow[1].end = MS * 3650;
-    let measures = Measures::of(&recording, &recording.vcpus[0]);
-    near(measures.last().settle_ms, 0.0);
-    near(measures.last().worst_window_error_pct, 0.0);
-    near(worst(&recording, 1000), 0.0);
-    near(measures.last().error_pct, 0.0);
-    near(measures.last().overshoot_pct, 50.0);
-    near(Series::of(&recording, &recording.vcpus[0]).whole().worst_pct(MS * 1000, recording.end, 1000.0), 100.0);
-
-    recording.slow = vec![MS * 900..MS * 5000];
-    let measures = Measures::of(&recording, &recording.vcpus[0]);
-    assert_eq!((measures.last().error_pct, measures.last().settle_ms), (None, None));
-    assert_eq!(worst(&recording, 1000), None);
 }
 
 #[test]

@@ -76,7 +76,7 @@ fn sampled(
     vcpu: &VcpuRecording,
     value: impl Fn(&measure::Series<'_>, Duration, Duration) -> Option<f64>,
 ) -> Vec<(f64, f64)> {
-    let samples = measure::Series::of(recording, vcpu).whole();
+    let samples = measure::Series::of(recording, vcpu);
     let end = vcpu.samples.last().map_or(recording.end, |last| last.at.max(recording.end));
     let step = (end / POINTS).max(Duration::from_millis(10));
     let instants = std::iter::successors(Some(Duration::ZERO), |&at| Some(at + step)).take_while(|&at| at <= end);

@@ -68,7 +68,6 @@ pub(crate) fn recording() -> Recording {
         limited_at: Duration::from_secs(1),
         end: Duration::from_secs(9),
         interrupted: false,
-        slow: Vec::new(),
         lost_pages: Some(0),
         reset_pages: 204_800,
         reset_calls: 812,

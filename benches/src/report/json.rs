@@ -157,7 +157,7 @@ impl Vcpu {
     fn of(recording: &Recording, vcpu: &VcpuRecording) -> Self {
         let measures = Measures::of(recording, vcpu);
         let last = measures.last();
-        let series = Series::of(recording, vcpu).whole();
+        let series = Series::of(recording, vcpu);
         let samples = vcpu
             .samples
             .windows(2)

@@ -144,7 +144,7 @@ fn budget() -> Vec<Case> {
     ]
 }
 
-/// The reader's speed is compared between neighbouring spans of 200 ms, in which the writers are by turns held by hand
+/// The reader's speed is compared between spans of 200 ms that follow each other, in which the writers are by turns held by hand
 /// and limited. The writers' memory is much more than they may dirty between two passes: a page that is dirty already can
 /// be written at full speed.
 fn reader() -> Vec<Case> {
@@ -152,10 +152,10 @@ fn reader() -> Vec<Case> {
         let mut vcpus = vec![VcpuPlan { workload: Workload::Read(32 * MIB), limit: None }];
         vcpus.extend(vec![limited(Workload::Write(writer_bytes), limit); count]);
         let held = |span: u32| if span % 2 == 0 { (1..=count).collect() } else { Vec::new() };
-        let holds = (0..30).map(|span| Hold { after: ms(200) * span, held: held(span) }).collect();
+        let holds = (0..50).map(|span| Hold { after: ms(200) * span, held: held(span) }).collect();
         Case {
             name: name.into(),
-            trial: Trial::Run(Plan { limited: ms(6000), ..writers(vcpus) }, Script { holds, time_ticks: false }),
+            trial: Trial::Run(Plan { limited: ms(10_000), ..writers(vcpus) }, Script { holds, time_ticks: false }),
             bounds: bounds([(ReaderKept, AtLeast(99.0))]),
         }
     };

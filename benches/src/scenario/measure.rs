@@ -1,7 +1,9 @@
 //! What can be measured in a trial.
 
+use std::ops::Range;
 use std::time::Duration;
 
+use super::reach::Reach;
 use crate::guest::kvm::{Mark, Scripted};
 use crate::measure::{Measures, Series, VmMeasures};
 use crate::record::{Recording, Stalls};
@@ -14,7 +16,8 @@ pub const SETTLED: Duration = Duration::from_millis(150);
 /// A measure. Where a run has several vCPUs or steps, it is the worst of them, readers and the unlimited left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
-    /// How far the settled rate is from the limit, without its sign.
+    /// How far the settled rate is from the limit, without its sign; this and the next two, where it is below, from what
+    /// was in [`Reach`].
     Error,
     /// How far the worst 100 ms window is from the limit, without its sign, from [`SETTLED`] on. At 2 MiB/s and more, ±2
     /// pages are less than 5 % of a window.
@@ -37,7 +40,8 @@ pub enum Measure {
     Share,
     /// Jain's index of the vCPUs' settled rates: 1 when all are equal.
     Jain,
-    /// The speed of vCPU 0 while nobody is held, of what it has while others are: the median over neighbouring spans.
+    /// The speed of vCPU 0 while nobody is held, of what it has just before and after, while others are: the median. Spans
+    /// in which the host's clock had fallen are left out.
     ReaderKept,
     /// Calls of the reset ioctl per second, of the whole VM.
     ResetCalls,
@@ -79,16 +83,6 @@ impl Evidence {
             Self::Speed(..) | Self::Interrupted(_) => None,
         }
     }
-
-    /// The same as if the host's clock had never fallen: nothing is left out.
-    #[must_use]
-    pub fn whole(&self) -> Self {
-        let mut whole = self.clone();
-        if let Self::Run(done) = &mut whole {
-            done.recording.slow.clear();
-        }
-        whole
-    }
 }
 
 impl Measure {
@@ -115,10 +109,11 @@ impl Measure {
         }
     }
 
-    /// Its value in one trial; `None` where there was none, such as a rate that never settled.
-    pub fn of(self, evidence: &Evidence) -> Option<f64> {
+    /// Its value in one trial; `None` where there was none, such as a rate that never settled. `strict`: nothing is spared
+    /// because of the host.
+    pub fn of(self, evidence: &Evidence, strict: bool) -> Option<f64> {
         match evidence {
-            Evidence::Run(done) => self.of_run(done),
+            Evidence::Run(done) => self.of_run(done, strict),
             Evidence::Speed(ratio, _) => (self == Self::Speed).then_some(*ratio),
             Evidence::Interrupted(times) => match self {
                 Self::Interrupted => per_mille(times, 500).map(|time| 1e3 * time.as_secs_f64()),
@@ -138,18 +133,15 @@ impl Measure {
         Stalls::sum(vcpus.map(|vcpu| &vcpu.stalls))?.percentile_ms(99.9)
     }
 
-    fn of_run(self, Scripted { recording, marks, ticks }: &Scripted) -> Option<f64> {
+    fn of_run(self, Scripted { recording, marks, ticks, slow }: &Scripted, strict: bool) -> Option<f64> {
         let limited = recording.end.saturating_sub(recording.limited_at).as_secs_f64();
         let writers = || recording.vcpus.iter().filter(|vcpu| vcpu.workload.writes());
         let measures = || writers().map(|vcpu| Measures::of(recording, vcpu));
+        let reach = || writers().map(|vcpu| Reach::of(recording, vcpu, strict));
         match self {
-            Self::Error => worst(measures().map(|vcpu| vcpu.last().error_pct.map(f64::abs))),
-            Self::WorstWindow => worst(writers().map(|vcpu| {
-                let &(from, limit) = vcpu.limits.last()?;
-                let limit = mib_per_sec(limit?, recording.page_size);
-                Series::of(recording, vcpu).worst_pct(from + SETTLED, recording.end, limit)
-            })),
-            Self::Settle => worst(measures().flat_map(|vcpu| vcpu.steps).map(|step| step.settle_ms)),
+            Self::Error => worst(reach().map(|vcpu| vcpu.error_pct())),
+            Self::WorstWindow => worst(reach().map(|vcpu| vcpu.worst_pct(SETTLED))),
+            Self::Settle => worst(reach().map(|vcpu| worst(vcpu.settle_ms()))),
             Self::Overshoot => worst(measures().flat_map(|vcpu| vcpu.steps).map(|step| step.overshoot_pct)),
             Self::StallMax => worst(measures().map(|vcpu| vcpu.stall_max_ms)),
             Self::Paused => worst(measures().map(|vcpu| vcpu.paused_pct)),
@@ -166,7 +158,7 @@ impl Measure {
             Self::Jain => jain(&measures().map(|vcpu| vcpu.last().settled_mib_s).collect::<Option<Vec<_>>>()?),
             Self::ReaderKept => {
                 debug_assert!(matches!(recording.vcpus[0].workload, Workload::Read(_)));
-                kept(marks)
+                kept(marks, if strict { &[] } else { slow })
             }
             Self::ResetCalls => Some(recording.reset_calls as f64 / limited).filter(|calls| calls.is_finite()),
             Self::Tick => per_mille(ticks, 500).map(|time| 1e6 * time.as_secs_f64()),
@@ -187,11 +179,22 @@ fn jain(rates: &[f64]) -> Option<f64> {
     Some(sum * sum / (rates.len() as f64 * squares)).filter(|index| index.is_finite())
 }
 
-/// Spans lie between marks, and begin with one in which the others are held.
-fn kept(marks: &[Mark]) -> Option<f64> {
-    let speed = |from: &Mark, to: &Mark| (to.accesses[0] - from.accesses[0]) as f64 / (to.at - from.at).as_secs_f64();
-    let spans: Vec<f64> = marks.windows(2).map(|pair| speed(&pair[0], &pair[1])).collect();
-    median(spans.chunks_exact(2).map(|pair| 100.0 * pair[1] / pair[0]).collect())
+/// Spans lie between marks; in the first, and each second one, the others are held. Each but the outermost is compared with
+/// the mean of its neighbours, so that a host that becomes slower or faster does not count.
+fn kept(marks: &[Mark], slow: &[Range<Duration>]) -> Option<f64> {
+    let speed = |pair: &[Mark]| {
+        let [from, to] = pair else { return None };
+        let is_slow = slow.iter().any(|slow| slow.start < to.at && from.at < slow.end);
+        let accesses = (to.accesses[0] - from.accesses[0]) as f64;
+        (!is_slow).then(|| accesses / (to.at - from.at).as_secs_f64())
+    };
+    let spans: Vec<_> = marks.windows(2).map(speed).collect();
+    let kept = |(number, three): (usize, &[Option<f64>])| {
+        let &[Some(before), Some(middle), Some(after)] = three else { return None };
+        let around = before.midpoint(after);
+        Some(if number % 2 == 0 { middle / around } else { around / middle })
+    };
+    Some(100.0 * median(spans.windows(3).enumerate().filter_map(kept).collect())?)
 }
 
 /// The middle one, or the mean of the middle two; `None` for none, or where that is no number.
@@ -215,29 +218,29 @@ mod tests {
     use crate::report::example;
 
     fn run() -> Scripted {
-        Scripted { recording: example::stepped(), marks: Vec::new(), ticks: Vec::new() }
+        Scripted { recording: example::stepped(), marks: Vec::new(), ticks: Vec::new(), slow: Vec::new() }
     }
 
     #[test]
     fn the_worst_step_counts_and_one_that_never_settled_is_none() {
         let mut done = run();
-        assert_eq!(Measure::Settle.of_run(&done).map(f64::round), Some(810.0));
-        assert!(Measure::Error.of_run(&done) < Some(0.5));
-        assert!(Measure::Overshoot.of_run(&done) < Some(3.0));
+        assert_eq!(Measure::Settle.of_run(&done, false).map(f64::round), Some(810.0));
+        assert!(Measure::Error.of_run(&done, false) < Some(0.5));
+        assert!(Measure::Overshoot.of_run(&done, false) < Some(3.0));
         done.recording.vcpus[0].limits[0].1 = Some(dirtylimit_core::PageRate::from_pages_per_sec(256));
-        assert_eq!(Measure::Settle.of_run(&done), None);
-        assert!(Measure::Overshoot.of_run(&done) > Some(9_000.0));
+        assert_eq!(Measure::Settle.of_run(&done, false), None);
+        assert!(Measure::Overshoot.of_run(&done, false) > Some(9_000.0));
     }
 
     #[test]
     fn a_second_that_is_above_the_limit_is_seen() {
         let mut done = Scripted { recording: example::recording(), ..run() };
-        let calm = Measure::OneSecond.of_run(&done).unwrap();
+        let calm = Measure::OneSecond.of_run(&done, false).unwrap();
         assert!((14.0..16.0).contains(&calm), "400 instead of 100 for the first 50 ms: {calm}");
         for sample in done.recording.vcpus[0].samples.iter_mut().filter(|sample| sample.at.as_secs() >= 5) {
             sample.net += 25_600;
         }
-        assert!(Measure::OneSecond.of_run(&done) > Some(99.0));
+        assert!(Measure::OneSecond.of_run(&done, false) > Some(99.0));
     }
 
     #[test]
@@ -250,10 +253,24 @@ mod tests {
     #[test]
     fn the_reader_is_compared_span_by_span() {
         let mark = |at, reader| Mark { at: Duration::from_millis(at), accesses: vec![reader, 7] };
-        // 1,000 then 900 in 200 ms; then the host is slow for both; the last span has no neighbour.
-        let marks = [mark(0, 0), mark(200, 1000), mark(400, 1900), mark(600, 2400), mark(800, 2850), mark(1000, 9999)];
-        assert_eq!(kept(&marks), Some(90.0));
-        assert_eq!(kept(&marks[..2]), None);
+        // 1,000 in 200 ms while the others are held, and 900 else; all of it slower and slower.
+        let speeds = [1000, 810, 800, 630, 600, 450, 400];
+        let mut read = 0;
+        let marks: Vec<_> = std::iter::once(mark(0, 0))
+            .chain((1..).zip(speeds).map(|(number, speed)| {
+                read += speed;
+                mark(200 * number, read)
+            }))
+            .collect();
+        let near = |found: Option<f64>, expected: f64| assert!((found.unwrap() - expected).abs() < 1e-9, "{found:?}");
+        near(kept(&marks, &[]), 90.0);
+        assert_eq!(kept(&marks[..3], &[]), None, "no span has two neighbours");
+        // A span that nothing explains, left out with all that is compared with it.
+        let mut fell = marks;
+        fell[4..].iter_mut().for_each(|mark| mark.accesses[0] -= 500);
+        near(kept(&fell[..6], &[]), 100.0 * 470.0 / 800.0);
+        let slow = Duration::from_millis(700)..Duration::from_millis(710);
+        near(kept(&fell[..6], &[slow]), 90.0);
     }
 
     #[test]

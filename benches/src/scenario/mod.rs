@@ -2,13 +2,14 @@
 //!
 //! A scenario is data: cases, what each of them runs ([`Trial`]), and the bounds on what is measured
 //! ([`catalogue`]). Every case is tried several times, in rounds, so that a spell of noise on the host does not fall on
-//! all tries of one case; of each measure the median is judged. No bound depends on how busy the host is; but time in which
-//! the host's own clock had fallen is left out of rates ([`yardstick`]), and what that changed is said.
+//! all tries of one case; of each measure the median is judged. No bound depends on how busy the host is; but what no
+//! limiter could have reached on it is spared ([`reach`], [`yardstick`]), and what that changed is said.
 
 pub mod by_hand;
 pub mod catalogue;
 pub mod interrupt;
 pub mod measure;
+pub mod reach;
 pub mod trial;
 pub mod verdict;
 pub mod yardstick;
@@ -31,9 +32,9 @@ const ALL: &str = "all";
 /// Measure the figures that the limiter must reach, on this host, under KVM
 ///
 /// Each case runs several times, and the median of each measure is judged. What is missed on a busy host is missed: run
-/// it on a quiet one. How late the host ended the sleeps of a thread that does nothing else is told beside it. While the
-/// host's clock is below a third of its best no guest writes as fast as it may: rates leave that time out, and how much
-/// it was, and how many figures would be missed with it, is told too.
+/// it on a quiet one. How late the host ended the sleeps of a thread that does nothing else is told beside it. A guest
+/// that is slower than its limit while nothing pauses it is below it whoever limits it, so rates are judged against what
+/// was in its reach; how many figures would be missed without that is told too.
 ///
 /// Exit status: 0 all figures met, 1 a figure missed or a run failed, 2 bad usage, 3 pages were lost.
 #[derive(Clone, Debug, Args)]

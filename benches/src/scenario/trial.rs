@@ -67,7 +67,7 @@ impl Trial {
         match self {
             Self::Run(plan, script) => {
                 let mut done = kvm::run_scripted(plan, script, &mut Watched { interrupt, clock })?;
-                done.recording.slow = clock.over();
+                done.slow = clock.over();
                 Ok(Evidence::Run(Box::new(done)))
             }
             Self::Versus(versus) => versus.run(round, interrupt),

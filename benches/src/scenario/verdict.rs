@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::iter;
-use std::time::Duration;
 
 use serde::Serialize;
 
 use super::measure::{Evidence, median};
+use super::reach::Reach;
 use super::yardstick::{HostLate, HostSlow};
 use super::{Bound, Case, Must, Scenario};
 use crate::record::{Host, Recording};
@@ -34,7 +34,7 @@ pub struct Verdict {
     pub lost_pages: u64,
     /// What the host did to a thread that only sleeps, beside the runs; null where there were none.
     pub host_late: Option<HostLate>,
-    /// What of them the host's clock had fallen for; null where it never had.
+    /// How much the host was too slow for its guest's limits; null where nothing was limited.
     pub host_slow: Option<HostSlow>,
     /// Every measure of every case.
     pub figures: Vec<Figure>,
@@ -51,8 +51,8 @@ pub struct Figure {
     pub unit: &'static str,
     /// The figure: the median of `values`, or for a percentile that of all runs together. Null where most runs had none.
     pub measured: Option<f64>,
-    /// The same with the time in which the host's clock had fallen.
-    pub with_slow: Option<f64>,
+    /// The same with nothing spared because the host was too slow.
+    pub strict: Option<f64>,
     /// One for each run; null where it had none, such as a rate that never settled.
     pub values: Vec<Option<f64>>,
     /// What it may be at most; null where the bound is a lower one.
@@ -67,10 +67,7 @@ impl Verdict {
     /// Judges what was tried: for each case, one piece of evidence a run.
     pub fn of(scenario: &Scenario, runs: u8, tried: &[Vec<Evidence>]) -> Self {
         let figures: Vec<_> = iter::zip(&scenario.cases, tried)
-            .flat_map(|(case, tried)| {
-                let whole: Vec<_> = tried.iter().map(Evidence::whole).collect();
-                case.bounds.iter().map(move |bound| Figure::of(case, *bound, tried, &whole))
-            })
+            .flat_map(|(case, tried)| case.bounds.iter().map(|bound| Figure::of(case, *bound, tried)))
             .collect();
         Self {
             scenario: scenario.name,
@@ -90,17 +87,17 @@ impl Verdict {
 }
 
 impl Figure {
-    fn of(case: &Case, bound: Bound, tried: &[Evidence], whole: &[Evidence]) -> Self {
+    fn of(case: &Case, bound: Bound, tried: &[Evidence]) -> Self {
         let Bound { measure, must } = bound;
-        let (measured, with_slow) = (bound.judged(tried), bound.judged(whole));
-        let values = tried.iter().map(|evidence| measure.of(evidence)).collect();
+        let (measured, strict) = (bound.judged(tried, false), bound.judged(tried, true));
+        let values = tried.iter().map(|evidence| measure.of(evidence, false)).collect();
         let (measure, unit) = measure.name();
         let (at_most, at_least) = match must {
             Must::AtMost(most) => (Some(most), None),
             Must::AtLeast(least) => (None, Some(least)),
         };
         let met = measured.is_some_and(|value| must.met(value));
-        Self { case: case.name.clone(), measure, unit, measured, with_slow, values, at_most, at_least, met }
+        Self { case: case.name.clone(), measure, unit, measured, strict, values, at_most, at_least, met }
     }
 
     /// The bound, as it is allowed.
@@ -114,26 +111,26 @@ impl Figure {
 
 impl Bound {
     /// The figure to judge by it: of all trials, or the median of each one's.
-    fn judged(self, tried: &[Evidence]) -> Option<f64> {
+    fn judged(self, tried: &[Evidence], strict: bool) -> Option<f64> {
         // A value that is missing is worse than any.
         let missing = if matches!(self.must, Must::AtMost(_)) { f64::INFINITY } else { f64::NEG_INFINITY };
-        let of_each = || median(tried.iter().map(|evidence| self.measure.of(evidence).unwrap_or(missing)).collect());
-        self.measure.of_all(tried).or_else(of_each)
+        let value = |evidence| self.measure.of(evidence, strict).unwrap_or(missing);
+        self.measure.of_all(tried).or_else(|| median(tried.iter().map(value).collect()))
     }
 }
 
 impl HostSlow {
-    /// How much of these runs was slow; `None` for nothing.
+    /// Of these runs; `None` where nobody that writes was limited.
     fn of<'a>(runs: impl Iterator<Item = &'a Recording>, figures: &[Figure]) -> Option<Self> {
-        let (mut slow, mut limited) = (Duration::ZERO, Duration::ZERO);
-        for Recording { slow: spans, limited_at, end, .. } in runs {
-            limited += end.saturating_sub(*limited_at);
-            slow += spans.iter().map(|span| span.end.min(*end).saturating_sub(span.start.max(*limited_at))).sum();
-        }
-        let missed = |figure: &&Figure| !figure.with_slow.is_some_and(|value| figure.must().met(value));
-        (!slow.is_zero()).then(|| Self {
-            share_pct: 100.0 * slow.as_secs_f64() / limited.as_secs_f64(),
-            missed_with_it: figures.iter().filter(missed).count(),
+        let vcpus = runs.flat_map(|run| run.vcpus.iter().map(move |vcpu| (run, vcpu)));
+        let pages = vcpus
+            .filter(|(_, vcpu)| vcpu.workload.writes())
+            .map(|(run, vcpu)| Reach::of(run, vcpu, false).pages())
+            .reduce(|(allowed, missing), (more, missed)| (allowed + more, missing + missed));
+        let missed = |figure: &&Figure| !figure.strict.is_some_and(|value| figure.must().met(value));
+        pages.filter(|&(allowed, _)| allowed > 0.0).map(|(allowed, missing)| Self {
+            out_of_reach_pct: 100.0 * missing / allowed,
+            strictly_missed: figures.iter().filter(missed).count(),
         })
     }
 }
@@ -176,11 +173,11 @@ impl fmt::Display for Verdict {
             let [p999, longest] = [p999_ms, longest_ms].map(|ms| number(*ms));
             write!(f, "\nbeside them a thread that only sleeps: p99.9 {p999} ms late, longest {longest} ms")?;
         }
-        if let Some(HostSlow { share_pct, missed_with_it }) = &self.host_slow {
-            let share = number(*share_pct);
+        if let Some(HostSlow { out_of_reach_pct, strictly_missed }) = &self.host_slow {
+            let share = number(*out_of_reach_pct);
             write!(
                 f,
-                "\nthe host's clock had fallen for {share} % of the time; with that {missed_with_it} were MISSED"
+                "\n{share} % of what was allowed was out of the guest's reach; strictly {strictly_missed} MISSED"
             )?;
         }
         Ok(())
@@ -194,8 +191,6 @@ pub(crate) fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::ops::Range;
-
     use super::*;
     use crate::guest::kvm::Scripted;
     use crate::report::example;
@@ -234,28 +229,22 @@ mod tests {
     }
 
     #[test]
-    fn what_a_slow_host_spoiled_is_left_out_and_told() {
+    fn what_the_host_kept_from_the_guest_is_spared_and_told() {
         let mut recording = example::recording();
-        // 8 s limited, of which the last one was at half the rate.
-        for sample in recording.vcpus[0].samples.iter_mut().filter(|sample| sample.at.as_secs() >= 8) {
-            sample.net -= u64::try_from((sample.at - Duration::from_secs(8)).as_millis()).unwrap() * 256 * 50 / 1000;
+        // Of 8 s limited to 100 MiB/s, the last one at 50 and without a pause.
+        let before = recording.vcpus[0].samples[800];
+        for (number, sample) in (1..).zip(&mut recording.vcpus[0].samples[801..]) {
+            (sample.net, sample.paused) = (before.net + number * 128, before.paused);
         }
-        let judged = |slow: &[Range<Duration>]| {
-            let recording = Recording { slow: slow.to_vec(), ..recording.clone() };
-            let run = Evidence::Run(Box::new(Scripted { recording, marks: Vec::new(), ticks: Vec::new() }));
-            let mut scenario = scenario(Must::AtMost(1.0));
-            scenario.cases[0].bounds[0].measure = Measure::Error;
-            Verdict::of(&scenario, 1, &[vec![run]])
-        };
-        let strict = judged(&[]);
-        assert!(!strict.met() && strict.host_slow.is_none());
-        assert!(strict.figures[0].measured > Some(12.0), "{strict:?}");
-        let left_out =
-            judged(&[Duration::ZERO..Duration::from_secs(2), Duration::from_secs(8)..Duration::from_secs(10)]);
-        assert!(left_out.met(), "{left_out:?}");
-        assert_eq!(left_out.figures[0].with_slow, strict.figures[0].measured);
-        assert_eq!(left_out.host_slow, Some(HostSlow { share_pct: 25.0, missed_with_it: 1 }));
-        assert!(left_out.to_string().ends_with("for 25 % of the time; with that 1 were MISSED"), "{left_out}");
+        let run = Scripted { recording, marks: Vec::new(), ticks: Vec::new(), slow: Vec::new() };
+        let mut scenario = scenario(Must::AtMost(1.0));
+        scenario.cases[0].bounds[0].measure = Measure::Error;
+        let verdict = Verdict::of(&scenario, 1, &[vec![Evidence::Run(Box::new(run))]]);
+        assert!(verdict.met(), "{verdict:?}");
+        assert_eq!((verdict.figures[0].measured, verdict.figures[0].strict), (Some(0.0), Some(12.5)));
+        assert_eq!(verdict.host_slow, Some(HostSlow { out_of_reach_pct: 6.25, strictly_missed: 1 }));
+        let last = "\n6.25 % of what was allowed was out of the guest's reach; strictly 1 MISSED";
+        assert!(verdict.to_string().ends_with(last), "{verdict}");
     }
 
     #[test]
@@ -276,7 +265,7 @@ mod tests {
                 figure.measured = Some(value);
             }
             verdict.host_late = Some(HostLate { p999_ms: 123.456, longest_ms: 12_345.6 });
-            verdict.host_slow = Some(HostSlow { share_pct: 12.345_678, missed_with_it: 1234 });
+            verdict.host_slow = Some(HostSlow { out_of_reach_pct: 12.345_678, strictly_missed: 1234 });
             let text = verdict.to_string();
             let widest = text.lines().map(|line| line.chars().count()).max();
             assert!(widest <= Some(80), "{widest:?} columns:\n{text}");

@@ -57,13 +57,13 @@ pub fn beside<T>(run: impl FnOnce() -> T) -> (T, Vec<Duration>) {
     })
 }
 
-/// How much of the runs the host's clock had fallen for.
+/// How much the host was too slow.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct HostSlow {
-    /// Of the limited time, in percent; rates leave it out.
-    pub share_pct: f64,
-    /// So many figures would be missed if they did not.
-    pub missed_with_it: usize,
+    /// Of the pages that limits allowed, those that were out of reach, in percent; see [`Reach`](super::reach::Reach).
+    pub out_of_reach_pct: f64,
+    /// So many figures would be missed if nothing were spared for that, and for a clock that had fallen.
+    pub strictly_missed: usize,
 }
 
 /// The clock of the host's CPUs, judged by how long a little work takes.

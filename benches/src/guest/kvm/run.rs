@@ -79,7 +79,7 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
     let control = plan.qmp.as_deref().map(|path| Control::serve(limit.clone(), path)).transpose()?;
     let exporter = plan.metrics.as_ref().map(|to| Exporter::start(&limit, to)).transpose()?;
     let start = Instant::now();
-    let done = Scripted { recording, marks: Vec::new(), ticks: Vec::new() };
+    let done = Scripted { recording, marks: Vec::new(), ticks: Vec::new(), slow: Vec::new() };
     Run {
         plan,
         script,

@@ -1,5 +1,6 @@
 //! What a run can do beside its plan, for measures that need more than a limit.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use dirtylimit_core::PageRate;
@@ -34,6 +35,8 @@ pub struct Scripted {
     pub marks: Vec<Mark>,
     /// How long each tick took.
     pub ticks: Vec<Duration>,
+    /// When the host's clock had fallen, in order; empty where nobody looked.
+    pub slow: Vec<Range<Duration>>,
 }
 
 /// What the guest had counted at an instant.
