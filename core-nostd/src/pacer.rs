@@ -15,7 +15,7 @@ pub const SLICE: Nanos = 3_000_000;
 const SHORTEST: Nanos = 2_400_000;
 /// How long a vCPU may have dirtied less than its limit and still catch up: one slice, whose pages are paid when it is
 /// over, and what it may lose to an overslept pause or to the host's scheduler.
-const BURST: Nanos = SLICE + 6_000_000;
+const BURST: Nanos = SLICE + 3_000_000;
 /// The most that a vCPU can owe. What others drained from its ring beyond that is forgiven.
 pub const MAX_DEBT: Nanos = SECOND;
 

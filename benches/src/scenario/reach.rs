@@ -30,9 +30,10 @@ impl<'a> Reach<'a> {
     pub fn of(recording: &'a Recording, vcpu: &'a VcpuRecording, strict: bool) -> Self {
         let (mut allowed, mut missing) = (0.0, 0.0);
         let mut eased = vcpu.samples.clone();
-        for (interval, sample) in iter::zip(intervals(vcpu), eased.iter_mut().skip(1)) {
-            allowed += interval.allowed;
-            missing += if strict { 0.0 } else { interval.out_of_reach() };
+        let intervals = intervals(vcpu);
+        for (number, sample) in eased.iter_mut().skip(1).enumerate() {
+            allowed += intervals[number].allowed;
+            missing += if strict { 0.0 } else { out_of_reach(&intervals, number) };
             sample.net = sample.net.saturating_add(rounded(missing));
         }
         Self { series: Series::of(recording, vcpu), eased, vcpu, end: recording.end, allowed, missing }
@@ -91,10 +92,26 @@ struct Interval {
 }
 
 impl Interval {
-    /// Who is mostly paused is slower for that. Else it would have gone on as fast as it was, all the time.
+    /// The share of what was allowed that the vCPU would not have written unpaused either. Who is mostly paused is slower
+    /// for that; else it would have gone on as fast as it was, all the time.
     fn out_of_reach(self) -> f64 {
-        if self.paused >= 0.5 { 0.0 } else { (self.allowed - self.pages / (1.0 - self.paused)).max(0.0) }
+        let short = 1.0 - self.pages / (1.0 - self.paused) / self.allowed;
+        if self.is_mostly_paused() || self.allowed == 0.0 { 0.0 } else { short.max(0.0) }
     }
+
+    fn is_mostly_paused(self) -> bool {
+        self.paused >= 0.5
+    }
+}
+
+/// Pages of an interval that were out of reach. In one in which the vCPU becomes slow, or fast again, as large a share may
+/// be as in the next one or the one before.
+fn out_of_reach(intervals: &[Interval], number: usize) -> f64 {
+    let Interval { pages, allowed, .. } = intervals[number];
+    let around = &intervals[number.saturating_sub(1)..intervals.len().min(number + 2)];
+    let share = around.iter().map(|interval| interval.out_of_reach()).fold(0.0, f64::max);
+    let spared = if intervals[number].is_mostly_paused() { 0.0 } else { (share * allowed).min(allowed - pages) };
+    spared.max(intervals[number].out_of_reach() * allowed)
 }
 
 fn intervals(vcpu: &VcpuRecording) -> Vec<Interval> {
@@ -167,6 +184,23 @@ mod tests {
         // And all, where it was paused most of the time.
         let paused = recording(|at| if slow(at) { (50, 0.5) } else { (100, 0.9) });
         assert_eq!(off(&paused, false), off(&paused, true));
+    }
+
+    #[test]
+    fn a_spell_that_begins_between_readings_is_spared_as_a_whole() {
+        // Nothing from the middle of an interval to that of another, and there half of it paused before, or after.
+        let slow = recording(|at| match at % 40 {
+            0 | 9 => (50, 0.45),
+            1..9 => (0, 0.0),
+            _ => (100, 0.9),
+        });
+        assert_eq!(off(&slow, false), [Some(0.0), Some(0.0), Some(50.0)]);
+        // No neighbour is that slow.
+        let short = recording(|at| match at % 40 {
+            0 | 9 => (50, 0.45),
+            _ => (100, 0.9),
+        });
+        assert_eq!(off(&short, false)[1], Some(8.2), "it would have written 91 unpaused, twice");
     }
 
     #[test]
