@@ -1,6 +1,5 @@
 //! What can be measured in a trial.
 
-use std::ops::Range;
 use std::time::Duration;
 
 use super::reach::Reach;
@@ -40,8 +39,8 @@ pub enum Measure {
     Share,
     /// Jain's index of the vCPUs' settled rates: 1 when all are equal.
     Jain,
-    /// The speed of vCPU 0 while nobody is held, of what it has just before and after, while others are: the median. Spans
-    /// in which the host's clock had fallen are left out.
+    /// The speed of vCPU 0 while nobody is held, of what it has just before and after, while others are: the median over the
+    /// spans of all runs together. Those in which the host's clock had fallen are left out.
     ReaderKept,
     /// Calls of the reset ioctl per second, of the whole VM.
     ResetCalls,
@@ -124,16 +123,23 @@ impl Measure {
     }
 
     /// Its value over all trials, where it is not the median of each one's.
-    pub fn of_all(self, trials: &[Evidence]) -> Option<f64> {
+    pub fn of_all(self, trials: &[Evidence], strict: bool) -> Option<f64> {
         let runs = trials.iter().filter_map(|evidence| match evidence {
-            Evidence::Run(done) if self == Self::StallP999 => Some(done),
-            _ => None,
+            Evidence::Run(done) => Some(done),
+            Evidence::Speed(..) | Evidence::Interrupted(_) => None,
         });
-        let vcpus = runs.flat_map(|done| &done.recording.vcpus).filter(|vcpu| vcpu.workload.writes());
-        Stalls::sum(vcpus.map(|vcpu| &vcpu.stalls))?.percentile_ms(99.9)
+        match self {
+            Self::StallP999 => {
+                let vcpus = runs.flat_map(|done| &done.recording.vcpus).filter(|vcpu| vcpu.workload.writes());
+                Stalls::sum(vcpus.map(|vcpu| &vcpu.stalls))?.percentile_ms(99.9)
+            }
+            Self::ReaderKept => median(runs.flat_map(|done| kept(done, strict)).collect()),
+            _ => None,
+        }
     }
 
-    fn of_run(self, Scripted { recording, marks, ticks, slow }: &Scripted, strict: bool) -> Option<f64> {
+    fn of_run(self, done: &Scripted, strict: bool) -> Option<f64> {
+        let Scripted { recording, ticks, .. } = done;
         let limited = recording.end.saturating_sub(recording.limited_at).as_secs_f64();
         let writers = || recording.vcpus.iter().filter(|vcpu| vcpu.workload.writes());
         let measures = || writers().map(|vcpu| Measures::of(recording, vcpu));
@@ -158,7 +164,7 @@ impl Measure {
             Self::Jain => jain(&measures().map(|vcpu| vcpu.last().settled_mib_s).collect::<Option<Vec<_>>>()?),
             Self::ReaderKept => {
                 debug_assert!(matches!(recording.vcpus[0].workload, Workload::Read(_)));
-                kept(marks, if strict { &[] } else { slow })
+                median(kept(done, strict))
             }
             Self::ResetCalls => Some(recording.reset_calls as f64 / limited).filter(|calls| calls.is_finite()),
             Self::Tick => per_mille(ticks, 500).map(|time| 1e6 * time.as_secs_f64()),
@@ -180,11 +186,11 @@ fn jain(rates: &[f64]) -> Option<f64> {
 }
 
 /// Spans lie between marks; in the first, and each second one, the others are held. Each but the outermost is compared with
-/// the mean of its neighbours, so that a host that becomes slower or faster does not count.
-fn kept(marks: &[Mark], slow: &[Range<Duration>]) -> Option<f64> {
+/// the mean of its neighbours, so that a host that becomes slower or faster does not count. In percent.
+fn kept(Scripted { marks, slow, .. }: &Scripted, strict: bool) -> Vec<f64> {
     let speed = |pair: &[Mark]| {
         let [from, to] = pair else { return None };
-        let is_slow = slow.iter().any(|slow| slow.start < to.at && from.at < slow.end);
+        let is_slow = !strict && slow.iter().any(|slow| slow.start < to.at && from.at < slow.end);
         let accesses = (to.accesses[0] - from.accesses[0]) as f64;
         (!is_slow).then(|| accesses / (to.at - from.at).as_secs_f64())
     };
@@ -192,9 +198,9 @@ fn kept(marks: &[Mark], slow: &[Range<Duration>]) -> Option<f64> {
     let kept = |(number, three): (usize, &[Option<f64>])| {
         let &[Some(before), Some(middle), Some(after)] = three else { return None };
         let around = before.midpoint(after);
-        Some(if number % 2 == 0 { middle / around } else { around / middle })
+        Some(100.0 * if number % 2 == 0 { middle / around } else { around / middle })
     };
-    Some(100.0 * median(spans.windows(3).enumerate().filter_map(kept).collect())?)
+    spans.windows(3).enumerate().filter_map(kept).collect()
 }
 
 /// The middle one, or the mean of the middle two; `None` for none, or where that is no number.
@@ -252,25 +258,28 @@ mod tests {
 
     #[test]
     fn the_reader_is_compared_span_by_span() {
-        let mark = |at, reader| Mark { at: Duration::from_millis(at), accesses: vec![reader, 7] };
-        // 1,000 in 200 ms while the others are held, and 900 else; all of it slower and slower.
-        let speeds = [1000, 810, 800, 630, 600, 450, 400];
-        let mut read = 0;
-        let marks: Vec<_> = std::iter::once(mark(0, 0))
-            .chain((1..).zip(speeds).map(|(number, speed)| {
-                read += speed;
-                mark(200 * number, read)
-            }))
-            .collect();
-        let near = |found: Option<f64>, expected: f64| assert!((found.unwrap() - expected).abs() < 1e-9, "{found:?}");
-        near(kept(&marks, &[]), 90.0);
-        assert_eq!(kept(&marks[..3], &[]), None, "no span has two neighbours");
-        // A span that nothing explains, left out with all that is compared with it.
-        let mut fell = marks;
-        fell[4..].iter_mut().for_each(|mark| mark.accesses[0] -= 500);
-        near(kept(&fell[..6], &[]), 100.0 * 470.0 / 800.0);
-        let slow = Duration::from_millis(700)..Duration::from_millis(710);
-        near(kept(&fell[..6], &[slow]), 90.0);
+        let ms = Duration::from_millis;
+        // The reader's accesses in spans of 200 ms, of which the clock had fallen in the 4th.
+        let scripted = |spans: &[u64]| {
+            let mark = |count: usize| Mark {
+                at: ms(200) * u32::try_from(count).unwrap(),
+                accesses: vec![spans[..count].iter().sum(), 7],
+            };
+            Scripted { marks: (0..=spans.len()).map(mark).collect(), slow: vec![ms(700)..ms(710)], ..run() }
+        };
+        // 1,000 while the others are held and 900 else, all of it slower and slower.
+        let steady = scripted(&[1000, 810, 800, 630, 600, 450, 400]);
+        assert_eq!(kept(&steady, true), [90.0; 5]);
+        assert_eq!(kept(&steady, false), [90.0; 2], "none that touches the 4th");
+        assert_eq!(kept(&scripted(&[1000, 900]), true), [0.0; 0], "no span has two neighbours");
+        let fell = scripted(&[1000, 810, 800, 130, 600]);
+        assert_eq!(kept(&fell, true), [90.0, 100.0 * 470.0 / 800.0, 100.0 * 130.0 / 700.0]);
+        assert_eq!(kept(&fell, false), [90.0]);
+
+        // Of all runs together: the one with the most spans has the most say.
+        let all = [steady, fell].map(|done| Evidence::Run(Box::new(done)));
+        assert_eq!(Measure::ReaderKept.of_all(&all, true), Some(90.0));
+        assert_eq!(Measure::Error.of_all(&all, true), None);
     }
 
     #[test]
@@ -297,9 +306,10 @@ mod tests {
             Evidence::Run(Box::new(done))
         };
         // 2 GHz: steps of 50 µs. One stall of 15 ms in 2,000 is beyond p99.9, two of them are too; three are not.
-        let p999 = |longest: &[usize]| Measure::StallP999.of_all(&longest.iter().map(|&l| with(l)).collect::<Vec<_>>());
+        let p999 =
+            |longest: &[usize]| Measure::StallP999.of_all(&longest.iter().map(|&l| with(l)).collect::<Vec<_>>(), false);
         assert!(p999(&[300, 201, 201, 201]).is_some_and(|ms| (10.0..10.1).contains(&ms)));
         assert!(p999(&[300, 300, 300, 201]).is_some_and(|ms| ms > 14.9));
-        assert_eq!(Measure::Error.of_all(&[with(300)]), None);
+        assert_eq!(Measure::Error.of_all(&[with(300)], false), None);
     }
 }

@@ -121,7 +121,8 @@ fn intervals(vcpu: &VcpuRecording) -> Vec<Interval> {
     let mut paused: Vec<f64> = pairs()
         .rev()
         .map(|(from, to)| {
-            let (pause, time) = (to.paused - from.paused + replace(&mut earlier, Duration::ZERO), to.at - from.at);
+            let (pause, time) =
+                (to.paused.saturating_sub(from.paused) + replace(&mut earlier, Duration::ZERO), to.at - from.at);
             earlier = pause.saturating_sub(time);
             (pause.as_secs_f64() / time.as_secs_f64().max(1e-9)).min(1.0)
         })

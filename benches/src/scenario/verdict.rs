@@ -49,7 +49,8 @@ pub struct Figure {
     pub measure: &'static str,
     /// Its unit.
     pub unit: &'static str,
-    /// The figure: the median of `values`, or for a percentile that of all runs together. Null where most runs had none.
+    /// The figure: the median of `values`, or what all runs have together where one has too little to tell. Null where most
+    /// runs had none.
     pub measured: Option<f64>,
     /// The same with nothing spared because the host was too slow.
     pub strict: Option<f64>,
@@ -115,7 +116,7 @@ impl Bound {
         // A value that is missing is worse than any.
         let missing = if matches!(self.must, Must::AtMost(_)) { f64::INFINITY } else { f64::NEG_INFINITY };
         let value = |evidence| self.measure.of(evidence, strict).unwrap_or(missing);
-        self.measure.of_all(tried).or_else(|| median(tried.iter().map(value).collect()))
+        self.measure.of_all(tried, strict).or_else(|| median(tried.iter().map(value).collect()))
     }
 }
 
