@@ -94,8 +94,9 @@ impl Vcpu {
 
     /// To be called before each KVM_RUN: pays what is owed and frees room in a full ring. One load when there is neither.
     ///
-    /// Pauses at most `max_pause` and the time until the next reset (2 ms) a call. KVM_RUN may follow in any case: a ring
-    /// that is still full exits again at once.
+    /// Pauses at most `max_pause` and the time until the next reset (2 ms) a call; the kernel ends a pause up to the thread's
+    /// timer slack late, 50 µs unless PR_SET_TIMERSLACK says less. KVM_RUN may follow in any case: a ring that is still full
+    /// exits again at once.
     ///
     /// # Errors
     /// [`Error::Wedged`], and what a reset may answer.
