@@ -337,10 +337,17 @@ impl Stalls {
     pub fn add(&mut self, other: &Self) {
         self.longest_ticks = self.longest_ticks.max(other.longest_ticks);
         std::iter::zip(&mut self.histogram, other.histogram).for_each(|(sum, gaps)| *sum += gaps);
-        if self.fine.len() < other.fine.len() {
-            self.fine.resize(other.fine.len(), 0);
+        for (sum, gaps) in [(&mut self.fine, &other.fine), (&mut self.slow, &other.slow)] {
+            sum.resize(sum.len().max(gaps.len()), 0);
+            iter::zip(sum, gaps).for_each(|(sum, gaps)| *sum += gaps);
         }
-        std::iter::zip(&mut self.fine, &other.fine).for_each(|(sum, gaps)| *sum += gaps);
+    }
+
+    /// Without those that ended while the host's clock had fallen, as far as there is a fine histogram.
+    #[must_use]
+    pub fn steady(mut self) -> Self {
+        iter::zip(&mut self.fine, &self.slow).for_each(|(all, slow)| *all = all.saturating_sub(*slow));
+        self
     }
 
     /// All of them together; `None` without any.

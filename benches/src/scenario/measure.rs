@@ -23,7 +23,8 @@ pub enum Measure {
     WorstWindow,
     /// From a limit being set until every 100 ms window stays within ±10 %.
     Settle,
-    /// 99.9 % of the guest's stalls, those of all runs together, were no longer: one run has too few to tell.
+    /// 99.9 % of the guest's stalls, those of all runs together, were no longer: one run has too few to tell. Those that
+    /// ended while the host's clock had fallen are left out.
     StallP999,
     /// The guest's longest stall.
     StallMax,
@@ -131,7 +132,7 @@ impl Measure {
         match self {
             Self::StallP999 => {
                 let vcpus = runs.flat_map(|done| &done.recording.vcpus).filter(|vcpu| vcpu.workload.writes());
-                Stalls::sum(vcpus.map(|vcpu| &vcpu.stalls))?.percentile_ms(99.9)
+                p999(Stalls::sum(vcpus.map(|vcpu| &vcpu.stalls))?, strict)
             }
             Self::ReaderKept => median(runs.flat_map(|done| kept(done, strict)).collect()),
             _ => None,
@@ -168,10 +169,14 @@ impl Measure {
             }
             Self::ResetCalls => Some(recording.reset_calls as f64 / limited).filter(|calls| calls.is_finite()),
             Self::Tick => per_mille(ticks, 500).map(|time| 1e6 * time.as_secs_f64()),
-            Self::StallP999 => worst(measures().map(|vcpu| vcpu.stall_p999_ms)),
+            Self::StallP999 => worst(writers().map(|vcpu| p999(vcpu.stalls.clone(), strict))),
             Self::Speed | Self::Interrupted | Self::InterruptedP99 => None,
         }
     }
+}
+
+fn p999(stalls: Stalls, strict: bool) -> Option<f64> {
+    if strict { stalls } else { stalls.steady() }.percentile_ms(99.9)
 }
 
 /// The largest; `None` where there is none, or one of them is none.
@@ -310,6 +315,16 @@ mod tests {
             |longest: &[usize]| Measure::StallP999.of_all(&longest.iter().map(|&l| with(l)).collect::<Vec<_>>(), false);
         assert!(p999(&[300, 201, 201, 201]).is_some_and(|ms| (10.0..10.1).contains(&ms)));
         assert!(p999(&[300, 300, 300, 201]).is_some_and(|ms| ms > 14.9));
+        // Three of them, all while the clock had fallen.
+        let mut fell = with(300);
+        let Evidence::Run(done) = &mut fell else { panic!("a run") };
+        let stalls = &mut done.recording.vcpus[0].stalls;
+        (stalls.fine[299], stalls.slow) = (3, vec![0; 384]);
+        stalls.slow[299] = 3;
+        for (strict, most) in [(false, 10.1), (true, 15.0)] {
+            let values = [Measure::StallP999.of(&fell, strict), Measure::StallP999.of_all(&[fell.clone()], strict)];
+            assert!(values.iter().all(|ms| ms.is_some_and(|ms| (most - 0.1..most).contains(&ms))), "{values:?}");
+        }
         assert_eq!(Measure::Error.of_all(&[with(300)], false), None);
     }
 }

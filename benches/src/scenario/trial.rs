@@ -114,6 +114,10 @@ impl Progress for Watched<'_> {
     fn interrupted(&self) -> bool {
         self.interrupt.requested()
     }
+
+    fn is_slow(&self) -> bool {
+        self.clock.is_slow()
+    }
 }
 
 /// As [`Watched`], of two that are compared: the clock falls for both.

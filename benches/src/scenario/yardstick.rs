@@ -73,6 +73,8 @@ pub struct Clock {
     /// When it was last looked at, and whether it had fallen.
     looked: Duration,
     fallen: bool,
+    /// Whether it had at that look or at the one before.
+    is_slow: bool,
     slow: Vec<Range<Duration>>,
 }
 
@@ -96,6 +98,7 @@ impl Clock {
         let before = replace(&mut self.looked, at);
         // From the last look before, as far as is known, to the first one after.
         let goes_on = replace(&mut self.fallen, fallen);
+        self.is_slow = fallen || goes_on;
         match self.slow.last_mut() {
             Some(slow) if goes_on => slow.end = at,
             _ if fallen => self.slow.push(before..at),
@@ -103,9 +106,14 @@ impl Clock {
         }
     }
 
+    /// Whether it had fallen since the look before the last one.
+    pub const fn is_slow(&self) -> bool {
+        self.is_slow
+    }
+
     /// When it had fallen, in the recording that is over.
     pub fn over(&mut self) -> Vec<Range<Duration>> {
-        (self.looked, self.fallen) = (Duration::ZERO, false);
+        (self.looked, self.fallen, self.is_slow) = (Duration::ZERO, false, false);
         take(&mut self.slow)
     }
 }
@@ -127,6 +135,11 @@ mod tests {
         assert_eq!(slow(&[40, 10, 30, 31, 120, 10, 10, 31, 10, 31]), [ms(30)..ms(60), ms(70)..ms(90), ms(90)..ms(100)]);
         assert_eq!(slow(&[31, 30]), [ms(0)..ms(20)], "another recording");
         assert_eq!(slow(&[9, 28]), [ms(10)..ms(20)], "by the best that was ever seen");
+        let is_slow = [10, 31, 10, 10].map(|us| {
+            clock.judge(ms(0), Duration::from_micros(us));
+            clock.is_slow()
+        });
+        assert_eq!(is_slow, [false, true, true, false]);
     }
 
     #[test]

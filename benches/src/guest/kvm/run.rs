@@ -1,6 +1,8 @@
 //! One run: free, then limited, then the proof that nothing was lost.
 
 use std::fs;
+use std::iter;
+use std::mem::replace;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -260,8 +262,25 @@ impl Run<'_> {
         }
         self.exporter.as_mut().map_or(Ok(()), Exporter::write_if_due)?;
         self.show(phase);
+        if phase == Phase::Limited {
+            self.note_stalls();
+        }
         Ok(())
     }
+
+    /// Tells the stalls of a slow host from all others.
+    fn note_stalls(&mut self) {
+        for (index, vcpu) in self.done.recording.vcpus.iter_mut().enumerate() {
+            let fine = self.machine.stats(index).fine();
+            let before = replace(&mut vcpu.stalls.fine, fine);
+            if self.progress.is_slow() {
+                let new = iter::zip(&vcpu.stalls.fine, before).map(|(now, before)| now.saturating_sub(before));
+                vcpu.stalls.slow.resize(vcpu.stalls.fine.len(), 0);
+                iter::zip(&mut vcpu.stalls.slow, new).for_each(|(slow, new)| *slow += new);
+            }
+        }
+    }
+
     fn show(&mut self, phase: Phase) {
         let now: Vec<VcpuNow> = self.done.recording.vcpus.iter().map(VcpuNow::of).collect();
         self.progress.sample(self.start.elapsed(), phase, &now);
