@@ -107,7 +107,7 @@ fn only_the_ring_at_which_a_reset_stopped_is_suspect() {
 #[test]
 fn interrupted_at_random_it_loses_nothing() {
     let mut random = fastrand::Rng::with_seed(3);
-    for _ in 0..50 {
+    for _ in 0..15 {
         let fake = Fake::new();
         let limit = fake.small();
         let vcpus = random.usize(1..4);
