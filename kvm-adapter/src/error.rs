@@ -37,6 +37,23 @@ pub enum Error {
     /// KVM refused the backup bitmap.
     #[error("KVM refused KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: {0}; enable the dirty ring before the first memory slot")]
     EnableBitmap(io::Error),
+    /// KVM refused to switch its manual protection of the dirty log off.
+    #[error(
+        "KVM refused to switch KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 off: {0}; with it on, pages would be left unprotected that \
+         are then never logged"
+    )]
+    ManualProtect(io::Error),
+    /// KVM has more pages in the slot than it was added with.
+    #[error(
+        "memory slot {slot:#x} has more pages in KVM than the {pages} that it was added with: remove it and add it as large \
+         as it is; all of its pages are dirty in the next take"
+    )]
+    SlotTooShort {
+        /// Which.
+        slot: u32,
+        /// Its size as added.
+        pages: u64,
+    },
     /// A call of the system failed.
     #[error("{call}: {source}")]
     System {
@@ -91,17 +108,17 @@ pub enum Error {
          overwritten some: its dirty pages are unknown, so every page of this VM must be sent again"
     )]
     Overrun(u32),
-    /// Resets went on to return less than was collected.
+    /// Resets went on to give nothing back.
     #[error(
-        "KVM_RESET_DIRTY_RINGS gave back {given} of {expected} collected entries, tried {tries} times: the pages stay \
-         unpublished until a later reset takes them"
+        "KVM_RESET_DIRTY_RINGS gave back {given} of {expected} collected entries, and then nothing {tries} times in a row: \
+         the pages stay unpublished until a later reset takes the rest"
     )]
     ShortReset {
         /// Entries given back.
         given: u32,
         /// Entries collected.
         expected: u32,
-        /// How often it was called.
+        /// How often in a row it gave nothing back.
         tries: u32,
     },
 }
@@ -111,10 +128,11 @@ impl Error {
     pub fn errno(&self) -> i32 {
         match self {
             Self::Unsupported => libc::EOPNOTSUPP,
-            Self::RingSize { .. } | Self::SlotSize { .. } => libc::EINVAL,
-            Self::Enable { source, .. } | Self::EnableBitmap(source) | Self::System { source, .. } => {
-                source.raw_os_error().unwrap_or(libc::EIO)
-            }
+            Self::RingSize { .. } | Self::SlotSize { .. } | Self::SlotTooShort { .. } => libc::EINVAL,
+            Self::Enable { source, .. }
+            | Self::EnableBitmap(source)
+            | Self::ManualProtect(source)
+            | Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
             Self::SlotExists(_) => libc::EEXIST,
             Self::NoSlot(_) | Self::NoVcpu(_) => libc::ENOENT,
             Self::VcpuBusy(_) => libc::EBUSY,

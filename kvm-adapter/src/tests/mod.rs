@@ -6,5 +6,7 @@ mod events;
 mod memory;
 #[cfg(feature = "metrics")]
 mod metrics;
+mod order;
 mod resets;
+mod signals;
 mod turns;
