@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use dirtylimit_core::{Page, RESERVED};
-use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_run};
+use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DIRTY_RING_FULL, kvm_run};
 
 use crate::sys::{self, Kernel, Reset, RingPages};
 use crate::{Config, DirtyLimit, Error, Vcpu};
@@ -32,6 +32,7 @@ pub(crate) enum Goes {
 
 #[derive(Debug)]
 struct FakeRing {
+    file: File,
     pages: RingPages,
     entries: u32,
     dirty_index: u32,
@@ -118,7 +119,8 @@ impl Fake {
         let page = u64::from(sys::page_size());
         file.set_len(u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * page + u64::from(entries) * 16).unwrap();
         let pages = RingPages::map(file.as_raw_fd(), entries).unwrap();
-        self.state().rings.push(FakeRing { pages, entries, dirty_index: 0, reset_index: 0 });
+        let own = file.try_clone().unwrap();
+        self.state().rings.push(FakeRing { file: own, pages, entries, dirty_index: 0, reset_index: 0 });
         file
     }
 
@@ -127,6 +129,9 @@ impl Fake {
         let state = &mut *self.state();
         let ring = &mut state.rings[vcpu];
         if ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED {
+            ring.file
+                .write_all_at(&KVM_EXIT_DIRTY_RING_FULL.to_ne_bytes(), offset_of!(kvm_run, exit_reason) as u64)
+                .unwrap();
             return false;
         }
         let (writes, armed) = state.memory.entry(page).or_insert((0, true));

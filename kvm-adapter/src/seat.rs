@@ -141,6 +141,17 @@ impl Seat {
         self.kicks.load(Ordering::Relaxed)
     }
 
+    /// Whether the last KVM_RUN returned with a full ring, which was not noted yet. For the vCPU's thread.
+    #[inline]
+    pub(crate) fn is_full(&self) -> bool {
+        self.run.is_full()
+    }
+
+    /// Notes that it did: once for each such exit.
+    pub(crate) fn take_full(&self) -> bool {
+        self.run.take_full()
+    }
+
     /// Whether the VMM wants the thread to enter and leave KVM_RUN at once.
     pub(crate) fn immediate_exit(&self) -> bool {
         self.run.immediate_exit()
