@@ -89,6 +89,19 @@ impl Config {
     }
 }
 
+/// Makes the kick signal the library's.
+pub(crate) fn claim_signal(kick: Kick) -> Result<(), Error> {
+    let Kick::Signal(signal) = kick else { return Ok(()) };
+    let (min, max) = (libc::SIGRTMIN(), libc::SIGRTMAX());
+    if !(min..=max).contains(&signal) {
+        return Err(Error::KickSignal { signal, min, max });
+    }
+    match sys::claim(signal).map_err(system("sigaction, for kicks"))? {
+        true => Ok(()),
+        false => Err(Error::KickSignalTaken(signal)),
+    }
+}
+
 /// The dirty ring as a VM's KVM offers it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Caps {

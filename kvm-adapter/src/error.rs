@@ -37,6 +37,21 @@ pub enum Error {
     /// KVM refused the backup bitmap.
     #[error("KVM refused KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: {0}; enable the dirty ring before the first memory slot")]
     EnableBitmap(io::Error),
+    /// The kick signal is not one that the library can use.
+    #[error(
+        "signal {signal} cannot be the kick: it must be a real-time signal from SIGRTMIN ({min}) to SIGRTMAX ({max})"
+    )]
+    KickSignal {
+        /// What was asked for.
+        signal: i32,
+        /// The lowest real-time signal.
+        min: i32,
+        /// The highest.
+        max: i32,
+    },
+    /// The kick signal is somebody else's.
+    #[error("signal {0} cannot be the kick: this process handles or ignores it already; take one that nobody else uses")]
+    KickSignalTaken(i32),
     /// A call of the system failed.
     #[error("{call}: {source}")]
     System {
@@ -111,13 +126,13 @@ impl Error {
     pub fn errno(&self) -> i32 {
         match self {
             Self::Unsupported => libc::EOPNOTSUPP,
-            Self::RingSize { .. } | Self::SlotSize { .. } => libc::EINVAL,
+            Self::RingSize { .. } | Self::SlotSize { .. } | Self::KickSignal { .. } => libc::EINVAL,
             Self::Enable { source, .. } | Self::EnableBitmap(source) | Self::System { source, .. } => {
                 source.raw_os_error().unwrap_or(libc::EIO)
             }
             Self::SlotExists(_) => libc::EEXIST,
             Self::NoSlot(_) | Self::NoVcpu(_) => libc::ENOENT,
-            Self::VcpuBusy(_) => libc::EBUSY,
+            Self::VcpuBusy(_) | Self::KickSignalTaken(_) => libc::EBUSY,
             Self::TooManyVcpus { .. } => libc::ENOSPC,
             Self::Wedged { .. } | Self::Overrun(_) | Self::ShortReset { .. } => libc::EIO,
         }
@@ -127,4 +142,9 @@ impl Error {
 /// Names the call of a system error.
 pub(crate) fn system(call: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::System { call, source }
+}
+
+/// The kick signal got another handler.
+pub(crate) fn kick_is_taken(signal: i32) -> Error {
+    Error::KickSignalTaken(signal)
 }

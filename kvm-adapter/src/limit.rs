@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use dirtylimit_core::{Nanos, PageRate, Ring, Shipped, Status};
 
-use crate::caps::{Caps, Config};
+use crate::caps::{Caps, Config, claim_signal};
 use crate::error::{Error, system};
 use crate::events::{self, Limit, info};
 use crate::harvest::{BATCH, Place, Stats};
@@ -50,6 +50,7 @@ impl DirtyLimit {
     /// [`DirtyLimit::enable`] on whatever answers as a VM.
     pub(crate) fn on(kernel: Box<dyn Kernel>, config: &Config) -> Result<Self, Error> {
         let caps = Caps::of(&*kernel)?;
+        claim_signal(config.kick)?;
         caps.enable(&*kernel, config.ring_entries)?;
         info!("enabled: dirty rings of {} entries, {caps:?}", config.ring_entries);
         Ok(Self(Arc::new(Vm::new(kernel, caps, config))))

@@ -73,8 +73,6 @@ impl Seat {
 
     /// Frees the seat for the next owner.
     pub(crate) fn leave(&self) {
-        // Once the thread has ended its number may be another thread's, which a kick would end.
-        self.bind(0);
         // Release: pairs with the acquire in `take`.
         self.taken.store(false, Ordering::Release);
     }

@@ -300,6 +300,7 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
+        self.kicker.release(&self.seat);
         self.seat.leave();
     }
 }

@@ -10,7 +10,7 @@ mod sched;
 mod signals;
 
 pub(crate) use futex::{Wait, wait, wake};
-pub(crate) use kick::{KickSignal, Timer};
+pub(crate) use kick::{KickSignal, Timer, claim};
 pub(crate) use kvm::{Kernel, Reset, VmFd};
 pub(crate) use mapping::{RingPages, RunPage};
 #[cfg(feature = "planted-bugs")]

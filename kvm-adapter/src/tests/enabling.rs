@@ -1,7 +1,7 @@
 //! What KVM may offer and refuse.
 
 use crate::fake::{Fake, SLOT, pages};
-use crate::{Config, Error};
+use crate::{Config, Error, Kick};
 
 const RING: u32 = 192;
 const ACQ_REL: u32 = 223;
@@ -63,5 +63,35 @@ fn refusals_carry_the_kernels_answer() {
         let error = Fake::new().with(BITMAP, 1).refusing(BITMAP, errno).limit(&Config::new()).unwrap_err();
         assert!(matches!(error, Error::EnableBitmap(_)), "{error}");
         assert_eq!(error.errno(), errno);
+    }
+}
+
+#[test]
+fn a_kick_that_cannot_be_one_is_refused_before_anything_is_enabled() {
+    let refused = |signal| {
+        let fake = Fake::new();
+        let error = fake.limit(&Config::new().kick(Kick::Signal(signal))).unwrap_err();
+        assert_eq!(fake.enabled(), [], "{signal}");
+        error
+    };
+    for signal in [i32::MIN, -1, 0, 9, 10, 14, libc::SIGRTMIN() - 1, libc::SIGRTMAX() + 1, i32::MAX] {
+        let error = refused(signal);
+        assert!(matches!(error, Error::KickSignal { signal: told, .. } if told == signal), "{error}");
+        assert_eq!(error.errno(), libc::EINVAL);
+    }
+    extern "C" fn nothing(_: libc::c_int) {}
+    let (handled, ignored) = (libc::SIGRTMAX() - 1, libc::SIGRTMAX() - 2);
+    // SAFETY: a handler that does nothing, and none.
+    unsafe {
+        libc::signal(handled, nothing as extern "C" fn(libc::c_int) as libc::sighandler_t);
+        libc::signal(ignored, libc::SIG_IGN);
+    }
+    for signal in [handled, ignored] {
+        let error = refused(signal);
+        assert!(matches!(error, Error::KickSignalTaken(told) if told == signal), "{error}");
+        assert_eq!(error.errno(), libc::EBUSY);
+    }
+    for _ in 0..2 {
+        Fake::new().limit(&Config::new().kick(Kick::Signal(libc::SIGRTMAX() - 3))).unwrap();
     }
 }
