@@ -50,7 +50,9 @@ pub enum Error {
         max: i32,
     },
     /// The kick signal is somebody else's.
-    #[error("signal {0} cannot be the kick: this process handles or ignores it already; take one that nobody else uses")]
+    #[error(
+        "signal {0} cannot be the kick: this process handles or ignores it already; take one that nobody else uses"
+    )]
     KickSignalTaken(i32),
     /// A call of the system failed.
     #[error("{call}: {source}")]
@@ -77,6 +79,34 @@ pub enum Error {
     /// The vCPU's handle is still held by somebody.
     #[error("vCPU {0} has a handle already: drop it before the vCPU is added again")]
     VcpuBusy(u32),
+    /// The vCPU has an id already.
+    #[error("this descriptor is that of vCPU {known}, so it cannot be vCPU {id} too: give each id its own vCPU")]
+    SameVcpu {
+        /// Under which it was to be added.
+        id: u32,
+        /// Under which it is known.
+        known: u32,
+    },
+    /// The id is another vCPU's.
+    #[error("this descriptor is not that of vCPU {0}, which is added already: remove it before its id is another's")]
+    OtherVcpu(u32),
+    /// The vCPU has no ring of the VM's size.
+    #[error(
+        "vCPU {id} has no dirty ring of {entries} entries: it is a vCPU of another VM, or KVM_CREATE_VCPU came before \
+         the ring was enabled"
+    )]
+    NoRing {
+        /// Which.
+        id: u32,
+        /// The size of this VM's rings.
+        entries: u32,
+    },
+    /// Somebody has consumed the vCPU's ring.
+    #[error(
+        "the dirty ring of vCPU {0} is not new: where KVM goes on in it is unknown; a vCPU that was removed, or whose ring \
+         somebody else has read, cannot be added"
+    )]
+    UsedRing(u32),
     /// No such vCPU.
     #[error("no vCPU {0}: add it first")]
     NoVcpu(u32),
@@ -130,9 +160,11 @@ impl Error {
             Self::Enable { source, .. } | Self::EnableBitmap(source) | Self::System { source, .. } => {
                 source.raw_os_error().unwrap_or(libc::EIO)
             }
-            Self::SlotExists(_) => libc::EEXIST,
             Self::NoSlot(_) | Self::NoVcpu(_) => libc::ENOENT,
-            Self::VcpuBusy(_) | Self::KickSignalTaken(_) => libc::EBUSY,
+            Self::VcpuBusy(_) | Self::KickSignalTaken(_) | Self::UsedRing(_) => libc::EBUSY,
+            Self::SlotExists(_) | Self::SameVcpu { .. } => libc::EEXIST,
+            Self::OtherVcpu(_) => libc::EBADF,
+            Self::NoRing { .. } => libc::ENXIO,
             Self::TooManyVcpus { .. } => libc::ENOSPC,
             Self::Wedged { .. } | Self::Overrun(_) | Self::ShortReset { .. } => libc::EIO,
         }

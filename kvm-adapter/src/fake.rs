@@ -26,6 +26,8 @@ pub(crate) enum Goes {
     Short(u32),
     /// It gives back all, but was disturbed and forgets as above.
     Disturbed,
+    /// Well, and then the guest of the first vCPU writes a page.
+    ThenWrites(u64),
     /// It does nothing but fail.
     Fails(i32),
 }
@@ -118,29 +120,17 @@ impl Fake {
         };
         let page = u64::from(sys::page_size());
         file.set_len(u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * page + u64::from(entries) * 16).unwrap();
-        let pages = RingPages::map(file.as_raw_fd(), entries).unwrap();
-        let own = file.try_clone().unwrap();
-        self.state().rings.push(FakeRing { file: own, pages, entries, dirty_index: 0, reset_index: 0 });
+        // One that has no ring is no vCPU of this VM.
+        if let Some(pages) = RingPages::map(file.as_raw_fd(), entries.max(1)).unwrap() {
+            let own = file.try_clone().unwrap();
+            self.state().rings.push(FakeRing { file: own, pages, entries, dirty_index: 0, reset_index: 0 });
+        }
         file
     }
 
     /// The guest writes a page on vCPU `vcpu`; `false` where KVM exits first, with a full ring.
     pub(crate) fn write(&self, vcpu: usize, page: Page) -> bool {
-        let state = &mut *self.state();
-        let ring = &mut state.rings[vcpu];
-        if ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED {
-            ring.file
-                .write_all_at(&KVM_EXIT_DIRTY_RING_FULL.to_ne_bytes(), offset_of!(kvm_run, exit_reason) as u64)
-                .unwrap();
-            return false;
-        }
-        let (writes, armed) = state.memory.entry(page).or_insert((0, true));
-        *writes += 1;
-        if std::mem::take(armed) {
-            ring.pages.as_ref()[(ring.dirty_index % ring.entries) as usize].push(page);
-            ring.dirty_index = ring.dirty_index.wrapping_add(1);
-        }
-        true
+        self.state().write(vcpu, page)
     }
 
     /// Writes the pages `offsets` of [`SLOT`] in turn, up to a full exit; how many were written.
@@ -196,6 +186,24 @@ pub(crate) fn immediate_exit(vcpu: &File, value: bool) {
 }
 
 impl State {
+    /// As [`Fake::write`].
+    fn write(&mut self, vcpu: usize, page: Page) -> bool {
+        let ring = &mut self.rings[vcpu];
+        if ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED {
+            ring.file
+                .write_all_at(&KVM_EXIT_DIRTY_RING_FULL.to_ne_bytes(), offset_of!(kvm_run, exit_reason) as u64)
+                .unwrap();
+            return false;
+        }
+        let (writes, armed) = self.memory.entry(page).or_insert((0, true));
+        *writes += 1;
+        if std::mem::take(armed) {
+            ring.pages.as_ref()[(ring.dirty_index % ring.entries) as usize].push(page);
+            ring.dirty_index = ring.dirty_index.wrapping_add(1);
+        }
+        true
+    }
+
     /// Resets up to `most` entries and forgets to re-protect the last `forget`; returns how many it reset.
     fn reset(&mut self, most: u32, forget: usize) -> u32 {
         let mut pages = Vec::new();
@@ -235,6 +243,11 @@ impl Kernel for Fake {
             Some(Goes::WellAnd(answer)) => {
                 state.reset(u32::MAX, 0);
                 (answer, false)
+            }
+            Some(Goes::ThenWrites(offset)) => {
+                let entries = state.reset(u32::MAX, 0);
+                state.write(0, Page { slot: SLOT, offset });
+                (entries, false)
             }
             Some(Goes::Short(count)) => (state.reset(count, 64), false),
             Some(Goes::Disturbed) => (state.reset(u32::MAX, 64), true),

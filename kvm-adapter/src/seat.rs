@@ -65,6 +65,11 @@ impl Seat {
         limiter.cell(self.index).expect("a seat's index is one of its limiter's")
     }
 
+    /// Whether the page is of the same vCPU.
+    pub(crate) fn is_of(&self, run: &RunPage) -> bool {
+        self.run.is_same(run)
+    }
+
     /// Takes the seat; whether it was free.
     pub(crate) fn take(&self) -> bool {
         // Acquire: pairs with the release in `leave`, so that the next owner comes after the last.
@@ -100,6 +105,13 @@ impl Seat {
         // Release: pairs with the acquire in `pause`, so that what was changed before is seen after.
         self.wake.fetch_add(1, Ordering::Release);
         sys::wake(&self.wake);
+    }
+
+    /// Calls of [`Seat::poke`].
+    #[cfg(test)]
+    pub(crate) fn wakes(&self) -> u32 {
+        // Relaxed: one thread's look at its own work.
+        self.wake.load(Ordering::Relaxed)
     }
 
     /// Interrupts so far.

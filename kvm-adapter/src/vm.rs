@@ -6,7 +6,7 @@ use crate::caps::{Caps, Config};
 use crate::harvest::Harvest;
 use crate::kick::Kick;
 use crate::seat::VmLimiter;
-use crate::sys::{Kernel, SignalsBlocked};
+use crate::sys::{Kernel, SignalsBlocked, new_limiter};
 
 #[derive(Debug)]
 pub(crate) struct Vm {
@@ -15,7 +15,7 @@ pub(crate) struct Vm {
     pub(crate) ring_entries: u32,
     pub(crate) kick: Kick,
     pub(crate) prompt: bool,
-    pub(crate) limiter: VmLimiter,
+    pub(crate) limiter: Box<VmLimiter>,
     harvest: Mutex<Harvest>,
 }
 
@@ -29,7 +29,7 @@ pub(crate) struct Locked<'a> {
 
 impl Vm {
     pub(crate) fn new(kernel: Box<dyn Kernel>, caps: Caps, config: &Config) -> Self {
-        let limiter = VmLimiter::new(config.policy);
+        let limiter = new_limiter(config.policy);
         limiter.vm().set_max_pause(config.max_pause);
         let Config { ring_entries, kick, prompt, .. } = *config;
         Self { kernel, caps, ring_entries, kick, prompt, limiter, harvest: Mutex::new(Harvest::new()) }

@@ -58,6 +58,10 @@ impl RunPage {
         false
     }
 
+    pub(crate) fn is_same(&self, _: &Self) -> bool {
+        true
+    }
+
     pub(crate) fn is_full(&self) -> bool {
         false
     }

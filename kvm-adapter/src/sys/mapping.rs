@@ -34,6 +34,27 @@ impl Mapping {
     }
 }
 
+impl Mapping {
+    /// Whether the file has the page at `offset`: who reads one that it has not gets a SIGBUS. The kernel, when it is to read
+    /// the word there for a futex, answers with an error; it is given no time to wait.
+    fn has(&self, offset: usize) -> bool {
+        let over = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the word lies in the mapping, and is aligned; the kernel reads it, and a deadline that is over.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                self.start.as_ptr().wrapping_byte_add(offset),
+                libc::FUTEX_WAIT_BITSET | libc::FUTEX_PRIVATE_FLAG,
+                u32::MAX,
+                &raw const over,
+                std::ptr::null::<u32>(),
+                libc::FUTEX_BITSET_MATCH_ANY,
+            )
+        };
+        result == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT)
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: our own mapping, which nobody borrows any more.
@@ -49,12 +70,15 @@ pub(crate) struct RingPages {
 }
 
 impl RingPages {
-    /// Maps the ring of `entries` entries. It holds the vCPU's file, so the descriptor may be closed.
-    pub(crate) fn map(vcpu: RawFd, entries: u32) -> io::Result<Self> {
+    /// Maps the ring of `entries` entries. It holds the vCPU's file, so the descriptor may be closed. `None` where the vCPU
+    /// has no ring of that size.
+    pub(crate) fn map(vcpu: RawFd, entries: u32) -> io::Result<Option<Self>> {
         let entries = entries as usize;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let mapping = Mapping::new(vcpu, KVM_DIRTY_LOG_PAGE_OFFSET, entries * size_of::<Entry>(), protection)?;
-        Ok(Self { mapping, entries })
+        // KVM maps what lies beyond a ring, too.
+        let last = (entries - 1) * size_of::<Entry>();
+        Ok((mapping.has(0) && mapping.has(last)).then_some(Self { mapping, entries }))
     }
 }
 
@@ -101,6 +125,20 @@ impl RunPage {
             self.exit_reason().store(KVM_EXIT_INTR, Ordering::Relaxed);
         }
         full
+    }
+
+    /// Whether `other` is a mapping of the same vCPU's: then a change of a byte that has no meaning shows there.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let [own, other] = [self, other].map(|page| {
+            // SAFETY: the byte is the last of `padding1`, in the page, which lives as long as `self` and `other`.
+            unsafe { AtomicU8::from_ptr(page.at(offset_of!(kvm_run, padding1) + 5)) }
+        });
+        // Relaxed: one thread's accesses to one byte, whatever its address.
+        let before = other.load(Ordering::Relaxed);
+        own.fetch_xor(1, Ordering::Relaxed);
+        let is_same = other.load(Ordering::Relaxed) != before;
+        own.fetch_xor(1, Ordering::Relaxed);
+        is_same
     }
 
     fn exit_reason(&self) -> &AtomicU32 {

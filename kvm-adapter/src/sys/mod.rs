@@ -3,6 +3,7 @@
 mod futex;
 mod kick;
 mod kvm;
+mod limiter;
 mod mapping;
 #[cfg(feature = "planted-bugs")]
 mod planted;
@@ -12,6 +13,7 @@ mod signals;
 pub(crate) use futex::{Wait, wait, wake};
 pub(crate) use kick::{KickSignal, Timer, claim};
 pub(crate) use kvm::{Kernel, Reset, VmFd};
+pub(crate) use limiter::new_limiter;
 pub(crate) use mapping::{RingPages, RunPage};
 #[cfg(feature = "planted-bugs")]
 pub(crate) use planted::Planted;

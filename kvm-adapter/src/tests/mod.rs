@@ -9,3 +9,4 @@ mod memory;
 mod metrics;
 mod resets;
 mod turns;
+mod vcpus;
