@@ -128,7 +128,13 @@ impl Caps {
         Ok(Self { acq_rel: acq_rel > 0, bitmap: check(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP)? > 0, max_entries })
     }
 
-    /// Enables rings of `entries` entries, then the bitmap where there is one: KVM wants this order.
+    /// Refuses, before anything is enabled, what would lose pages: where the interrupt controller's tables are written
+    /// outside any vCPU (`arm64`), a ring needs the bitmap beside it.
+    pub(crate) fn are_enough(self, arm64: bool) -> Result<Self, Error> {
+        if arm64 && !self.bitmap { Err(Error::NoBitmap) } else { Ok(self) }
+    }
+
+    /// Enables rings of `entries` entries, then the bitmap where there is one: KVM wants this order, and takes neither back.
     pub(crate) fn enable(&self, vm: &dyn Kernel, entries: u32) -> Result<(), Error> {
         let min = (sys::page_size() / ENTRY).max((RESERVED + 1).next_power_of_two());
         let max = self.max_entries;

@@ -13,6 +13,12 @@ pub enum Error {
         if cfg!(target_arch = "x86_64") { ", or KVM_CAP_DIRTY_LOG_RING, 192" } else { "" }
     )]
     Unsupported,
+    /// The VM's ring would not log what is dirtied outside its vCPUs.
+    #[error(
+        "this KVM offers no KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP (225), without which a dirty ring does not log the interrupt \
+         controller's tables: it needs Linux 6.2 or later on arm64"
+    )]
+    NoBitmap,
     /// The ring's size is not one that KVM takes.
     #[error("a dirty ring of {entries} entries: the number must be a power of two from {min} to {max} on this host")]
     RingSize {
@@ -35,7 +41,10 @@ pub enum Error {
         source: io::Error,
     },
     /// KVM refused the backup bitmap.
-    #[error("KVM refused KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: {0}; enable the dirty ring before the first memory slot")]
+    #[error(
+        "KVM refused KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: {0}; the ring without it is enabled for good and would lose pages, \
+         so this VM cannot be used: make another one, and enable its ring before its first memory slot"
+    )]
     EnableBitmap(io::Error),
     /// The kick signal is not one that the library can use.
     #[error(
@@ -155,7 +164,7 @@ impl Error {
     /// The `errno` closest to it, for C interfaces and VMMs that speak in them.
     pub fn errno(&self) -> i32 {
         match self {
-            Self::Unsupported => libc::EOPNOTSUPP,
+            Self::Unsupported | Self::NoBitmap => libc::EOPNOTSUPP,
             Self::RingSize { .. } | Self::SlotSize { .. } | Self::KickSignal { .. } => libc::EINVAL,
             Self::Enable { source, .. } | Self::EnableBitmap(source) | Self::System { source, .. } => {
                 source.raw_os_error().unwrap_or(libc::EIO)

@@ -49,7 +49,7 @@ impl DirtyLimit {
 
     /// [`DirtyLimit::enable`] on whatever answers as a VM.
     pub(crate) fn on(kernel: Box<dyn Kernel>, config: &Config) -> Result<Self, Error> {
-        let caps = Caps::of(&*kernel)?;
+        let caps = Caps::of(&*kernel)?.are_enough(cfg!(all(target_arch = "aarch64", not(test))))?;
         claim_signal(config.kick)?;
         caps.enable(&*kernel, config.ring_entries)?;
         info!("enabled: dirty rings of {} entries, {caps:?}", config.ring_entries);

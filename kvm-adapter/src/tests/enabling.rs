@@ -1,7 +1,7 @@
 //! What KVM may offer and refuse.
 
 use crate::fake::{Fake, SLOT, pages};
-use crate::{Config, Error, Kick};
+use crate::{Caps, Config, Error, Kick};
 
 const RING: u32 = 192;
 const ACQ_REL: u32 = 223;
@@ -40,6 +40,16 @@ fn the_bitmap_comes_after_the_ring_and_into_every_take() {
 }
 
 #[test]
+fn a_ring_that_would_miss_pages_is_refused_before_it_is_enabled() {
+    let caps = |bitmap| Caps { acq_rel: true, bitmap, max_entries: 65_536 };
+    for (arm64, bitmap) in [(false, false), (false, true), (true, true)] {
+        assert_eq!(caps(bitmap).are_enough(arm64).unwrap(), caps(bitmap));
+    }
+    let error = caps(false).are_enough(true).unwrap_err();
+    assert!(matches!(error, Error::NoBitmap) && error.errno() == libc::EOPNOTSUPP, "{error}");
+}
+
+#[test]
 fn sizes_that_kvm_would_refuse_are_refused_with_what_is_allowed() {
     for entries in [0, 1, 128, 255, 1000, 4097, 1 << 17, 1 << 31] {
         let fake = Fake::new();
@@ -62,6 +72,7 @@ fn refusals_carry_the_kernels_answer() {
         assert_eq!(error.errno(), errno);
         let error = Fake::new().with(BITMAP, 1).refusing(BITMAP, errno).limit(&Config::new()).unwrap_err();
         assert!(matches!(error, Error::EnableBitmap(_)), "{error}");
+        assert!(error.to_string().contains("make another"), "{error}");
         assert_eq!(error.errno(), errno);
     }
 }
