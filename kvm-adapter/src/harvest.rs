@@ -163,6 +163,25 @@ impl Harvest {
         }
     }
 
+    /// Forgets a vCPU once nothing is left in its ring. In one hold of the lock: no entry comes between, and none that was
+    /// collected is published without its reset.
+    pub(crate) fn remove(&mut self, id: u32, kernel: &dyn Kernel, limiter: &VmLimiter) -> Result<(), Error> {
+        while let Some((place, _)) = self.meter(id, limiter) {
+            let expected = place.ring.occupied();
+            if expected == 0 && self.batch.len() == 0 {
+                break;
+            }
+            let all = |other, place: &Place, _| if other == id { place.ring.held_back() } else { 0 };
+            if self.collect(kernel, all)? == 0 {
+                return Err(Error::ShortReset { given: 0, expected, tries: 1 });
+            }
+        }
+        if let Some(place) = self.places.remove(&id) {
+            limiter.unregister(place.seat.index);
+        }
+        Ok(())
+    }
+
     /// Frees the slices that vCPUs wait for, all by one reset.
     pub(crate) fn serve(&mut self, kernel: &dyn Kernel) -> Result<(), Error> {
         let wanted = |place: &Place| match place.seat.wanted() {

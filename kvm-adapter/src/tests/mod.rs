@@ -3,6 +3,7 @@
 mod enabling;
 #[cfg(feature = "log")]
 mod events;
+mod exits;
 mod memory;
 #[cfg(feature = "metrics")]
 mod metrics;
@@ -10,3 +11,4 @@ mod order;
 mod resets;
 mod signals;
 mod turns;
+mod vcpus;
