@@ -59,6 +59,17 @@ pub enum Error {
         /// Its size as given.
         pages: u64,
     },
+    /// The guest has dirtied pages of which the limiter does not know the slot. Told once; they are in no dirty log.
+    #[error(
+        "the guest has dirtied {pages} pages of slots that are not known, or shorter than KVM's (first of slot {slot:#x}): \
+         they are in no dirty log and must be sent again; add each slot, in its whole size, before it is created in KVM"
+    )]
+    UnknownPages {
+        /// How many entries of the rings named one.
+        pages: u64,
+        /// The slot of the first (address space << 16 | slot).
+        slot: u32,
+    },
     /// The vCPU's handle is still held by somebody.
     #[error("vCPU {0} has a handle already: drop it before the vCPU is added again")]
     VcpuBusy(u32),
@@ -116,7 +127,7 @@ impl Error {
                 source.raw_os_error().unwrap_or(libc::EIO)
             }
             Self::SlotExists(_) => libc::EEXIST,
-            Self::NoSlot(_) | Self::NoVcpu(_) => libc::ENOENT,
+            Self::NoSlot(_) | Self::NoVcpu(_) | Self::UnknownPages { .. } => libc::ENOENT,
             Self::VcpuBusy(_) => libc::EBUSY,
             Self::TooManyVcpus { .. } => libc::ENOSPC,
             Self::Wedged { .. } | Self::Overrun(_) | Self::ShortReset { .. } => libc::EIO,

@@ -70,7 +70,7 @@ mod vcpu;
 mod vm;
 
 pub use caps::{Caps, Config};
-pub use dirtylimit_core::{Paced, PageRate, Shipped, Status, Stepped};
+pub use dirtylimit_core::{Paced, PageRate, Shipped, Status, Stepped, Unenforced};
 pub use error::Error;
 #[cfg(feature = "planted-bugs")]
 #[doc(hidden)]

@@ -10,10 +10,11 @@ use dirtylimit_core::{Nanos, PageRate, Ring, Shipped, Status};
 use crate::caps::{Caps, Config};
 use crate::error::{Error, system};
 use crate::events::{self, Limit, info};
-use crate::harvest::{BATCH, Place, Stats};
+use crate::harvest::{Place, Stats};
 use crate::kick::Kick;
-use crate::seat::Seat;
-use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, VmFd};
+use crate::seat::{Seat, VmLimiter};
+use crate::slots::Unknown;
+use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, SignalsBlocked, VmFd};
 use crate::throttle::ThrottleThread;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
@@ -73,7 +74,7 @@ impl DirtyLimit {
     pub fn add_slot(&self, slot: u32, pages: u64) -> Result<(), Error> {
         // What a former slot of this number left in the rings is not the new one's.
         if self.0.lock().slots.was_removed(slot) {
-            self.sync()?;
+            self.collect_all()?;
         }
         self.0.lock().slots.add(slot, pages)
     }
@@ -85,7 +86,7 @@ impl DirtyLimit {
     /// [`Error::NoSlot`], and what a reset may answer.
     pub fn remove_slot(&self, slot: u32) -> Result<(), Error> {
         self.0.lock().slots.knows(slot)?;
-        self.sync()?;
+        self.collect_all()?;
         self.0.lock().slots.remove(slot)
     }
 
@@ -136,7 +137,7 @@ impl DirtyLimit {
         if !seat.take() {
             return Err(Error::VcpuBusy(id));
         }
-        if let Err(error) = self.sync() {
+        if let Err(error) = self.collect_all() {
             seat.leave();
             return Err(error);
         }
@@ -152,23 +153,30 @@ impl DirtyLimit {
     /// around while it runs is better a [`DirtyLimit::pass`].
     ///
     /// # Errors
-    /// What a reset may answer; nothing is lost by it.
+    /// What a reset may answer; nothing is lost by it. [`Error::UnknownPages`], once, after everything was published.
     pub fn sync(&self) -> Result<(), Error> {
-        self.sweep(|place| place.ring.held_back()).map(drop)
+        self.collect_all()?;
+        self.tell_unknown()
     }
 
     /// As [`DirtyLimit::sync`], but leaves limited vCPUs inside their slices: of their rings only what a slice frees is
-    /// collected (nothing before they have noticed their limit), and the rest, which stays dirty, is counted.
+    /// collected (before they have noticed their limit, what it allows since the last pass), and the rest, which stays
+    /// dirty, is counted.
     ///
     /// # Errors
     /// As [`DirtyLimit::sync`].
     pub fn pass(&self) -> Result<Pass, Error> {
-        self.sweep(|place| match place.slice {
+        let now = sys::now();
+        let pass = self.sweep(|place| match place.slice {
             // Left to fill, so that it notices: it might never, were it emptied by each pass.
-            None if place.ring.size() <= BATCH && place.is_to_notice(&self.0.limiter) => 0,
-            None => place.ring.held_back(),
-            Some(slice) => place.ring.to_collect(slice),
-        })
+            None if place.is_to_notice(&self.0.limiter) => place.allowance(&self.0.limiter, now),
+            slice => {
+                place.unnoticed = None;
+                slice.map_or(place.ring.held_back(), |slice| place.ring.to_collect(slice))
+            }
+        })?;
+        self.tell_unknown()?;
+        Ok(pass)
     }
 
     /// The dirty pages of a slot since the last call, in the form of `KVM_GET_DIRTY_LOG` (a bit a page, 64 a word):
@@ -193,7 +201,9 @@ impl DirtyLimit {
     /// # Errors
     /// [`Error::NoSlot`].
     pub fn take_published(&self, slot: u32) -> Result<Vec<u64>, Error> {
-        self.0.lock().take(slot, &self.0.limiter)
+        let taken = self.0.lock().take(slot, &self.0.limiter)?;
+        self.0.limiter.vm().note_taken(sys::now());
+        Ok(taken)
     }
 
     /// Says that a slot's suspect pages are protected again. A reset that was disturbed (the process was stopped, traced
@@ -226,21 +236,21 @@ impl DirtyLimit {
 
     /// Limits every vCPU, present and to come.
     pub fn set_limit_all(&self, limit: PageRate) {
-        self.0.limiter.set_limit_all(Some(limit));
+        self.limiter(|limiter| limiter.set_limit_all(Some(limit)));
         self.tell_all();
         info!("limit of every vCPU: {}", Limit(Some(limit)));
     }
 
     /// Lifts every limit.
     pub fn cancel_all(&self) {
-        self.0.limiter.set_limit_all(None);
+        self.limiter(|limiter| limiter.set_limit_all(None));
         self.tell_all();
         info!("limit of every vCPU: none");
     }
 
     /// Sets the budget of the whole VM, shared by max-min fairness among the vCPUs' demands; `None` lifts it.
     pub fn set_vm_limit(&self, budget: Option<PageRate>) {
-        self.0.limiter.set_vm_limit(budget);
+        self.limiter(|limiter| limiter.set_vm_limit(budget));
         self.tell_all();
         info!("budget of the VM: {}", Limit(budget));
     }
@@ -257,7 +267,7 @@ impl DirtyLimit {
 
     /// Changes the policy.
     pub fn set_policy(&self, policy: Shipped) {
-        self.0.limiter.set_policy(policy);
+        self.limiter(|limiter| limiter.set_policy(policy));
         self.tell_all();
         info!("policy: {policy:?}");
     }
@@ -274,12 +284,13 @@ impl DirtyLimit {
         info!("longest pause: {:?}", self.max_pause());
     }
 
-    /// What is known of a vCPU, as of the last [`DirtyLimit::meter`] or tick.
+    /// What is known of a vCPU, as of the last [`DirtyLimit::meter`] or tick. [`Status::unenforced`] says whether its limit
+    /// is held, and if not, why.
     ///
     /// # Errors
     /// [`Error::NoVcpu`].
     pub fn query(&self, id: u32) -> Result<Status, Error> {
-        self.with_seat(id, |seat| self.0.limiter.query(seat.index))?.ok_or(Error::NoVcpu(id))
+        self.with_seat(id, |seat| self.0.limiter.query(seat.index, sys::now()))?.ok_or(Error::NoVcpu(id))
     }
 
     /// The ids of the VM's vCPUs, in order.
@@ -295,6 +306,7 @@ impl DirtyLimit {
     /// Peeks at every ring, so that the counts of [`DirtyLimit::query`] are up to date. Disturbs no guest.
     pub fn meter(&self) {
         self.0.lock().meter_all(&self.0.limiter);
+        self.limiter(VmLimiter::fold);
     }
 
     /// One tick, by the adapter's own clock: PREPARE (skipping the rings where somebody else harvests just now),
@@ -305,8 +317,8 @@ impl DirtyLimit {
         }
         let now = sys::now();
         events::tell_lapse(&self.0, now);
-        self.0.limiter.tick(now);
-        events::tell(&self.0);
+        self.limiter(|limiter| limiter.tick(now));
+        events::tell(&self.0, now);
     }
 
     /// Ticks every `period` (1 ms to 1 s, clamped) from a thread of its own, which ends when it is dropped.
@@ -331,6 +343,12 @@ impl DirtyLimit {
         &self.0
     }
 
+    /// Calls `f` on the limiter, whose lock it may take: a handler of this thread must not find that taken.
+    fn limiter<R>(&self, f: impl FnOnce(&VmLimiter) -> R) -> R {
+        let _signals = SignalsBlocked::new();
+        f(&self.0.limiter)
+    }
+
     /// Calls `f` with a vCPU's seat, under the lock: its place in the limiter is not another vCPU's meanwhile.
     fn with_seat<R>(&self, id: u32, f: impl FnOnce(&Arc<Seat>) -> R) -> Result<R, Error> {
         self.0.lock().places.get(&id).map(|place| f(&place.seat)).ok_or(Error::NoVcpu(id))
@@ -349,18 +367,30 @@ impl DirtyLimit {
         self.0.lock().places.values().for_each(|place| place.seat.tell(&self.0.limiter));
     }
 
+    /// [`DirtyLimit::sync`], but for what it tells: for who must go on all the same.
+    fn collect_all(&self) -> Result<(), Error> {
+        self.sweep(|place| place.ring.held_back()).map(drop)
+    }
+
+    /// An error if pages of unknown slots were collected since the last call, by whomever.
+    fn tell_unknown(&self) -> Result<(), Error> {
+        let unknown = self.0.lock().slots.take_unknown();
+        unknown.map_or(Ok(()), |Unknown { pages, slot }| Err(Error::UnknownPages { pages, slot }))
+    }
+
     /// Collects of each ring as much as `choose` says of it at the start, in batches between which others get the lock.
-    fn sweep(&self, choose: impl Fn(&Place) -> u32) -> Result<Pass, Error> {
+    fn sweep(&self, choose: impl FnMut(&mut Place) -> u32) -> Result<Pass, Error> {
         let swept = self.sweep_untold(choose);
-        events::tell(&self.0);
+        events::tell(&self.0, sys::now());
         swept
     }
 
-    fn sweep_untold(&self, choose: impl Fn(&Place) -> u32) -> Result<Pass, Error> {
+    fn sweep_untold(&self, mut choose: impl FnMut(&mut Place) -> u32) -> Result<Pass, Error> {
         let mut left: BTreeMap<u32, u32> = {
             let mut harvest = self.0.lock();
             harvest.meter_all(&self.0.limiter);
-            harvest.places.iter().map(|(id, place)| (*id, choose(place))).collect()
+            self.0.limiter.fold();
+            harvest.places.iter_mut().map(|(id, place)| (*id, choose(place))).collect()
         };
         let mut pass = Pass::default();
         loop {

@@ -36,6 +36,16 @@ pub(crate) struct Slots {
     slots: BTreeMap<u32, Slot>,
     removed: HashSet<u32>,
     pub(crate) dropped: u64,
+    /// Those among them that the VMM has not been told of: not left over from a slot that it removed.
+    unknown: Option<Unknown>,
+}
+
+/// Pages of slots that were never added, or that lie beyond what was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Unknown {
+    pub(crate) pages: u64,
+    /// The slot of the first of them.
+    pub(crate) slot: u32,
 }
 
 impl Slots {
@@ -83,6 +93,10 @@ impl Slots {
     pub(crate) fn publish(&mut self, page: Page, suspect: bool) -> bool {
         let Some(slot) = self.of(page) else {
             self.dropped += 1;
+            // A guest may write to a slot until KVM has deleted it.
+            if !self.removed.contains(&page.slot) {
+                self.unknown.get_or_insert(Unknown { pages: 0, slot: page.slot }).pages += 1;
+            }
             return false;
         };
         put(&mut slot.suspect, page.offset, suspect);
@@ -94,6 +108,11 @@ impl Slots {
     pub(crate) fn take(&mut self, slot: u32) -> Result<Vec<u64>, Error> {
         let slot = self.slots.get_mut(&slot).ok_or(Error::NoSlot(slot))?;
         Ok(slot.dirty.iter_mut().zip(&slot.suspect).map(|(dirty, suspect)| std::mem::take(dirty) | suspect).collect())
+    }
+
+    /// What was dropped since this was last asked and is nobody's leftover: its pages are dirty and in no log.
+    pub(crate) fn take_unknown(&mut self) -> Option<Unknown> {
+        self.unknown.take()
     }
 
     /// The pages of the slot were all protected again by other means.

@@ -15,7 +15,8 @@ pub(crate) struct Vm {
     pub(crate) ring_entries: u32,
     pub(crate) kick: Kick,
     pub(crate) prompt: bool,
-    pub(crate) limiter: VmLimiter,
+    /// Hundreds of kilobytes, which are not to be moved about on the stack.
+    pub(crate) limiter: Box<VmLimiter>,
     harvest: Mutex<Harvest>,
 }
 
@@ -29,7 +30,7 @@ pub(crate) struct Locked<'a> {
 
 impl Vm {
     pub(crate) fn new(kernel: Box<dyn Kernel>, caps: Caps, config: &Config) -> Self {
-        let limiter = VmLimiter::new(config.policy);
+        let limiter = Box::new(VmLimiter::new(config.policy));
         limiter.vm().set_max_pause(config.max_pause);
         let Config { ring_entries, kick, prompt, .. } = *config;
         Self { kernel, caps, ring_entries, kick, prompt, limiter, harvest: Mutex::new(Harvest::new()) }
