@@ -3,6 +3,7 @@
 mod changes;
 mod common;
 mod disturbed;
+mod held;
 mod machines;
 mod overrun;
 mod rig;
