@@ -3,6 +3,7 @@
 mod enabling;
 #[cfg(feature = "log")]
 mod events;
+mod handlers;
 mod memory;
 #[cfg(feature = "metrics")]
 mod metrics;
