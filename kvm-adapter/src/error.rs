@@ -102,6 +102,17 @@ pub enum Error {
         /// Its size as given.
         pages: u64,
     },
+    /// The guest has dirtied pages of which the limiter does not know the slot. Told once; they are in no dirty log.
+    #[error(
+        "the guest has dirtied {pages} pages of slots that are not known, or shorter than KVM's (first of slot {slot:#x}): \
+         they are in no dirty log and must be sent again; add each slot, in its whole size, before it is created in KVM"
+    )]
+    UnknownPages {
+        /// How many entries of the rings named one.
+        pages: u64,
+        /// The slot of the first (address space << 16 | slot).
+        slot: u32,
+    },
     /// The vCPU's handle is still held by somebody.
     #[error("vCPU {0} has a handle already: drop it before the vCPU is added again")]
     VcpuBusy(u32),
@@ -189,7 +200,7 @@ impl Error {
             | Self::EnableBitmap(source)
             | Self::ManualProtect(source)
             | Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
-            Self::NoSlot(_) | Self::NoVcpu(_) => libc::ENOENT,
+            Self::NoSlot(_) | Self::NoVcpu(_) | Self::UnknownPages { .. } => libc::ENOENT,
             Self::VcpuBusy(_) | Self::KickSignalTaken(_) | Self::UsedRing(_) => libc::EBUSY,
             Self::SlotExists(_) | Self::SameVcpu { .. } => libc::EEXIST,
             Self::OtherVcpu(_) => libc::EBADF,

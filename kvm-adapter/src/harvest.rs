@@ -56,12 +56,29 @@ pub(crate) struct Place {
     pub(crate) merged: u32,
     /// Entries that the last reset gave back.
     given: u32,
+    /// When a pass last found that the vCPU's thread has not noticed its limit; `None` where it had.
+    pub(crate) unnoticed: Option<Nanos>,
     pub(crate) seat: Arc<Seat>,
 }
 
 impl Place {
     pub(crate) fn new(ring: Ring<RingPages>, seat: Arc<Seat>) -> Self {
-        Self { ring, slice: None, limited: false, stretched: false, merged: 0, given: 0, seat }
+        Self { ring, slice: None, limited: false, stretched: false, merged: 0, given: 0, unnoticed: None, seat }
+    }
+
+    /// How much of a ring a pass collects whose vCPU has not noticed its limit: what the limit has allowed since the last
+    /// one did. So what the guest may dirty anew is no more than that, and a ring of any size fills, and is noticed, where
+    /// the guest writes faster.
+    pub(crate) fn allowance(&mut self, limiter: &VmLimiter, now: Nanos) -> u32 {
+        let since = self.unnoticed.unwrap_or(now);
+        let Some(limit) = limiter.query(self.seat.index, now).and_then(|status| status.effective_limit) else {
+            return self.ring.held_back();
+        };
+        let allowed = limit.price().pages_for(now.saturating_sub(since));
+        let count = allowed.min(self.ring.held_back());
+        // Parts of a page are kept for the next pass; what the guest had no use for is not.
+        self.unnoticed = Some(if count < allowed { now } else { since + limit.price().of(count) });
+        count
     }
 
     /// Whether there is a limit that the vCPU's thread has not noticed.
@@ -127,7 +144,7 @@ impl Harvest {
         &mut self,
         from: u32,
         limiter: &VmLimiter,
-        mut each: impl FnMut(u32, &Place),
+        mut each: impl FnMut(u32, &mut Place),
     ) -> Option<u32> {
         let mut entries = 0;
         for (id, place) in self.places.range_mut(from..) {

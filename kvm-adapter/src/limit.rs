@@ -11,8 +11,8 @@ use crate::error::{Error, system};
 use crate::events::{self, Limit, info};
 use crate::harvest::{Place, Stats};
 use crate::kick::Kick;
-use crate::seat::Seat;
-use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, VmFd};
+use crate::seat::{Seat, VmLimiter};
+use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, SignalsBlocked, VmFd};
 use crate::throttle::ThrottleThread;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
@@ -116,7 +116,7 @@ impl DirtyLimit {
             return Err(Error::VcpuBusy(id));
         }
         // Most of it in batches, between which others get the lock.
-        let removed = self.sync().and_then(|()| self.0.lock().remove(id, &*self.0.kernel, &self.0.limiter));
+        let removed = self.collect_all().and_then(|()| self.0.lock().remove(id, &*self.0.kernel, &self.0.limiter));
         if let Err(error) = removed {
             seat.leave();
             return Err(error);
@@ -144,21 +144,21 @@ impl DirtyLimit {
 
     /// Limits every vCPU, present and to come.
     pub fn set_limit_all(&self, limit: PageRate) {
-        self.0.limiter.set_limit_all(Some(limit));
+        self.limiter(|limiter| limiter.set_limit_all(Some(limit)));
         self.tell_all();
         info!("limit of every vCPU: {}", Limit(Some(limit)));
     }
 
     /// Lifts every limit.
     pub fn cancel_all(&self) {
-        self.0.limiter.set_limit_all(None);
+        self.limiter(|limiter| limiter.set_limit_all(None));
         self.tell_all();
         info!("limit of every vCPU: none");
     }
 
     /// Sets the budget of the whole VM, shared by max-min fairness among the vCPUs' demands; `None` lifts it.
     pub fn set_vm_limit(&self, budget: Option<PageRate>) {
-        self.0.limiter.set_vm_limit(budget);
+        self.limiter(|limiter| limiter.set_vm_limit(budget));
         self.tell_all();
         info!("budget of the VM: {}", Limit(budget));
     }
@@ -175,7 +175,7 @@ impl DirtyLimit {
 
     /// Changes the policy.
     pub fn set_policy(&self, policy: Shipped) {
-        self.0.limiter.set_policy(policy);
+        self.limiter(|limiter| limiter.set_policy(policy));
         self.tell_all();
         info!("policy: {policy:?}");
     }
@@ -192,12 +192,13 @@ impl DirtyLimit {
         info!("longest pause: {:?}", self.max_pause());
     }
 
-    /// What is known of a vCPU, as of the last [`DirtyLimit::meter`] or tick.
+    /// What is known of a vCPU, as of the last [`DirtyLimit::meter`] or tick. [`Status::unenforced`] says whether its limit
+    /// is held, and if not, why.
     ///
     /// # Errors
     /// [`Error::NoVcpu`].
     pub fn query(&self, id: u32) -> Result<Status, Error> {
-        self.with_seat(id, |seat| self.0.limiter.query(seat.index))?.ok_or(Error::NoVcpu(id))
+        self.with_seat(id, |seat| self.0.limiter.query(seat.index, sys::now()))?.ok_or(Error::NoVcpu(id))
     }
 
     /// The ids of the VM's vCPUs, in order.
@@ -213,6 +214,7 @@ impl DirtyLimit {
     /// Peeks at every ring, so that the counts of [`DirtyLimit::query`] are up to date. Disturbs no guest.
     pub fn meter(&self) {
         self.meter_each(|_, _| ());
+        self.limiter(VmLimiter::fold);
     }
 
     /// One tick, by the adapter's own clock: PREPARE (skipping the rings where somebody else harvests just now),
@@ -223,8 +225,8 @@ impl DirtyLimit {
         }
         let now = sys::now();
         events::tell_lapse(&self.0, now);
-        self.0.limiter.tick(now);
-        events::tell(&self.0);
+        self.limiter(|limiter| limiter.tick(now));
+        events::tell(&self.0, now);
     }
 
     /// Ticks every `period` (1 ms to 1 s, clamped) from a thread of its own, which ends when it is dropped.
@@ -247,6 +249,12 @@ impl DirtyLimit {
     #[cfg(any(test, feature = "metrics"))]
     pub(crate) fn vm(&self) -> &Arc<Vm> {
         &self.0
+    }
+
+    /// Calls `f` on the limiter, whose lock it may take: a handler of this thread must not find that taken.
+    pub(crate) fn limiter<R>(&self, f: impl FnOnce(&VmLimiter) -> R) -> R {
+        let _signals = SignalsBlocked::new();
+        f(&self.0.limiter)
     }
 
     /// Calls `f` with a vCPU's seat, under the lock: its place in the limiter is not another vCPU's meanwhile.

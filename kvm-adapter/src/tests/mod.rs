@@ -4,6 +4,7 @@ mod enabling;
 #[cfg(feature = "log")]
 mod events;
 mod exits;
+mod handlers;
 mod memory;
 #[cfg(feature = "metrics")]
 mod metrics;

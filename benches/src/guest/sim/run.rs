@@ -209,7 +209,7 @@ impl<'a, P: Policy> Run<'a, P> {
         let mut left = match self.pass.take() {
             None => {
                 self.adapter.meter_all();
-                self.adapter.pass()
+                self.adapter.pass(now)
             }
             Some((left, true)) => {
                 self.adapter.finish_reset();
@@ -301,7 +301,7 @@ impl<'a, P: Policy> Run<'a, P> {
     }
 
     fn totals(&self, vcpu: usize) -> Totals {
-        self.adapter.limiter.query(self.indices[vcpu]).map_or(Totals::default(), |status| status.totals)
+        self.adapter.limiter.query(self.indices[vcpu], START).map_or(Totals::default(), |status| status.totals)
     }
 
     fn sample(&mut self, now: Nanos) {
