@@ -13,9 +13,6 @@ use serde::Serialize;
 
 use super::measure::{median, per_mille};
 
-/// As long as the limiter's slices.
-const SLEEP: Duration = Duration::from_millis(3);
-
 /// A clock that is so many times slower than its best has fallen. Another thread on the same core halves it at most.
 const FALLEN: u32 = 3;
 
@@ -37,8 +34,8 @@ impl HostLate {
     }
 }
 
-/// Runs `run`, and tells how late each sleep was beside it.
-pub fn beside<T>(run: impl FnOnce() -> T) -> (T, Vec<Duration>) {
+/// Runs `run`, and tells how late each sleep of that length ended beside it.
+pub fn beside<T>(sleep: Duration, run: impl FnOnce() -> T) -> (T, Vec<Duration>) {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let sleeper = scope.spawn(|| {
@@ -46,8 +43,8 @@ pub fn beside<T>(run: impl FnOnce() -> T) -> (T, Vec<Duration>) {
             // Relaxed: only ends a loop; what the thread found is handed over by joining it.
             while !done.load(Ordering::Relaxed) {
                 let start = Instant::now();
-                thread::sleep(SLEEP);
-                late.push(start.elapsed().saturating_sub(SLEEP));
+                thread::sleep(sleep);
+                late.push(start.elapsed().saturating_sub(sleep));
             }
             late
         });
@@ -154,8 +151,9 @@ mod tests {
 
     #[test]
     fn sleeps_are_counted_while_the_run_lasts() {
-        let (result, late) = beside(|| {
-            thread::sleep(5 * SLEEP);
+        let sleep = Duration::from_millis(3);
+        let (result, late) = beside(sleep, || {
+            thread::sleep(5 * sleep);
             7
         });
         assert_eq!(result, 7);

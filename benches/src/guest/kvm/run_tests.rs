@@ -45,6 +45,7 @@ fn plan(workloads: &[Workload]) -> Plan {
         payload: None,
         qmp: None,
         metrics: None,
+        steal_time: false,
     }
 }
 
@@ -72,6 +73,7 @@ fn every_workload_is_recorded_and_no_page_is_lost() {
         Workload::Random(8 * MIB),
         Workload::Read(8 * MIB),
         Workload::Slow(8 * MIB),
+        Workload::Steady(8 * MIB),
         Workload::Burst(8 * MIB),
         Workload::Idle,
     ];
