@@ -48,10 +48,20 @@ pub fn beside<T>(sleep: Duration, run: impl FnOnce() -> T) -> (T, Vec<Duration>)
             }
             late
         });
+        let end = End(&done);
         let result = run();
-        done.store(true, Ordering::Relaxed);
+        drop(end);
         (result, sleeper.join().unwrap_or_default())
     })
+}
+
+/// Ends the sleeper when the run is over, by a panic too: the scope waits for both.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// How much the host was too slow.
@@ -147,6 +157,12 @@ mod tests {
         assert_eq!(HostLate::of(&runs), Some(HostLate { p999_ms: 2.0, longest_ms: 2.0 }));
         assert_eq!(HostLate::of(&[]), None);
         assert_eq!(HostLate::of(&[vec![]]), None);
+    }
+
+    #[test]
+    #[should_panic(expected = "the run's own")]
+    fn a_run_that_panics_is_over() {
+        beside(Duration::from_millis(1), || -> () { panic!("the run's own") });
     }
 
     #[test]

@@ -107,7 +107,7 @@ struct New {
 /// An empty file beside `at`, of the owner and with the permissions of what is there.
 fn create(at: &Path) -> io::Result<New> {
     // What may not be written may not be replaced either, though the folder would allow it.
-    let old = match OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(at) {
+    let old = match OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(at) {
         Ok(old) => Some(old.metadata()?),
         Err(error) if error.kind() == ErrorKind::NotFound => None,
         Err(error) => return Err(error),
