@@ -3,8 +3,12 @@
 mod enabling;
 #[cfg(feature = "log")]
 mod events;
+mod exits;
 mod memory;
 #[cfg(feature = "metrics")]
 mod metrics;
+mod order;
 mod resets;
+mod signals;
 mod turns;
+mod vcpus;

@@ -3,6 +3,7 @@
 mod changes;
 mod common;
 mod disturbed;
+mod kicks;
 mod machines;
 mod overrun;
 mod rig;
