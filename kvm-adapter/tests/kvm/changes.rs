@@ -42,7 +42,9 @@ fn loses_nothing(fault: impl Fn(&mut Rig) -> Result<()>) {
     if env::var_os("DIRTYLIMIT_SANITIZED").is_some() {
         return;
     }
-    assert!(lost(Copying::TooEarly).unwrap() > 0, "a copy that is wrong passes, so this test shows nothing");
+    // Whether a page is written in the moment between reading and taking is chance, and on a busy host a small one.
+    let seen = (0..20).any(|_| lost(Copying::TooEarly).unwrap() > 0);
+    assert!(seen, "a copy that is wrong passes, so this test shows nothing");
 }
 
 #[test]
