@@ -46,6 +46,23 @@ pub enum Error {
          so this VM cannot be used: make another one, and enable its ring before its first memory slot"
     )]
     EnableBitmap(io::Error),
+    /// KVM refused to switch its manual protection of the dirty log off.
+    #[error(
+        "KVM refused to switch KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 off: {0}; with it on, pages would be left unprotected that \
+         are then never logged"
+    )]
+    ManualProtect(io::Error),
+    /// KVM has more pages in the slot than it was added with.
+    #[error(
+        "memory slot {slot:#x} has more pages in KVM than the {pages} that it was added with: remove it and add it as large \
+         as it is; all of its pages are dirty in the next take"
+    )]
+    SlotTooShort {
+        /// Which.
+        slot: u32,
+        /// Its size as added.
+        pages: u64,
+    },
     /// The kick signal is not one that the library can use.
     #[error(
         "signal {signal} cannot be the kick: it must be a real-time signal from SIGRTMIN ({min}) to SIGRTMAX ({max})"
@@ -84,6 +101,17 @@ pub enum Error {
         slot: u32,
         /// Its size as given.
         pages: u64,
+    },
+    /// The guest has dirtied pages of which the limiter does not know the slot. Told once; they are in no dirty log.
+    #[error(
+        "the guest has dirtied {pages} pages of slots that are not known, or shorter than KVM's (first of slot {slot:#x}): \
+         they are in no dirty log and must be sent again; add each slot, in its whole size, before it is created in KVM"
+    )]
+    UnknownPages {
+        /// How many entries of the rings named one.
+        pages: u64,
+        /// The slot of the first (address space << 16 | slot).
+        slot: u32,
     },
     /// The vCPU's handle is still held by somebody.
     #[error("vCPU {0} has a handle already: drop it before the vCPU is added again")]
@@ -145,17 +173,17 @@ pub enum Error {
          overwritten some: its dirty pages are unknown, so every page of this VM must be sent again"
     )]
     Overrun(u32),
-    /// Resets went on to return less than was collected.
+    /// Resets went on to give nothing back.
     #[error(
-        "KVM_RESET_DIRTY_RINGS gave back {given} of {expected} collected entries, tried {tries} times: the pages stay \
-         unpublished until a later reset takes them"
+        "KVM_RESET_DIRTY_RINGS gave back {given} of {expected} collected entries, and then nothing {tries} times in a row: \
+         the pages stay unpublished until a later reset takes the rest"
     )]
     ShortReset {
         /// Entries given back.
         given: u32,
         /// Entries collected.
         expected: u32,
-        /// How often it was called.
+        /// How often in a row it gave nothing back.
         tries: u32,
     },
 }
@@ -165,11 +193,14 @@ impl Error {
     pub fn errno(&self) -> i32 {
         match self {
             Self::Unsupported | Self::NoBitmap => libc::EOPNOTSUPP,
-            Self::RingSize { .. } | Self::SlotSize { .. } | Self::KickSignal { .. } => libc::EINVAL,
-            Self::Enable { source, .. } | Self::EnableBitmap(source) | Self::System { source, .. } => {
-                source.raw_os_error().unwrap_or(libc::EIO)
+            Self::RingSize { .. } | Self::SlotSize { .. } | Self::SlotTooShort { .. } | Self::KickSignal { .. } => {
+                libc::EINVAL
             }
-            Self::NoSlot(_) | Self::NoVcpu(_) => libc::ENOENT,
+            Self::Enable { source, .. }
+            | Self::EnableBitmap(source)
+            | Self::ManualProtect(source)
+            | Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Self::NoSlot(_) | Self::NoVcpu(_) | Self::UnknownPages { .. } => libc::ENOENT,
             Self::VcpuBusy(_) | Self::KickSignalTaken(_) | Self::UsedRing(_) => libc::EBUSY,
             Self::SlotExists(_) | Self::SameVcpu { .. } => libc::EEXIST,
             Self::OtherVcpu(_) => libc::EBADF,

@@ -1,6 +1,5 @@
 //! The VM's handle: what a VMM's control plane and its migration call.
 
-use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,26 +9,17 @@ use dirtylimit_core::{Nanos, PageRate, Ring, Shipped, Status};
 use crate::caps::{Caps, Config, claim_signal};
 use crate::error::{Error, system};
 use crate::events::{self, Limit, info};
-use crate::harvest::{BATCH, Place, Stats};
+use crate::harvest::{Place, Stats};
 use crate::kick::Kick;
-use crate::seat::Seat;
-use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, VmFd};
+use crate::seat::{Seat, VmLimiter};
+use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, SignalsBlocked, VmFd};
 use crate::throttle::ThrottleThread;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
 
 /// One VM under the limiter. Cheap to clone; every method may be called from any thread.
 #[derive(Clone, Debug)]
-pub struct DirtyLimit(Arc<Vm>);
-
-/// What a running pass did.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Pass {
-    /// Entries that were collected, reset and published by it.
-    pub published: u64,
-    /// Entries left in the rings of limited vCPUs: their pages stay dirty, for a later pass or the last sync.
-    pub held_back: u64,
-}
+pub struct DirtyLimit(pub(crate) Arc<Vm>);
 
 impl DirtyLimit {
     /// Enables the dirty ring on a VM: right after KVM_CREATE_VM, before its slots and vCPUs. `vm` is duplicated.
@@ -64,30 +54,6 @@ impl DirtyLimit {
     /// The size of the pages that rates and dirty logs count: the host's.
     pub fn page_size(&self) -> u32 {
         sys::page_size()
-    }
-
-    /// Makes a memory slot known (`address space << 16 | slot`), **before** it is created in KVM or its logging switched
-    /// on: entries of unknown slots are dropped. One region may have many slots.
-    ///
-    /// # Errors
-    /// [`Error::SlotExists`], [`Error::SlotSize`], and what a reset may answer.
-    pub fn add_slot(&self, slot: u32, pages: u64) -> Result<(), Error> {
-        // What a former slot of this number left in the rings is not the new one's.
-        if self.0.lock().slots.was_removed(slot) {
-            self.sync()?;
-        }
-        self.0.lock().slots.add(slot, pages)
-    }
-
-    /// Collects, resets, and forgets a slot, **before** it is deleted or changed in KVM. What is dirty in it and not yet
-    /// taken is forgotten with it.
-    ///
-    /// # Errors
-    /// [`Error::NoSlot`], and what a reset may answer.
-    pub fn remove_slot(&self, slot: u32) -> Result<(), Error> {
-        self.0.lock().slots.knows(slot)?;
-        self.sync()?;
-        self.0.lock().slots.remove(slot)
     }
 
     /// Maps a vCPU's ring and gives it a handle; at any time before its first KVM_RUN. `id` is the caller's. After the
@@ -150,73 +116,13 @@ impl DirtyLimit {
             return Err(Error::VcpuBusy(id));
         }
         // Most of it in batches, between which others get the lock.
-        let removed = self.sync().and_then(|()| self.0.lock().remove(id, &*self.0.kernel, &self.0.limiter));
+        let removed = self.collect_all().and_then(|()| self.0.lock().remove(id, &*self.0.kernel, &self.0.limiter));
         if let Err(error) = removed {
             seat.leave();
             return Err(error);
         }
         info!("vCPU {id} is removed");
         Ok(())
-    }
-
-    /// Collects, resets and publishes everything that was logged before the call. With the vCPUs out of KVM_RUN that is
-    /// everything. A limited vCPU may then run a whole ring before its next exit (and pays for it): a pass that comes
-    /// around while it runs is better a [`DirtyLimit::pass`].
-    ///
-    /// # Errors
-    /// What a reset may answer; nothing is lost by it.
-    pub fn sync(&self) -> Result<(), Error> {
-        self.sweep(|place| place.ring.held_back()).map(drop)
-    }
-
-    /// As [`DirtyLimit::sync`], but leaves limited vCPUs inside their slices: of their rings only what a slice frees is
-    /// collected (nothing before they have noticed their limit), and the rest, which stays dirty, is counted.
-    ///
-    /// # Errors
-    /// As [`DirtyLimit::sync`].
-    pub fn pass(&self) -> Result<Pass, Error> {
-        self.sweep(|place| match place.slice {
-            // Left to fill, so that it notices: it might never, were it emptied by each pass.
-            None if place.ring.size() <= BATCH && place.is_to_notice(&self.0.limiter) => 0,
-            None => place.ring.held_back(),
-            Some(slice) => place.ring.to_collect(slice),
-        })
-    }
-
-    /// The dirty pages of a slot since the last call, in the form of `KVM_GET_DIRTY_LOG` (a bit a page, 64 a word):
-    /// complete, in its stead. Syncs first.
-    ///
-    /// Suspect pages (see [`DirtyLimit::trust_slot`]) are in every answer.
-    ///
-    /// # Errors
-    /// [`Error::NoSlot`], and what a reset may answer.
-    pub fn take_dirty_log(&self, slot: u32) -> Result<Vec<u64>, Error> {
-        self.sync()?;
-        let mut taken = self.take_published(slot)?;
-        if self.0.caps.bitmap {
-            self.0.kernel.backup_log(slot, &mut taken).map_err(system("KVM_GET_DIRTY_LOG"))?;
-        }
-        Ok(taken)
-    }
-
-    /// As [`DirtyLimit::take_dirty_log`], of what was published so far (by [`DirtyLimit::pass`], and by the vCPUs'
-    /// slices) and nothing else.
-    ///
-    /// # Errors
-    /// [`Error::NoSlot`].
-    pub fn take_published(&self, slot: u32) -> Result<Vec<u64>, Error> {
-        self.0.lock().take(slot, &self.0.limiter)
-    }
-
-    /// Says that a slot's suspect pages are protected again. A reset that was disturbed (the process was stopped, traced
-    /// or frozen on the way) may have left pages writable that will never be logged again, so they stay dirty in every
-    /// take until an undisturbed reset comes by, or until this call: with the vCPUs stopped, switch
-    /// `KVM_MEM_LOG_DIRTY_PAGES` of the slot off and on, and take the log, before it.
-    ///
-    /// # Errors
-    /// [`Error::NoSlot`].
-    pub fn trust_slot(&self, slot: u32) -> Result<(), Error> {
-        self.0.lock().slots.trust(slot)
     }
 
     /// Limits a vCPU from its next full exit on, or at once by a [`Kick`]; what it dirtied before is forgiven. Takes a
@@ -238,21 +144,21 @@ impl DirtyLimit {
 
     /// Limits every vCPU, present and to come.
     pub fn set_limit_all(&self, limit: PageRate) {
-        self.0.limiter.set_limit_all(Some(limit));
+        self.limiter(|limiter| limiter.set_limit_all(Some(limit)));
         self.tell_all();
         info!("limit of every vCPU: {}", Limit(Some(limit)));
     }
 
     /// Lifts every limit.
     pub fn cancel_all(&self) {
-        self.0.limiter.set_limit_all(None);
+        self.limiter(|limiter| limiter.set_limit_all(None));
         self.tell_all();
         info!("limit of every vCPU: none");
     }
 
     /// Sets the budget of the whole VM, shared by max-min fairness among the vCPUs' demands; `None` lifts it.
     pub fn set_vm_limit(&self, budget: Option<PageRate>) {
-        self.0.limiter.set_vm_limit(budget);
+        self.limiter(|limiter| limiter.set_vm_limit(budget));
         self.tell_all();
         info!("budget of the VM: {}", Limit(budget));
     }
@@ -269,7 +175,7 @@ impl DirtyLimit {
 
     /// Changes the policy.
     pub fn set_policy(&self, policy: Shipped) {
-        self.0.limiter.set_policy(policy);
+        self.limiter(|limiter| limiter.set_policy(policy));
         self.tell_all();
         info!("policy: {policy:?}");
     }
@@ -286,12 +192,21 @@ impl DirtyLimit {
         info!("longest pause: {:?}", self.max_pause());
     }
 
-    /// What is known of a vCPU, as of the last [`DirtyLimit::meter`] or tick.
+    /// What is known of a vCPU, as of the last [`DirtyLimit::meter`] or tick. [`Status::unenforced`] says whether its limit
+    /// is held, and if not, why.
     ///
     /// # Errors
     /// [`Error::NoVcpu`].
     pub fn query(&self, id: u32) -> Result<Status, Error> {
-        self.with_seat(id, |seat| self.0.limiter.query(seat.index))?.ok_or(Error::NoVcpu(id))
+        self.with_seat(id, |seat| self.0.limiter.query(seat.index, sys::now()))?.ok_or(Error::NoVcpu(id))
+    }
+
+    /// Pages whose entries wait in a vCPU's ring, as of the last [`DirtyLimit::meter`]: dirty, and not in the log yet.
+    ///
+    /// # Errors
+    /// [`Error::NoVcpu`].
+    pub fn held_back(&self, id: u32) -> Result<u32, Error> {
+        self.0.lock().places.get(&id).map(|place| place.ring.held_back()).ok_or(Error::NoVcpu(id))
     }
 
     /// The ids of the VM's vCPUs, in order.
@@ -306,7 +221,8 @@ impl DirtyLimit {
 
     /// Peeks at every ring, so that the counts of [`DirtyLimit::query`] are up to date. Disturbs no guest.
     pub fn meter(&self) {
-        self.0.lock().meter_all(&self.0.limiter);
+        self.meter_each(|_, _| ());
+        self.limiter(VmLimiter::fold);
     }
 
     /// One tick, by the adapter's own clock: PREPARE (skipping the rings where somebody else harvests just now),
@@ -317,8 +233,8 @@ impl DirtyLimit {
         }
         let now = sys::now();
         events::tell_lapse(&self.0, now);
-        self.0.limiter.tick(now);
-        events::tell(&self.0);
+        self.limiter(|limiter| limiter.tick(now));
+        events::tell(&self.0, now);
     }
 
     /// Ticks every `period` (1 ms to 1 s, clamped) from a thread of its own, which ends when it is dropped.
@@ -343,6 +259,12 @@ impl DirtyLimit {
         &self.0
     }
 
+    /// Calls `f` on the limiter, whose lock it may take: a handler of this thread must not find that taken.
+    pub(crate) fn limiter<R>(&self, f: impl FnOnce(&VmLimiter) -> R) -> R {
+        let _signals = SignalsBlocked::new();
+        f(&self.0.limiter)
+    }
+
     /// Calls `f` with a vCPU's seat, under the lock: its place in the limiter is not another vCPU's meanwhile.
     fn with_seat<R>(&self, id: u32, f: impl FnOnce(&Arc<Seat>) -> R) -> Result<R, Error> {
         self.0.lock().places.get(&id).map(|place| f(&place.seat)).ok_or(Error::NoVcpu(id))
@@ -359,39 +281,5 @@ impl DirtyLimit {
 
     fn tell_all(&self) {
         self.0.lock().places.values().for_each(|place| place.seat.tell(&self.0.limiter));
-    }
-
-    /// Collects of each ring as much as `choose` says of it at the start, in batches between which others get the lock.
-    fn sweep(&self, choose: impl Fn(&Place) -> u32) -> Result<Pass, Error> {
-        let swept = self.sweep_untold(choose);
-        events::tell(&self.0);
-        swept
-    }
-
-    fn sweep_untold(&self, choose: impl Fn(&Place) -> u32) -> Result<Pass, Error> {
-        let mut left: BTreeMap<u32, u32> = {
-            let mut harvest = self.0.lock();
-            harvest.meter_all(&self.0.limiter);
-            harvest.places.iter().map(|(id, place)| (*id, choose(place))).collect()
-        };
-        let mut pass = Pass::default();
-        loop {
-            let mut harvest = self.0.lock();
-            let published = harvest.collect(&*self.0.kernel, |id, place, room| {
-                let Some(left) = left.get_mut(&id) else { return 0 };
-                // Others may have collected some meanwhile, oldest first, as we do.
-                let count = (*left).min(place.ring.held_back()).min(room);
-                *left -= count;
-                count
-            })?;
-            pass.published += u64::from(published);
-            if published == 0 {
-                if self.0.kick != Kick::Off {
-                    harvest.kick_emptied();
-                }
-                pass.held_back = harvest.places.values().map(|place| u64::from(place.ring.held_back())).sum();
-                return Ok(pass);
-            }
-        }
     }
 }

@@ -142,7 +142,7 @@ impl Timer {
 pub(crate) struct SignalsBlocked;
 
 impl SignalsBlocked {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn for_a_new_thread() -> Self {
         Self
     }
 }

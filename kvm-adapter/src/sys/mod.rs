@@ -1,6 +1,7 @@
 //! Everything that talks to the kernel: ioctls, mappings, futexes, clocks. The rest of the crate is safe code.
 
 mod futex;
+mod guarded;
 mod kick;
 mod kvm;
 mod limiter;
@@ -21,6 +22,8 @@ pub(crate) use planted::Planted;
 pub use planted::PlantedBug;
 pub(crate) use sched::wake_promptly;
 pub(crate) use signals::SignalsBlocked;
+#[cfg(any(test, feature = "planted-bugs"))]
+pub(crate) use signals::blocked_signals;
 
 use dirtylimit_core::Nanos;
 
