@@ -279,7 +279,7 @@ fn without_a_throttle_thread_a_guest_runs_free_after_the_lease_and_is_held_again
     if !kvm_or_skip() {
         return;
     }
-    const LIMIT: u32 = 4000;
+    const LIMIT: u32 = 400;
     const RING: u64 = 1024;
     let mut rig = Rig::running(&loads()[..1], &config(), Copying::Passes).unwrap();
     rig.limit.set_limit(0, rate(LIMIT)).unwrap();
@@ -296,8 +296,12 @@ fn without_a_throttle_thread_a_guest_runs_free_after_the_lease_and_is_held_again
     let (written, allowed) = written_in(&mut rig, Duration::from_secs(3));
     assert!(written <= allowed, "{written} pages under a lease that lasts, {allowed} allowed");
     rig.run_for(Duration::from_secs(3)).unwrap();
-    let (written, allowed) = written_in(&mut rig, Duration::from_secs(1));
-    assert!(written > allowed, "{written} pages after the lease, {allowed} allowed under it");
+    let (before, start) = (rig.accesses(0), Instant::now());
+    // However little of the CPU a busy host leaves it.
+    while rig.accesses(0) - before <= u64::from(LIMIT) * (start.elapsed().as_secs() + 1) * 3 / 2 + 2 * RING {
+        assert!(start.elapsed() < Duration::from_secs(100), "limited without a lease");
+        rig.run_for(Duration::from_millis(10)).unwrap();
+    }
     rig.throttle(true).unwrap();
     for _ in 0..2 {
         let (written, allowed) = written_in(&mut rig, Duration::from_secs(1));
