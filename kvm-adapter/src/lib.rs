@@ -36,8 +36,9 @@
 //! # Seccomp
 //! vCPU threads need `ioctl` 0xaec7 (`KVM_RESET_DIRTY_RINGS`), `futex` (WAIT_BITSET and WAKE, private), `rt_sigprocmask`,
 //! `getrusage`, and `clock_gettime` where there is no vDSO; whoever takes the dirty log needs the same. With
-//! [`Kick::Signal`] also `ioctl` 0x4004ae8b (`KVM_SET_SIGNAL_MASK`), `timer_create`, `timer_settime` and
-//! `rt_sigtimedwait` on vCPU threads, and `tgkill` where limits are set and ticks come from; with
+//! [`Kick::Signal`] also `ioctl` 0x4004ae8b (`KVM_SET_SIGNAL_MASK`), `timer_create`, `timer_settime`, `timer_delete`,
+//! `rt_sigtimedwait`, `rt_sigaction`, `gettid` and `tgkill` on vCPU threads, and `tgkill` where limits are set and ticks
+//! come from; with
 //! [`Config::prompt`] `sched_getattr` and `sched_setattr`. The throttle thread, which
 //! starts with a `clone`, is not required: [`DirtyLimit::tick`] serves an event loop.
 

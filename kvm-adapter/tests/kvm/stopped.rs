@@ -190,21 +190,24 @@ fn stopped(thread: libc::pid_t) -> Result<Option<i32>> {
 
 /// How the child is told what to do: `honest` or `trusting`, and how many rounds at most.
 const ROLE: &str = "DIRTYLIMIT_TEST_STOPPED";
+/// Halts that all miss a reset, or do no harm, have a chance below one in 10^8, at the seldomest that was seen.
+const MOST: u32 = 2000;
 
-/// The process that is halted: each round fills a large ring and takes the log, which is four resets in a row, and says
-/// when it begins and how long the last one took (µs). Ends at the first lost page, or after the last round.
+/// The process that is halted: each round fills a large ring and takes the log, which is two resets in a row, and says
+/// when it begins, how long the quickest one took (µs), and how many resets were suspect. Ends at the first lost page, or
+/// after the last round.
 fn be_halted(role: &str) -> Result<()> {
     let (bug, rounds) = role.split_once(' ').context(ROLE)?;
-    let config = Config::new().ring_entries(16_384);
+    let config = Config::new().ring_entries(8192);
     let config = if bug == "trusting" { config.planted_bug(PlantedBug::TrustSuspects) } else { config };
-    let (machine, limit) = machine(&[Load::new(Mode::Write, 20_000 * PAGE)], &config)?;
+    let (machine, limit) = machine(&[Load::new(Mode::Write, 10_000 * PAGE)], &config)?;
     let mut vcpu = vcpu(&machine, &limit, 0)?;
     let mut copy = Copy::new(machine.memory());
     let mut took = Duration::from_millis(50);
     for _ in 0..rounds.parse()? {
         drive(&mut vcpu, |exit| exit == Exit::RingFull)?;
         limit.meter(); // so that little but resets is left to do
-        println!("\ntaking {}", took.as_micros());
+        println!("\ntaking {} {}", took.as_micros(), limit.stats().suspect_resets);
         let start = Instant::now();
         let log = limit.take_dirty_log(SLOT)?;
         // A take that was halted is no measure of one.
@@ -218,25 +221,34 @@ fn be_halted(role: &str) -> Result<()> {
     Ok(())
 }
 
-/// Halts a child for a while in each of its takes, at random times. Returns how many halts there were, how many pages
-/// were lost, and how many resets were suspect.
-fn halt_again_and_again(role: &str, halt: &Halt, rounds: u32) -> Result<(u32, u64, u64)> {
-    let (child, says) = Halted::start((ROLE, &format!("{role} {rounds}")))?;
+/// Halts a child for a moment in each of its takes, at random times, until it has lost a page, or `enough` says so of the
+/// halts and the suspect resets so far. Returns how many halts there were, and how many pages were lost.
+fn halt_again_and_again(bug: &str, halt: &Halt, enough: impl Fn(u32, u64) -> bool) -> Result<(u32, u64)> {
+    let (child, says) = Halted::start((ROLE, &format!("{bug} {MOST}")))?;
     child.prepare(halt)?;
     let mut random = fastrand::Rng::new();
     let mut halts = 0;
     for line in says.lines() {
         let line = line?;
-        if let Some(took) = line.strip_prefix("taking ") {
-            let (said, delay) = (Instant::now(), Duration::from_micros(random.u64(..took.parse::<u64>()?.max(1))));
+        let Some((what, (first, suspect))) =
+            line.split_once(' ').and_then(|(what, rest)| Some((what, rest.split_once(' ')?)))
+        else {
+            continue;
+        };
+        if what == "taking" {
+            // What the takes before have lost would have ended the child.
+            if enough(halts, suspect.parse()?) {
+                return Ok((halts, 0));
+            }
+            let (said, delay) = (Instant::now(), Duration::from_micros(random.u64(..first.parse::<u64>()?.max(1))));
             // Short of what a sleep can measure.
             while said.elapsed() < delay {
                 std::hint::spin_loop();
             }
-            child.halt(halt, Duration::from_millis(20))?;
+            child.halt(halt, Duration::from_millis(5))?;
             halts += 1;
-        } else if let Some((lost, suspect)) = line.strip_prefix("ended ").and_then(|end| end.split_once(' ')) {
-            return Ok((halts, lost.parse()?, suspect.parse()?));
+        } else if what == "ended" {
+            return Ok((halts, first.parse()?));
         }
     }
     bail!("the child ended without a word, after {halts} halts")
@@ -248,15 +260,17 @@ fn loses_pages_only_where_suspects_are_trusted(halts: impl FnOnce() -> Result<Ve
         return be_halted(&role).unwrap();
     }
     let _alone = alone();
-    let _watchdog = Watchdog::new(Duration::from_secs(120));
+    let _watchdog = Watchdog::new(Duration::from_secs(600));
     for halt in halts().unwrap() {
-        // One stop in ten to one in thirty was seen to lose pages; 600 that all miss have a chance below one in 10^8.
-        let (halts, lost, _) = halt_again_and_again("trusting", &halt, 600).unwrap();
+        // One halt in ten to one in thirty was seen to lose pages, on a quiet host.
+        let (halts, lost) = halt_again_and_again("trusting", &halt, |_, _| false).unwrap();
         assert!(lost > 0, "{halt:?}: {halts} halts do no harm, so this test shows nothing");
         eprintln!("{halt:?}, suspects trusted: {lost} pages lost at halt {halts}");
-        let (halts, lost, suspect) = halt_again_and_again("honest", &halt, (halts * 3).clamp(50, 150)).unwrap();
+        // At least one of the halts must come in a reset, however many that takes on a host that is busy.
+        let enough = |honest, suspect| honest >= (halts * 3).clamp(30, 150) && suspect > 0;
+        let (halts, lost) = halt_again_and_again("honest", &halt, enough).unwrap();
         assert_eq!(lost, 0, "{halt:?}: after {halts} halts");
-        assert!(suspect > 0, "{halt:?}: {halts} halts, and none in a reset");
+        assert!(halts < MOST, "{halt:?}: {halts} halts, and none in a reset");
         if let Halt::Freeze(freezer) = halt {
             freezer.remove().unwrap();
         }
