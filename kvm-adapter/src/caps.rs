@@ -91,6 +91,19 @@ impl Config {
     }
 }
 
+/// Makes the kick signal the library's.
+pub(crate) fn claim_signal(kick: Kick) -> Result<(), Error> {
+    let Kick::Signal(signal) = kick else { return Ok(()) };
+    let (min, max) = (libc::SIGRTMIN(), libc::SIGRTMAX());
+    if !(min..=max).contains(&signal) {
+        return Err(Error::KickSignal { signal, min, max });
+    }
+    match sys::claim(signal).map_err(system("sigaction, for kicks"))? {
+        true => Ok(()),
+        false => Err(Error::KickSignalTaken(signal)),
+    }
+}
+
 /// The dirty ring as a VM's KVM offers it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Caps {
@@ -122,7 +135,13 @@ impl Caps {
         Ok(Self { acq_rel: acq_rel > 0, bitmap, max_entries, manual_protect })
     }
 
-    /// Enables rings of `entries` entries, then the bitmap where there is one: KVM wants this order.
+    /// Refuses, before anything is enabled, what would lose pages: where the interrupt controller's tables are written
+    /// outside any vCPU (`arm64`), a ring needs the bitmap beside it.
+    pub(crate) fn are_enough(self, arm64: bool) -> Result<Self, Error> {
+        if arm64 && !self.bitmap { Err(Error::NoBitmap) } else { Ok(self) }
+    }
+
+    /// Enables rings of `entries` entries, then the bitmap where there is one: KVM wants this order, and takes neither back.
     pub(crate) fn enable(&self, vm: &dyn Kernel, entries: u32) -> Result<(), Error> {
         let min = (sys::page_size() / ENTRY).max((RESERVED + 1).next_power_of_two());
         let max = self.max_entries;

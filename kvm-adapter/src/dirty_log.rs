@@ -7,10 +7,12 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, system};
 use crate::events;
-use crate::harvest::{BATCH, Place};
+use crate::harvest::Place;
 use crate::kick::Kick;
 use crate::limit::DirtyLimit;
-use crate::slots::{Found, Slot};
+use crate::seat::VmLimiter;
+use crate::slots::{Found, Slot, Unknown};
+use crate::sys;
 
 /// Words of a slot's bitmap that are taken under the lock before others may have it: the pages of 1 GiB.
 pub(crate) const PIECE: usize = 4096;
@@ -38,7 +40,7 @@ impl DirtyLimit {
         self.0.caps.forbid_manual_protect(&*self.0.kernel)?;
         // What a former slot of this number left in the rings is not the new one's.
         if self.0.lock().slots.was_removed(slot) {
-            self.sync()?;
+            self.collect_all()?;
         }
         let added = Slot::new(slot, pages)?;
         self.0.lock().slots.add(slot, added)
@@ -51,7 +53,7 @@ impl DirtyLimit {
     /// [`Error::NoSlot`], and what a reset may answer.
     pub fn remove_slot(&self, slot: u32) -> Result<(), Error> {
         self.0.lock().slots.find(slot)?;
-        self.sync()?;
+        self.collect_all()?;
         let removed = self.0.lock().slots.remove(slot)?;
         drop(removed); // not under the lock
         Ok(())
@@ -62,23 +64,30 @@ impl DirtyLimit {
     /// around while it runs is better a [`DirtyLimit::pass`].
     ///
     /// # Errors
-    /// What a reset may answer; nothing is lost by it.
+    /// What a reset may answer; nothing is lost by it. [`Error::UnknownPages`], once, after everything was published.
     pub fn sync(&self) -> Result<(), Error> {
-        self.sweep(|place| place.ring.held_back()).map(drop)
+        self.collect_all()?;
+        self.tell_unknown()
     }
 
     /// As [`DirtyLimit::sync`], but leaves limited vCPUs inside their slices: of their rings only what a slice frees is
-    /// collected (nothing before they have noticed their limit), and the rest, which stays dirty, is counted.
+    /// collected (before they have noticed their limit, what it allows since the last pass), and the rest, which stays
+    /// dirty, is counted.
     ///
     /// # Errors
     /// As [`DirtyLimit::sync`].
     pub fn pass(&self) -> Result<Pass, Error> {
-        self.sweep(|place| match place.slice {
+        let now = sys::now();
+        let pass = self.sweep(|place| match place.slice {
             // Left to fill, so that it notices: it might never, were it emptied by each pass.
-            None if place.ring.size() <= BATCH && place.is_to_notice(&self.0.limiter) => 0,
-            None => place.ring.held_back(),
-            Some(slice) => place.ring.to_collect(slice),
-        })
+            None if place.is_to_notice(&self.0.limiter) => place.allowance(&self.0.limiter, now),
+            slice => {
+                place.unnoticed = None;
+                slice.map_or(place.ring.held_back(), |slice| place.ring.to_collect(slice))
+            }
+        })?;
+        self.tell_unknown()?;
+        Ok(pass)
     }
 
     /// The dirty pages of a slot since the last call, in the form of `KVM_GET_DIRTY_LOG` (a bit a page, 64 a word):
@@ -134,6 +143,7 @@ impl DirtyLimit {
             self.0.lock().slots.take(found, first, piece)?;
         }
         self.0.lock().taken(&self.0.limiter);
+        self.0.limiter.vm().note_taken(sys::now());
         Ok(())
     }
 
@@ -150,8 +160,19 @@ impl DirtyLimit {
         Err(Error::SlotTooShort { slot, pages: found.pages })
     }
 
+    /// [`DirtyLimit::sync`], but for what it tells: for callers that must go on all the same.
+    pub(crate) fn collect_all(&self) -> Result<(), Error> {
+        self.sweep(|place| place.ring.held_back()).map(drop)
+    }
+
+    /// An error if pages of unknown slots were collected since the last call, by any thread.
+    fn tell_unknown(&self) -> Result<(), Error> {
+        let unknown = self.0.lock().slots.take_unknown();
+        unknown.map_or(Ok(()), |Unknown { pages, slot }| Err(Error::UnknownPages { pages, slot }))
+    }
+
     /// Meters every ring, and passes each vCPU on; between some of them others may get the lock.
-    pub(crate) fn meter_each(&self, mut each: impl FnMut(u32, &Place)) {
+    pub(crate) fn meter_each(&self, mut each: impl FnMut(u32, &mut Place)) {
         let mut next = Some(0);
         while let Some(from) = next {
             next = self.0.lock().meter_from(from, &self.0.limiter, &mut each);
@@ -159,17 +180,18 @@ impl DirtyLimit {
     }
 
     /// Collects of each ring as much as `choose` says of it at the start, in batches between which others get the lock.
-    fn sweep(&self, choose: impl Fn(&Place) -> u32) -> Result<Pass, Error> {
+    fn sweep(&self, choose: impl FnMut(&mut Place) -> u32) -> Result<Pass, Error> {
         let swept = self.sweep_untold(choose);
-        events::tell(&self.0);
+        events::tell(&self.0, sys::now());
         swept
     }
 
-    fn sweep_untold(&self, choose: impl Fn(&Place) -> u32) -> Result<Pass, Error> {
+    fn sweep_untold(&self, mut choose: impl FnMut(&mut Place) -> u32) -> Result<Pass, Error> {
         let mut left = BTreeMap::new();
         self.meter_each(|id, place| {
             left.insert(id, choose(place));
         });
+        self.limiter(VmLimiter::fold);
         let mut pass = Pass::default();
         loop {
             let mut harvest = self.0.lock();

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use dirtylimit_core::{Page, RESERVED};
-use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_run};
+use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DIRTY_RING_FULL, kvm_run};
 
 use crate::sys::{self, Kernel, Reset, RingPages};
 use crate::{Config, DirtyLimit, Error, Vcpu};
@@ -30,12 +30,15 @@ pub(crate) enum Goes {
     Disturbed,
     /// It goes well, but looks disturbed.
     FalseAlarm,
+    /// Well, and then the guest of the first vCPU writes a page.
+    ThenWrites(u64),
     /// It does nothing but fail.
     Fails(i32),
 }
 
 #[derive(Debug)]
 struct FakeRing {
+    file: File,
     pages: RingPages,
     entries: u32,
     dirty_index: u32,
@@ -135,25 +138,17 @@ impl Fake {
         };
         let page = u64::from(sys::page_size());
         file.set_len(u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * page + u64::from(entries) * 16).unwrap();
-        let pages = RingPages::map(file.as_raw_fd(), entries).unwrap();
-        self.state().rings.push(FakeRing { pages, entries, dirty_index: 0, reset_index: 0 });
+        // One that has no ring is no vCPU of this VM.
+        if let Some(pages) = RingPages::map(file.as_raw_fd(), entries.max(1)).unwrap() {
+            let own = file.try_clone().unwrap();
+            self.state().rings.push(FakeRing { file: own, pages, entries, dirty_index: 0, reset_index: 0 });
+        }
         file
     }
 
     /// The guest writes a page on vCPU `vcpu`; `false` where KVM exits first, with a full ring.
     pub(crate) fn write(&self, vcpu: usize, page: Page) -> bool {
-        let state = &mut *self.state();
-        let ring = &mut state.rings[vcpu];
-        if ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED {
-            return false;
-        }
-        let (writes, armed) = state.memory.entry(page).or_insert((0, true));
-        *writes += 1;
-        if std::mem::take(armed) {
-            ring.pages.as_ref()[(ring.dirty_index % ring.entries) as usize].push(page);
-            ring.dirty_index = ring.dirty_index.wrapping_add(1);
-        }
-        true
+        self.state().write(vcpu, page)
     }
 
     /// Writes the pages `offsets` of [`SLOT`] in turn, up to a full exit; how many were written.
@@ -240,6 +235,24 @@ impl Gathered {
 }
 
 impl State {
+    /// As [`Fake::write`].
+    fn write(&mut self, vcpu: usize, page: Page) -> bool {
+        let ring = &mut self.rings[vcpu];
+        if ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED {
+            ring.file
+                .write_all_at(&KVM_EXIT_DIRTY_RING_FULL.to_ne_bytes(), offset_of!(kvm_run, exit_reason) as u64)
+                .unwrap();
+            return false;
+        }
+        let (writes, armed) = self.memory.entry(page).or_insert((0, true));
+        *writes += 1;
+        if std::mem::take(armed) {
+            ring.pages.as_ref()[(ring.dirty_index % ring.entries) as usize].push(page);
+            ring.dirty_index = ring.dirty_index.wrapping_add(1);
+        }
+        true
+    }
+
     /// Resets ring by ring, until all is done or, before the next entry, as many were given back as `interrupted` says: then
     /// what that ring has gathered is forgotten, or with `at_end` what the last ring has. Returns how many were given back.
     fn reset(&mut self, interrupted: Option<u32>, at_end: bool) -> u32 {
@@ -303,6 +316,11 @@ impl Kernel for Fake {
             }
             Some(Goes::Disturbed) => (state.reset(None, true), true),
             Some(Goes::FalseAlarm) => (state.reset(None, false), true),
+            Some(Goes::ThenWrites(offset)) => {
+                let entries = state.reset(None, false);
+                state.write(0, Page { slot: SLOT, offset });
+                (entries, false)
+            }
             Some(Goes::Fails(errno)) => return Err(io::Error::from_raw_os_error(errno)),
         };
         Ok(Reset { entries, disturbed })

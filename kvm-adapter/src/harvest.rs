@@ -56,12 +56,29 @@ pub(crate) struct Place {
     pub(crate) merged: u32,
     /// Entries that the last reset gave back.
     given: u32,
+    /// When a pass last found that the vCPU's thread has not noticed its limit; `None` where it had.
+    pub(crate) unnoticed: Option<Nanos>,
     pub(crate) seat: Arc<Seat>,
 }
 
 impl Place {
     pub(crate) fn new(ring: Ring<RingPages>, seat: Arc<Seat>) -> Self {
-        Self { ring, slice: None, limited: false, stretched: false, merged: 0, given: 0, seat }
+        Self { ring, slice: None, limited: false, stretched: false, merged: 0, given: 0, unnoticed: None, seat }
+    }
+
+    /// How much of a ring a pass collects whose vCPU has not noticed its limit: what the limit has allowed since the last
+    /// one did. So what the guest may dirty anew is no more than that, and a ring of any size fills, and is noticed, where
+    /// the guest writes faster.
+    pub(crate) fn allowance(&mut self, limiter: &VmLimiter, now: Nanos) -> u32 {
+        let since = self.unnoticed.unwrap_or(now);
+        let Some(limit) = limiter.query(self.seat.index, now).and_then(|status| status.effective_limit) else {
+            return self.ring.held_back();
+        };
+        let allowed = limit.price().pages_for(now.saturating_sub(since));
+        let count = allowed.min(self.ring.held_back());
+        // Parts of a page are kept for the next pass; what the guest had no use for is not.
+        self.unnoticed = Some(if count < allowed { now } else { since + limit.price().of(count) });
+        count
     }
 
     /// Whether there is a limit that the vCPU's thread has not noticed.
@@ -127,7 +144,7 @@ impl Harvest {
         &mut self,
         from: u32,
         limiter: &VmLimiter,
-        mut each: impl FnMut(u32, &Place),
+        mut each: impl FnMut(u32, &mut Place),
     ) -> Option<u32> {
         let mut entries = 0;
         for (id, place) in self.places.range_mut(from..) {
@@ -161,6 +178,25 @@ impl Harvest {
                 place.seat.kick();
             }
         }
+    }
+
+    /// Forgets a vCPU once nothing is left in its ring. In one hold of the lock: no entry comes between, and none that was
+    /// collected is published without its reset.
+    pub(crate) fn remove(&mut self, id: u32, kernel: &dyn Kernel, limiter: &VmLimiter) -> Result<(), Error> {
+        while let Some((place, _)) = self.meter(id, limiter) {
+            let expected = place.ring.occupied();
+            if expected == 0 && self.batch.len() == 0 {
+                break;
+            }
+            let all = |other, place: &Place, _| if other == id { place.ring.held_back() } else { 0 };
+            if self.collect(kernel, all)? == 0 {
+                return Err(Error::ShortReset { given: 0, expected, tries: 1 });
+            }
+        }
+        if let Some(place) = self.places.remove(&id) {
+            limiter.unregister(place.seat.index);
+        }
+        Ok(())
     }
 
     /// Frees the slices that vCPUs wait for, all by one reset.

@@ -77,7 +77,7 @@ mod vm;
 
 pub use caps::{Caps, Config};
 pub use dirty_log::Pass;
-pub use dirtylimit_core::{Paced, PageRate, Shipped, Status, Stepped};
+pub use dirtylimit_core::{Paced, PageRate, Shipped, Status, Stepped, Unenforced};
 pub use error::Error;
 #[cfg(feature = "planted-bugs")]
 #[doc(hidden)]

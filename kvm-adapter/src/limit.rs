@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use dirtylimit_core::{Nanos, PageRate, Ring, Shipped, Status};
 
-use crate::caps::{Caps, Config};
+use crate::caps::{Caps, Config, claim_signal};
 use crate::error::{Error, system};
 use crate::events::{self, Limit, info};
 use crate::harvest::{Place, Stats};
 use crate::kick::Kick;
-use crate::seat::Seat;
-use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, VmFd};
+use crate::seat::{Seat, VmLimiter};
+use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, SignalsBlocked, VmFd};
 use crate::throttle::ThrottleThread;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
@@ -39,7 +39,8 @@ impl DirtyLimit {
 
     /// [`DirtyLimit::enable`] on whatever answers as a VM.
     pub(crate) fn on(kernel: Box<dyn Kernel>, config: &Config) -> Result<Self, Error> {
-        let caps = Caps::of(&*kernel)?;
+        let caps = Caps::of(&*kernel)?.are_enough(cfg!(all(target_arch = "aarch64", not(test))))?;
+        claim_signal(config.kick)?;
         caps.enable(&*kernel, config.ring_entries)?;
         info!("enabled: dirty rings of {} entries, {caps:?}", config.ring_entries);
         Ok(Self(Arc::new(Vm::new(kernel, caps, config))))
@@ -56,34 +57,46 @@ impl DirtyLimit {
     }
 
     /// Maps a vCPU's ring and gives it a handle; at any time before its first KVM_RUN. `id` is the caller's. After the
-    /// handle was dropped the same `id` attaches to the same ring again, and `vcpu` is not looked at.
+    /// handle was dropped, the same `id` and the same `vcpu` attach to the same ring again.
+    ///
+    /// What cannot be told here is a vCPU of another VM whose ring is as large: no reset of this VM gives its entries back.
     ///
     /// # Errors
-    /// [`Error::VcpuBusy`] while there is a handle, [`Error::TooManyVcpus`], and what mapping may answer.
+    /// [`Error::VcpuBusy`] while there is a handle; [`Error::SameVcpu`] and [`Error::OtherVcpu`] where id and descriptor do
+    /// not belong together; [`Error::NoRing`], [`Error::UsedRing`], [`Error::TooManyVcpus`], and what mapping may answer.
     pub fn add_vcpu(&self, id: u32, vcpu: &impl AsRawFd) -> Result<Vcpu, Error> {
+        let vcpu = vcpu.as_raw_fd();
         let mut harvest = self.0.lock();
+        let run = RunPage::map(vcpu).map_err(system("mapping the vCPU's kvm_run page"))?;
         if let Some(place) = harvest.places.get(&id) {
-            if !place.seat.take() {
+            let seat = place.seat.clone();
+            if !seat.take() {
                 return Err(Error::VcpuBusy(id));
             }
-            let seat = place.seat.clone();
+            if !seat.is_of(&run) {
+                seat.leave();
+                return Err(Error::OtherVcpu(id));
+            }
             drop(harvest);
             info!("vCPU {id} is attached again");
             return Ok(Vcpu::new(self.0.clone(), seat));
         }
-        let pages =
-            RingPages::map(vcpu.as_raw_fd(), self.0.ring_entries).map_err(system("mapping the vCPU's dirty ring"))?;
-        let run = RunPage::map(vcpu.as_raw_fd()).map_err(system("mapping the vCPU's kvm_run page"))?;
+        if let Some((&known, _)) = harvest.places.iter().find(|(_, place)| place.seat.is_of(&run)) {
+            return Err(Error::SameVcpu { id, known });
+        }
+        let (entries, max) = (self.0.ring_entries, self.0.caps.max_entries);
+        let pages = RingPages::map(vcpu, entries).map_err(system("mapping the vCPU's dirty ring"))?;
+        let pages = pages.ok_or(Error::NoRing { id, entries })?;
         let kick = match self.0.kick {
             Kick::Signal(signal) => {
-                let signal =
-                    KickSignal::new(vcpu.as_raw_fd(), signal).map_err(system("taking a real-time signal for kicks"))?;
-                Some(signal)
+                Some(KickSignal::new(vcpu, signal).map_err(system("duplicating the vCPU's descriptor, for kicks"))?)
             }
             Kick::Off | Kick::Vmm => None,
         };
-        let (entries, max) = (self.0.ring_entries, self.0.caps.max_entries);
         let ring = Ring::new(pages).map_err(|_| Error::RingSize { entries, min: entries, max })?;
+        if !ring.is_new() {
+            return Err(Error::UsedRing(id));
+        }
         let index = self.0.limiter.register().map_err(|source| Error::TooManyVcpus { id, source })?;
         let seat = Arc::new(Seat::new(id, index, run, kick));
         harvest.places.insert(id, Place::new(ring, seat.clone()));
@@ -95,19 +108,18 @@ impl DirtyLimit {
     /// Collects what a vCPU's ring holds and forgets the vCPU, for VMMs that never run it again.
     ///
     /// # Errors
-    /// [`Error::NoVcpu`], [`Error::VcpuBusy`] while there is a handle, and what a reset may answer.
+    /// [`Error::NoVcpu`], [`Error::VcpuBusy`] while there is a handle, and what a reset may answer: then it is not removed.
     pub fn remove_vcpu(&self, id: u32) -> Result<(), Error> {
         let seat = self.with_seat(id, Arc::clone)?;
         // Taken, so that nobody attaches to it meanwhile.
         if !seat.take() {
             return Err(Error::VcpuBusy(id));
         }
-        if let Err(error) = self.sync() {
+        // Most of it in batches, between which others get the lock.
+        let removed = self.collect_all().and_then(|()| self.0.lock().remove(id, &*self.0.kernel, &self.0.limiter));
+        if let Err(error) = removed {
             seat.leave();
             return Err(error);
-        }
-        if let Some(place) = self.0.lock().places.remove(&id) {
-            self.0.limiter.unregister(place.seat.index);
         }
         info!("vCPU {id} is removed");
         Ok(())
@@ -132,21 +144,21 @@ impl DirtyLimit {
 
     /// Limits every vCPU, present and to come.
     pub fn set_limit_all(&self, limit: PageRate) {
-        self.0.limiter.set_limit_all(Some(limit));
+        self.limiter(|limiter| limiter.set_limit_all(Some(limit)));
         self.tell_all();
         info!("limit of every vCPU: {}", Limit(Some(limit)));
     }
 
     /// Lifts every limit.
     pub fn cancel_all(&self) {
-        self.0.limiter.set_limit_all(None);
+        self.limiter(|limiter| limiter.set_limit_all(None));
         self.tell_all();
         info!("limit of every vCPU: none");
     }
 
     /// Sets the budget of the whole VM, shared by max-min fairness among the vCPUs' demands; `None` lifts it.
     pub fn set_vm_limit(&self, budget: Option<PageRate>) {
-        self.0.limiter.set_vm_limit(budget);
+        self.limiter(|limiter| limiter.set_vm_limit(budget));
         self.tell_all();
         info!("budget of the VM: {}", Limit(budget));
     }
@@ -163,7 +175,7 @@ impl DirtyLimit {
 
     /// Changes the policy.
     pub fn set_policy(&self, policy: Shipped) {
-        self.0.limiter.set_policy(policy);
+        self.limiter(|limiter| limiter.set_policy(policy));
         self.tell_all();
         info!("policy: {policy:?}");
     }
@@ -180,12 +192,21 @@ impl DirtyLimit {
         info!("longest pause: {:?}", self.max_pause());
     }
 
-    /// What is known of a vCPU, as of the last [`DirtyLimit::meter`] or tick.
+    /// What is known of a vCPU, as of the last [`DirtyLimit::meter`] or tick. [`Status::unenforced`] says whether its limit
+    /// is held, and if not, why.
     ///
     /// # Errors
     /// [`Error::NoVcpu`].
     pub fn query(&self, id: u32) -> Result<Status, Error> {
-        self.with_seat(id, |seat| self.0.limiter.query(seat.index))?.ok_or(Error::NoVcpu(id))
+        self.with_seat(id, |seat| self.0.limiter.query(seat.index, sys::now()))?.ok_or(Error::NoVcpu(id))
+    }
+
+    /// Pages whose entries wait in a vCPU's ring, as of the last [`DirtyLimit::meter`]: dirty, and not in the log yet.
+    ///
+    /// # Errors
+    /// [`Error::NoVcpu`].
+    pub fn held_back(&self, id: u32) -> Result<u32, Error> {
+        self.0.lock().places.get(&id).map(|place| place.ring.held_back()).ok_or(Error::NoVcpu(id))
     }
 
     /// The ids of the VM's vCPUs, in order.
@@ -201,6 +222,7 @@ impl DirtyLimit {
     /// Peeks at every ring, so that the counts of [`DirtyLimit::query`] are up to date. Disturbs no guest.
     pub fn meter(&self) {
         self.meter_each(|_, _| ());
+        self.limiter(VmLimiter::fold);
     }
 
     /// One tick, by the adapter's own clock: PREPARE (skipping the rings where somebody else harvests just now),
@@ -211,8 +233,8 @@ impl DirtyLimit {
         }
         let now = sys::now();
         events::tell_lapse(&self.0, now);
-        self.0.limiter.tick(now);
-        events::tell(&self.0);
+        self.limiter(|limiter| limiter.tick(now));
+        events::tell(&self.0, now);
     }
 
     /// Ticks every `period` (1 ms to 1 s, clamped) from a thread of its own, which ends when it is dropped.
@@ -235,6 +257,12 @@ impl DirtyLimit {
     #[cfg(any(test, feature = "metrics"))]
     pub(crate) fn vm(&self) -> &Arc<Vm> {
         &self.0
+    }
+
+    /// Calls `f` on the limiter, whose lock it may take: a handler of this thread must not find that taken.
+    pub(crate) fn limiter<R>(&self, f: impl FnOnce(&VmLimiter) -> R) -> R {
+        let _signals = SignalsBlocked::new();
+        f(&self.0.limiter)
     }
 
     /// Calls `f` with a vCPU's seat, under the lock: its place in the limiter is not another vCPU's meanwhile.

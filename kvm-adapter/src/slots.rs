@@ -69,9 +69,19 @@ pub(crate) struct Slots {
     births: u64,
     removed: HashSet<u32>,
     pub(crate) dropped: u64,
+    /// Those among them that the VMM has not been told of: not left over from a slot that it removed.
+    unknown: Option<Unknown>,
     /// Pieces that were taken.
     #[cfg(test)]
     pub(crate) pieces: u64,
+}
+
+/// Pages of slots that were never added, or that lie beyond what was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Unknown {
+    pub(crate) pages: u64,
+    /// The slot of the first of them.
+    pub(crate) slot: u32,
 }
 
 impl Slots {
@@ -121,6 +131,10 @@ impl Slots {
     pub(crate) fn publish(&mut self, page: Page, suspect: bool) -> bool {
         let Some(slot) = self.of(page) else {
             self.dropped += 1;
+            // A guest may write to a slot until KVM has deleted it.
+            if !self.removed.contains(&page.slot) {
+                self.unknown.get_or_insert(Unknown { pages: 0, slot: page.slot }).pages += 1;
+            }
             return false;
         };
         if suspect {
@@ -164,6 +178,11 @@ impl Slots {
             *last &= !(u64::MAX << (pages % BITS));
         }
         Ok(())
+    }
+
+    /// What was dropped since this was last asked and is nobody's leftover: its pages are dirty and in no log.
+    pub(crate) fn take_unknown(&mut self) -> Option<Unknown> {
+        self.unknown.take()
     }
 
     /// The pages of the slot were all protected again by other means. What is returned is to be dropped without the lock.

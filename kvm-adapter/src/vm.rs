@@ -9,7 +9,7 @@ use crate::harvest::Harvest;
 use crate::kick::Kick;
 use crate::seat::VmLimiter;
 use crate::sync::{AtomicU32, Ordering};
-use crate::sys::{self, Kernel, SignalsBlocked};
+use crate::sys::{self, Kernel, SignalsBlocked, new_limiter};
 
 /// Who waits for the lock lets one who only tries go first for so long: a vCPU's thread tries again within a quarter of it.
 /// (For tests of the order longer than any thread waits for a CPU.)
@@ -22,7 +22,8 @@ pub(crate) struct Vm {
     pub(crate) ring_entries: u32,
     pub(crate) kick: Kick,
     pub(crate) prompt: bool,
-    pub(crate) limiter: VmLimiter,
+    /// Hundreds of kilobytes, which are not to be moved about on the stack.
+    pub(crate) limiter: Box<VmLimiter>,
     harvest: Mutex<Harvest>,
     /// Futex: 1 since somebody tried the lock in vain, until somebody tries with success.
     hurry: AtomicU32,
@@ -38,7 +39,7 @@ pub(crate) struct Locked<'a> {
 
 impl Vm {
     pub(crate) fn new(kernel: Box<dyn Kernel>, caps: Caps, config: &Config) -> Self {
-        let limiter = VmLimiter::new(config.policy);
+        let limiter = new_limiter(config.policy);
         limiter.vm().set_max_pause(config.max_pause);
         let Config { ring_entries, kick, prompt, .. } = *config;
         Self {

@@ -4,6 +4,7 @@ mod futex;
 mod guarded;
 mod kick;
 mod kvm;
+mod limiter;
 mod mapping;
 #[cfg(feature = "planted-bugs")]
 mod planted;
@@ -11,8 +12,9 @@ mod sched;
 mod signals;
 
 pub(crate) use futex::{Wait, wait, wake};
-pub(crate) use kick::{KickSignal, Timer};
+pub(crate) use kick::{KickSignal, Timer, claim};
 pub(crate) use kvm::{Kernel, Reset, VmFd};
+pub(crate) use limiter::new_limiter;
 pub(crate) use mapping::{RingPages, RunPage};
 #[cfg(feature = "planted-bugs")]
 pub(crate) use planted::Planted;

@@ -4,7 +4,7 @@ use dirtylimit_bench::guest::kvm::kvm_or_skip;
 
 use crate::fake::{Fake, PAGES, SLOT, pages};
 use crate::sys::{Kernel, VmFd, page_size};
-use crate::{Config, Error};
+use crate::{Caps, Config, Error, Kick};
 
 const MANUAL: u32 = 168;
 const RING: u32 = 192;
@@ -44,6 +44,16 @@ fn the_bitmap_comes_after_the_ring_and_into_every_take() {
 }
 
 #[test]
+fn a_ring_that_would_miss_pages_is_refused_before_it_is_enabled() {
+    let caps = |bitmap| Caps { acq_rel: true, bitmap, manual_protect: false, max_entries: 65_536 };
+    for (arm64, bitmap) in [(false, false), (false, true), (true, true)] {
+        assert_eq!(caps(bitmap).are_enough(arm64).unwrap(), caps(bitmap));
+    }
+    let error = caps(false).are_enough(true).unwrap_err();
+    assert!(matches!(error, Error::NoBitmap) && error.errno() == libc::EOPNOTSUPP, "{error}");
+}
+
+#[test]
 fn sizes_that_kvm_would_refuse_are_refused_with_what_is_allowed() {
     for entries in [0, 1, 128, 255, 1000, 4097, 1 << 17, 1 << 31] {
         let fake = Fake::new();
@@ -66,6 +76,7 @@ fn refusals_carry_the_kernels_answer() {
         assert_eq!(error.errno(), errno);
         let error = Fake::new().with(BITMAP, 1).refusing(BITMAP, errno).limit(&Config::new()).unwrap_err();
         assert!(matches!(error, Error::EnableBitmap(_)), "{error}");
+        assert!(error.to_string().contains("make another"), "{error}");
         assert_eq!(error.errno(), errno);
     }
 }
@@ -138,5 +149,35 @@ fn kvm_cannot_write_past_the_words_of_a_slot_that_is_larger_than_told() {
     }
     for words in [whole, whole + 1] {
         kernel.backup_log(0, &mut vec![0; words]).unwrap();
+    }
+}
+
+#[test]
+fn a_kick_that_cannot_be_one_is_refused_before_anything_is_enabled() {
+    let refused = |signal| {
+        let fake = Fake::new();
+        let error = fake.limit(&Config::new().kick(Kick::Signal(signal))).unwrap_err();
+        assert_eq!(fake.enabled(), [], "{signal}");
+        error
+    };
+    for signal in [i32::MIN, -1, 0, 9, 10, 14, libc::SIGRTMIN() - 1, libc::SIGRTMAX() + 1, i32::MAX] {
+        let error = refused(signal);
+        assert!(matches!(error, Error::KickSignal { signal: told, .. } if told == signal), "{error}");
+        assert_eq!(error.errno(), libc::EINVAL);
+    }
+    extern "C" fn nothing(_: libc::c_int) {}
+    let (handled, ignored) = (libc::SIGRTMAX() - 1, libc::SIGRTMAX() - 2);
+    // SAFETY: a handler that does nothing, and none.
+    unsafe {
+        libc::signal(handled, nothing as extern "C" fn(libc::c_int) as libc::sighandler_t);
+        libc::signal(ignored, libc::SIG_IGN);
+    }
+    for signal in [handled, ignored] {
+        let error = refused(signal);
+        assert!(matches!(error, Error::KickSignalTaken(told) if told == signal), "{error}");
+        assert_eq!(error.errno(), libc::EBUSY);
+    }
+    for _ in 0..2 {
+        Fake::new().limit(&Config::new().kick(Kick::Signal(libc::SIGRTMAX() - 3))).unwrap();
     }
 }

@@ -3,6 +3,8 @@
 mod enabling;
 #[cfg(feature = "log")]
 mod events;
+mod exits;
+mod handlers;
 mod memory;
 #[cfg(feature = "metrics")]
 mod metrics;
@@ -10,3 +12,4 @@ mod order;
 mod resets;
 mod signals;
 mod turns;
+mod vcpus;

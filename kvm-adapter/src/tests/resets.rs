@@ -243,10 +243,39 @@ fn entries_that_lie_nowhere_are_dropped_and_counted() {
     for page in [(SLOT, PAGES), (SLOT, u64::MAX), (SLOT + 1, 0), (SLOT | 1 << 16, 0), (SLOT, PAGES - 1)] {
         assert!(fake.write(0, Page { slot: page.0, offset: page.1 }));
     }
+    // Told once, by whatever collects them; what is known is not lost by it.
+    let told = |error| matches!(error, Err(Error::UnknownPages { pages: 4, slot: SLOT }));
+    assert!(told(limit.take_dirty_log(SLOT).map(drop)));
     assert_eq!(take(&limit), [PAGES - 1]);
     assert_eq!(limit.stats().dropped, 4);
     let totals = limit.query(0).unwrap().totals;
     assert_eq!((totals.net_pages, totals.gross_pages), (1, 5));
+}
+
+#[test]
+fn pages_of_unknown_slots_are_told_by_the_next_round_whoever_collected_them() {
+    let fake = Fake::new();
+    let limit = fake.small();
+    let mut vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+    let write = |slot| assert!(fake.write(0, Page { slot, offset: 0 }));
+    // A vCPU's thread, which cannot tell.
+    write(SLOT + 1);
+    fake.write_all(0, 0..PAGES);
+    vcpu.ring_full();
+    vcpu.before_run().unwrap();
+    assert_eq!(limit.stats().dropped, 1);
+    assert!(matches!(limit.pass(), Err(Error::UnknownPages { pages: 1, .. })));
+    limit.pass().unwrap();
+    assert!(!pages(&limit.take_published(SLOT).unwrap()).is_empty(), "published all the same");
+    // Who changes slots and vCPUs goes on, and the next round tells.
+    write(SLOT + 2);
+    limit.add_slot(SLOT + 3, 1).unwrap();
+    limit.remove_slot(SLOT + 3).unwrap();
+    assert!(matches!(limit.sync(), Err(Error::UnknownPages { pages: 1, .. })));
+    // A removed slot is written to until KVM has deleted it.
+    write(SLOT + 3);
+    limit.sync().unwrap();
+    assert_eq!(limit.stats().dropped, 3);
 }
 
 #[test]

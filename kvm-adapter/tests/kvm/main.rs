@@ -3,6 +3,8 @@
 mod changes;
 mod common;
 mod disturbed;
+mod held;
+mod kicks;
 mod machines;
 mod manual;
 mod overrun;
