@@ -161,23 +161,20 @@ pub(crate) fn storm_everywhere(rig: &mut Rig, time: Duration, signals: u64) -> R
     Ok(())
 }
 
-fn storm_over_all(bug: Option<PlantedBug>) -> Result<usize> {
-    let loads = [Load::new(Mode::Write, 16 << 20), Load::new(Mode::Random, 16 << 20)];
-    let mut rig = Rig::running(&loads, &config(1024, bug), Copying::Right)?;
-    rig.limit.set_limit(1, PageRate::from_pages_per_sec(20_000))?;
-    storm_everywhere(&mut rig, Duration::from_secs(1), 1000)?;
-    rig.finish()
-}
-
+/// That this storm would do harm is what the test above shows, on a thread that it reaches more often.
 #[test]
-fn a_storm_over_all_threads_loses_pages_only_where_resets_let_it_in() {
+fn a_storm_over_all_threads_loses_nothing() {
     if !kvm_or_skip() {
         return;
     }
     let _alone = alone();
-    assert_eq!(storm_over_all(None).unwrap(), 0);
-    // Most of them lose pages, on a quiet host.
-    let lost = (0..50).map(|_| storm_over_all(Some(PlantedBug::OpenSignals)).unwrap()).find(|lost| *lost > 0);
-    eprintln!("with signals open {lost:?} pages were lost");
-    assert!(lost.is_some(), "the storm does no harm, so this test shows nothing");
+    let loads = [Load::new(Mode::Write, 16 << 20), Load::new(Mode::Random, 16 << 20)];
+    let mut rig = Rig::running(&loads, &config(1024, None), Copying::Right).unwrap();
+    rig.limit.set_limit(1, PageRate::from_pages_per_sec(20_000)).unwrap();
+    let delivered = DELIVERED.load(Relaxed);
+    // How fast it blows is the host's matter; whether it does is the rig's watchdog's.
+    while DELIVERED.load(Relaxed) - delivered < 1000 {
+        storm_everywhere(&mut rig, Duration::from_millis(200)).unwrap();
+    }
+    assert_eq!(rig.finish().unwrap(), 0);
 }
