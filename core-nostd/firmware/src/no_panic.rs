@@ -140,6 +140,7 @@ fn rings() {
     any(Ring::awaiting_reset(ring));
     any(Ring::room(ring));
     any(Ring::size(ring));
+    any(Ring::is_new(ring));
     any(Ring::soft_limit(ring));
     Ring::learn_soft_limit(any(ring));
     any(Ring::ends(any(ring), any(0)));

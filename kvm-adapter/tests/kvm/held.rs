@@ -4,10 +4,11 @@ use std::io::BufRead;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use dirtylimit_bench::guest::kvm::{Load, kvm_or_skip};
+use dirtylimit_bench::guest::kvm::{Load, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PageRate, Unenforced};
 
+use crate::common::{drive, machine, vcpu};
 use crate::rig::{Copying, Rig, Watchdog};
 use crate::stopped::{Halt, Halted, PAGE, alone};
 
@@ -69,6 +70,22 @@ fn a_vcpu_whose_ring_somebody_empties_again_and_again_is_told_to_be_unlimited() 
     rig.limit.cancel(0).unwrap();
     assert_eq!(rig.limit.query(0).unwrap().unenforced, None);
     assert_eq!(rig.finish().unwrap(), 0);
+}
+
+#[test]
+fn a_log_that_nobody_takes_is_told_until_somebody_does() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let _watchdog = Watchdog::new(Duration::from_secs(120));
+    let (machine, limit) = machine(&[Load::new(Mode::Write, 8192 * PAGE)], &Config::new()).unwrap();
+    let mut vcpu = vcpu(&machine, &limit, 0).unwrap();
+    let _throttle = limit.throttle_thread(Duration::from_millis(10)).unwrap();
+    limit.set_limit(0, PageRate::from_pages_per_sec(2560)).unwrap();
+    let why = || limit.query(0).unwrap().unenforced;
+    drive(&mut vcpu, |_| why() == Some(Unenforced::LogNotTaken)).unwrap();
+    limit.take_published(SLOT).unwrap();
+    drive(&mut vcpu, |_| why().is_none()).unwrap();
 }
 
 /// How the child is told that it is one.

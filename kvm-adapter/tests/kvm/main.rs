@@ -4,6 +4,7 @@ mod changes;
 mod common;
 mod disturbed;
 mod held;
+mod kicks;
 mod machines;
 mod overrun;
 mod rig;
