@@ -160,12 +160,12 @@ impl DirtyLimit {
         Err(Error::SlotTooShort { slot, pages: found.pages })
     }
 
-    /// [`DirtyLimit::sync`], but for what it tells: for who must go on all the same.
+    /// [`DirtyLimit::sync`], but for what it tells: for callers that must go on all the same.
     pub(crate) fn collect_all(&self) -> Result<(), Error> {
         self.sweep(|place| place.ring.held_back()).map(drop)
     }
 
-    /// An error if pages of unknown slots were collected since the last call, by whomever.
+    /// An error if pages of unknown slots were collected since the last call, by any thread.
     fn tell_unknown(&self) -> Result<(), Error> {
         let unknown = self.0.lock().slots.take_unknown();
         unknown.map_or(Ok(()), |Unknown { pages, slot }| Err(Error::UnknownPages { pages, slot }))

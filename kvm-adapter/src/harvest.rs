@@ -54,16 +54,16 @@ pub(crate) struct Place {
     pub(crate) stretched: bool,
     /// Pages that were counted when they were metered, and again dirty when they were published: they are sent once.
     pub(crate) merged: u32,
-    /// When a pass last found that the vCPU's thread has not noticed its limit; `None` where it had.
-    pub(crate) unnoticed: Option<Nanos>,
     /// Entries that the last reset gave back.
     given: u32,
+    /// When a pass last found that the vCPU's thread has not noticed its limit; `None` where it had.
+    pub(crate) unnoticed: Option<Nanos>,
     pub(crate) seat: Arc<Seat>,
 }
 
 impl Place {
     pub(crate) fn new(ring: Ring<RingPages>, seat: Arc<Seat>) -> Self {
-        Self { ring, slice: None, limited: false, stretched: false, merged: 0, unnoticed: None, given: 0, seat }
+        Self { ring, slice: None, limited: false, stretched: false, merged: 0, given: 0, unnoticed: None, seat }
     }
 
     /// How much of a ring a pass collects whose vCPU has not noticed its limit: what the limit has allowed since the last

@@ -201,6 +201,14 @@ impl DirtyLimit {
         self.with_seat(id, |seat| self.0.limiter.query(seat.index, sys::now()))?.ok_or(Error::NoVcpu(id))
     }
 
+    /// Pages whose entries wait in a vCPU's ring, as of the last [`DirtyLimit::meter`]: dirty, and not in the log yet.
+    ///
+    /// # Errors
+    /// [`Error::NoVcpu`].
+    pub fn held_back(&self, id: u32) -> Result<u32, Error> {
+        self.0.lock().places.get(&id).map(|place| place.ring.held_back()).ok_or(Error::NoVcpu(id))
+    }
+
     /// The ids of the VM's vCPUs, in order.
     pub fn vcpus(&self) -> Vec<u32> {
         self.0.lock().places.keys().copied().collect()

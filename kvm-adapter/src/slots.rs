@@ -168,11 +168,6 @@ impl Slots {
         Ok(())
     }
 
-    /// What was dropped since this was last asked and is nobody's leftover: its pages are dirty and in no log.
-    pub(crate) fn take_unknown(&mut self) -> Option<Unknown> {
-        self.unknown.take()
-    }
-
     /// Makes pages dirty that may be: all of the words from `first` on.
     pub(crate) fn soil(&mut self, found: Found, first: usize, count: usize) -> Result<(), Error> {
         let slot = self.again(found)?;
@@ -183,6 +178,11 @@ impl Slots {
             *last &= !(u64::MAX << (pages % BITS));
         }
         Ok(())
+    }
+
+    /// What was dropped since this was last asked and is nobody's leftover: its pages are dirty and in no log.
+    pub(crate) fn take_unknown(&mut self) -> Option<Unknown> {
+        self.unknown.take()
     }
 
     /// The pages of the slot were all protected again by other means. What is returned is to be dropped without the lock.

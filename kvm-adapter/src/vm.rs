@@ -22,6 +22,7 @@ pub(crate) struct Vm {
     pub(crate) ring_entries: u32,
     pub(crate) kick: Kick,
     pub(crate) prompt: bool,
+    /// Hundreds of kilobytes, which are not to be moved about on the stack.
     pub(crate) limiter: Box<VmLimiter>,
     harvest: Mutex<Harvest>,
     /// Futex: 1 since somebody tried the lock in vain, until somebody tries with success.

@@ -72,9 +72,11 @@ fn a_pass_leaves_the_slice_alone_and_a_take_is_complete() {
     let slice = throttled(&fake, &limit, &mut vcpu, 20_000);
     let pass = limit.pass().unwrap();
     assert_eq!((pass.published, pass.held_back), (0, u64::from(SOFT - slice)));
+    assert_eq!((limit.held_back(0).ok(), limit.held_back(1).ok()), (Some(SOFT - slice), None));
     assert_eq!(pages(&limit.take_published(SLOT).unwrap()).len(), slice as usize);
     assert_eq!(limit.query(0).unwrap().totals.net_pages, u64::from(SOFT));
     assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), (SOFT - slice) as usize);
+    assert_eq!(limit.held_back(0).unwrap(), 0);
     let totals = limit.query(0).unwrap().totals;
     assert_eq!((totals.net_pages, totals.gross_pages), (u64::from(SOFT), u64::from(SOFT)));
 }

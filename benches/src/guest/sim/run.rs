@@ -297,6 +297,7 @@ impl<'a, P: Policy> Run<'a, P> {
             recorded.paused = Duration::from_micros(last.paused_us - first.paused_us);
             recorded.net_pages = last.net_pages - first.net_pages;
             recorded.gross_pages = last.gross_pages - first.gross_pages;
+            recorded.held_back_pages = self.adapter.places[id].ring.held_back();
         }
     }
 
@@ -354,5 +355,6 @@ fn recorded(plan: &Plan, index: usize) -> VcpuRecording {
         paused: Duration::ZERO,
         net_pages: 0,
         gross_pages: 0,
+        held_back_pages: 0,
     }
 }
