@@ -98,7 +98,8 @@ impl DirtyLimit {
     /// [`DirtyLimit::trust_slot`]) are in every answer.
     ///
     /// # Errors
-    /// [`Error::NoSlot`], [`Error::SlotTooShort`], [`Error::UnknownPages`] (once), and what a reset or `KVM_GET_DIRTY_LOG` may answer.
+    /// [`Error::NoSlot`], [`Error::SlotTooShort`], [`Error::UnknownPages`] (once), and what a reset or `KVM_GET_DIRTY_LOG` may
+    /// answer.
     pub fn take_dirty_log(&self, slot: u32) -> Result<Vec<u64>, Error> {
         self.sync()?;
         let found = self.0.lock().slots.find(slot)?;
