@@ -101,11 +101,15 @@ fn stand_still() -> Result<()> {
     rig.throttle(false)?;
     println!("\nrunning");
     let (mut written, mut seen) = (rig.accesses(0), Instant::now());
-    while seen.elapsed() < Duration::from_secs(3) {
-        (written, seen) = (rig.accesses(0), Instant::now());
+    // From each look to the next, so that no moment is left out.
+    let awake = loop {
         rig.run_for(Duration::from_millis(1))?;
-    }
-    let awake = Instant::now();
+        let now = Instant::now();
+        if now - seen > Duration::from_secs(3) {
+            break now;
+        }
+        (written, seen) = (rig.accesses(0), now);
+    };
     rig.run_for(Duration::from_millis(200))?;
     println!("\nwrote {} {}", rig.accesses(0) - written, awake.elapsed().as_millis());
     rig.limit.tick();
