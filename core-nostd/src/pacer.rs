@@ -82,7 +82,7 @@ impl Pacer {
     ///
     /// Idempotent while nothing is metered. A pause that ended early is not lost: the rest is still due.
     ///
-    /// Wait-free: at most 650 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
+    /// Wait-free: at most 720 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
     pub fn settle(&mut self, now: Nanos, vm: &VmCell, penalty: &PenaltyCell, report: &Report) -> Turn {
         report.add_turn();
         let counts = report.counts();

@@ -25,12 +25,13 @@
 //!   traced or frozen; the completions of an `io_uring` that the thread owns cannot be blocked either, so own none there) leaves
 //!   at most 64 pages of a vCPU that stay dirty until they are known to be protected again. When a call fails, what was
 //!   collected stays for the next.
-//! - **No stall above `max_pause`.** A limited vCPU runs in slices of pages: entries are held back in its ring so that it
+//! - **No pause above `max_pause`**, but for the wait for a reset, 2.1 ms at most. A limited vCPU runs in slices of pages: entries are held back in its ring so that it
 //!   exits when the slice is used up, pauses for its price, and gets the next. No timer, no signal; a [`Kick`] is an option
 //!   for rings that never fill. What one pause does not cover stays owed.
 //! - **A pause ends at once** when the limit is lifted or changed, when a signal reaches the thread, or when the
 //!   [`Interrupter`] is called; within 10 ms when `immediate_exit` is set or `stop` returns true. Penalties lapse 5 s after
-//!   the last tick, so that a dead control plane cannot hold a guest.
+//!   the last tick (a second later where the vCPU stood still meanwhile), so that a dead control plane cannot hold a guest.
+//! - **A limit that is not held says so**: [`Status::unenforced`], in the log and the metrics too.
 //! - **vCPU threads never wait for a lock**, allocate nothing, and run their critical sections with signals blocked: the
 //!   pause may sit in a signal handler.
 //!
