@@ -8,4 +8,5 @@ mod overrun;
 mod rig;
 mod rounds;
 mod soak;
+mod steal;
 mod stopped;
