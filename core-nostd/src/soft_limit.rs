@@ -51,7 +51,8 @@ impl SoftLimit {
 
     /// A full exit with pages of the guest's, the last of which brought the ring to `level`.
     pub(crate) fn reached(&mut self, level: u32) {
-        let first = self.level == 0;
+        // At once, but where it looks like a stale exit reason.
+        let first = self.level == 0 && level > self.highest / 4;
         self.agreeing = if level == self.level { self.agreeing.saturating_add(1) } else { 1 };
         (self.level, self.barren) = (level, 0);
         // One after the other, pages get no further than the soft limit, which on most hosts is the highest. The first

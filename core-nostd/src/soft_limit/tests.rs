@@ -102,7 +102,8 @@ proptest! {
         disturbed in any::<bool>(),
     ) {
         // What the kernel keeps in reserve: for a lump, and for what it pushes itself.
-        let soft = 1 + soft % (size - 64 - if lump > 1 { lump } else { 0 });
+        // Below what it pushes at an entry no guest would ever run.
+        let soft = (1 + soft % (size - 64 - if lump > 1 { lump } else { 0 })).max(at_entry + 1);
         let (wrote, believed) = drive(size, kernel(soft, lump, at_entry, at_exit), &slices, disturbed);
         let barren = wrote.split(|pages| *pages > 0).map(<[u32]>::len).max();
         prop_assert!(barren <= Some(BARREN), "{:?} runs without a page", barren);
