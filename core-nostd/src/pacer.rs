@@ -168,7 +168,7 @@ impl Pacer {
         if nominal.abs_diff(before) > before / 4 {
             self.stretch = 0; // another limit
         } else if new.gross >= nominal {
-            let mostly_again = new.net < new.gross / 2;
+            let mostly_again = new.net < new.gross.div_ceil(2);
             self.stretch = if mostly_again { (self.stretch + 1).min(MAX_STRETCH) } else { 0 };
         }
         nominal.saturating_mul(1 << self.stretch)

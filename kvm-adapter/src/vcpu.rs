@@ -212,7 +212,7 @@ impl Vcpu {
         let Some(mut harvest) = vm.try_lock() else { return Ok(None) };
         let (place, _) = harvest.meter(seat.id, &vm.limiter).ok_or(Error::NoVcpu(seat.id))?;
         if self.full {
-            place.ring.learn_soft_limit();
+            place.ring.full_exit();
         }
         if !place.stretched {
             pacer.forget_stretch();
