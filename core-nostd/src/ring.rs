@@ -330,6 +330,8 @@ impl<E: AsRef<[Entry]>> Ring<E> {
             }
             // It had no room to begin with: nobody has freed its slice yet.
             None if occupied.saturating_sub(run.own) >= self.soft.get() => {}
+            // No soft limit is 0: the ring is wedged.
+            None if occupied == 0 => {}
             None if occupied >= self.soft.get() && self.own < OWN => self.own = run.own.max(self.own + 1),
             None => self.soft.barren(occupied),
         }

@@ -107,9 +107,9 @@ proptest! {
         let (wrote, believed) = drive(size, kernel(soft, lump, at_entry, at_exit), &slices, disturbed);
         let barren = wrote.split(|pages| *pages > 0).map(<[u32]>::len).max();
         prop_assert!(barren <= Some(BARREN), "{:?} runs without a page", barren);
-        // And most runs have pages, once the limit is known.
+        // And a third of the runs or more have pages, once the limit is known.
         let late = wrote[150..].iter().filter(|pages| **pages == 0).count();
-        prop_assert!(late <= 40, "{} of 150 runs without a page", late);
+        prop_assert!(late <= 100, "{} of 150 runs without a page", late);
         if lump == 1 && !disturbed && soft > 64 {
             prop_assert_eq!(believed, soft);
         }
