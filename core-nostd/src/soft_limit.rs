@@ -14,7 +14,10 @@ const AGREE: u32 = 2;
 const AGREE_AGAIN: u32 = 64;
 /// The first full exit without a page of the guest's may be a stale exit reason; from the second on, what is believed falls by
 /// so much, and by twice as much each time.
-const STEP: u32 = 64;
+const STEP: u32 = 32;
+
+/// A lump is forgotten by this part at each full exit: a kick that is not needed costs less than a slice that nothing ends.
+const FORGET: u32 = 64;
 
 /// What is believed of one ring.
 #[derive(Debug)]
@@ -58,7 +61,7 @@ impl SoftLimit {
         // One after the other, pages get no further than the soft limit, which on most hosts is the highest. The first
         // exit below that is no proof of lumps, and what agrees with it refutes them.
         let beyond = if first { self.highest.saturating_sub(level) } else { level.saturating_sub(self.believed) };
-        self.lump = beyond.max(self.lump / 2);
+        self.lump = beyond.max(self.lump - self.lump.div_ceil(FORGET));
         let level = level.clamp(1, self.highest);
         let refuted = level > self.bound;
         if first || self.agreeing >= if refuted { AGREE_AGAIN } else { AGREE } {
