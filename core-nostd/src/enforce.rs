@@ -1,4 +1,4 @@
-//! Whether a limit is enforced, and if not, why: one [`Watch`] for each vCPU, fed by the ticks.
+//! Whether a limit is enforced, and if not, why: one `Watch` for each vCPU, fed by the ticks.
 
 use core::fmt;
 
@@ -8,13 +8,13 @@ use crate::rate::{Nanos, PageRate, SECOND};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Unenforced {
-    /// No tick has come for [`crate::VmCell::LEASE`], so that penalties have lapsed.
+    /// No tick has come for `VmCell::LEASE`, so that penalties have lapsed.
     Lapsed,
     /// The vCPU has dirtied more than its limit for seconds, and its thread has not settled once: nothing brings it out of
     /// the guest (its ring never fills, because it is emptied faster or larger than what the guest writes to), or the VMM
     /// does not let it pay.
     NotAccepted,
-    /// A pause longer than the longest would be needed: [`crate::Status::needs_pause`].
+    /// A pause longer than the longest would be needed: `Status::needs_pause`.
     NeedsPause,
     /// The vCPU has dirtied more than its limit for seconds, although its thread settles.
     Exceeded,

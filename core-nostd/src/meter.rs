@@ -31,7 +31,7 @@ pub struct Report {
 pub struct Counts {
     /// Pages newly dirty.
     pub net: u32,
-    /// The guest's ring entries; KVM's own (see [`crate::own::OwnPages`]) are in the net pages alone, where they are new.
+    /// The guest's ring entries; KVM's own (see `OwnPages`) are in the net pages alone, where they are new.
     pub gross: u32,
     /// Exits with a full ring.
     pub full_exits: u32,

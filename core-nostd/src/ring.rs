@@ -226,7 +226,7 @@ impl<E: AsRef<[Entry]>> Ring<E> {
     }
 
     /// As [`Ring::meter`], but `each` says whether the entry is the guest's: those that the kernel pushed itself (see
-    /// [`crate::OwnPages`]) use up no slice.
+    /// `OwnPages`) use up no slice.
     pub fn meter_guest(&mut self, mut each: impl FnMut(Page) -> bool) -> u32 {
         let occupied = self.occupied();
         let room = self.size.saturating_sub(occupied);

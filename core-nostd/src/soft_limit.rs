@@ -62,7 +62,7 @@ impl SoftLimit {
         // exit below that is no proof of lumps, and what agrees with it refutes them.
         let beyond = if first { self.highest.saturating_sub(level) } else { level.saturating_sub(self.believed) };
         self.lump = beyond.max(self.lump - self.lump.div_ceil(FORGET));
-        let level = level.clamp(1, self.highest);
+        let level = level.min(self.highest).max(1);
         let refuted = level > self.bound;
         if first || self.agreeing >= if refuted { AGREE_AGAIN } else { AGREE } {
             self.believed = level;
@@ -76,7 +76,7 @@ impl SoftLimit {
         self.barren = self.barren.saturating_add(1);
         if self.barren > 1 {
             let step = STEP.checked_shl(self.barren - 2).unwrap_or(u32::MAX).max(STEP);
-            self.believed = occupied.saturating_sub(step).clamp(1, self.highest);
+            self.believed = occupied.saturating_sub(step).min(self.highest).max(1);
             self.bound = self.believed;
         }
     }

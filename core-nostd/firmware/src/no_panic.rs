@@ -10,8 +10,8 @@ use core::hint::black_box as any;
 use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause};
 use dirtylimit_core::{
     BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, OwnPages, Paced, Pacer, Page, PageRate, Penalty,
-    PenaltyCell, Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn, Unenforced,
-    VcpuCell, VcpuIndex, VmCell, level, share,
+    PenaltyCell, Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn,
+    Unenforced, VcpuCell, VcpuIndex, VmCell, level, share,
 };
 
 #[panic_handler]
@@ -132,7 +132,8 @@ fn rings() {
     let ring = any(&mut ring);
     let each = |page: Page| _ = any(page);
     any(Ring::meter(ring, each));
-    let own = any(&mut OwnPages::new());
+    let mut own = OwnPages::new();
+    let own = any(&mut own);
     any(Ring::meter_guest(ring, |page| OwnPages::is_own(own, any(page), any(false))));
     any(Ring::collect(ring, any(0), each));
     Ring::for_each_held_back(ring, each);
