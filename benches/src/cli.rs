@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use dirtylimit_core::PageRate;
 
 use crate::compare::Compare;
+use crate::lab::Lab;
 use crate::plan::{MetricsTo, Plan, Step, VcpuPlan};
 use crate::record::{GuestKind, PolicyKind};
 use crate::scenario::Scenarios;
@@ -38,6 +39,8 @@ pub enum Command {
     Scenario(Scenarios),
     /// Run the same guest under QEMU's dirty limit and under this one, by turns
     Compare(Box<Compare>),
+    /// Run a command of this program in an emulated machine with a KVM of its own, in virtual time
+    Lab(Lab),
 }
 
 /// Start a guest, let it run free, limit it, report
@@ -240,7 +243,9 @@ mod tests {
         let line = ["dirtylimit-bench", "run"].into_iter().chain(line.split_whitespace());
         match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
             Command::Run(run) => run.plan(),
-            Command::Probe | Command::Scenario(_) | Command::Compare(_) => unreachable!("`run` was given"),
+            Command::Probe | Command::Scenario(_) | Command::Compare(_) | Command::Lab(_) => {
+                unreachable!("`run` was given")
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 pub mod cli;
 pub mod compare;
 pub mod guest;
+pub mod lab;
 pub mod measure;
 pub mod payload;
 pub mod plan;

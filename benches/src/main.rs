@@ -38,6 +38,10 @@ fn main() -> ExitCode {
             Ok(cases) => side_by_side(&asked, &cases),
             Err(message) => bad_usage("compare", message),
         },
+        Command::Lab(lab) => match lab.check() {
+            Ok(()) => lab.execute(),
+            Err(message) => bad_usage("lab", message),
+        },
         Command::Probe => say(&probe::probe().to_string()).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
