@@ -66,6 +66,7 @@ impl Store {
         let cache = cache.or_else(|| std::env::home_dir().map(|home| home.join(".cache")));
         let home = cache.context("neither XDG_CACHE_HOME nor HOME is set: where is the lab to be kept?")?;
         let home = home.join("dirtylimit/lab");
+        sweep(&home, 2);
         let apt = home.join(format!("apt-{}", std::process::id()));
         Ok(Self { home, apt, updated: BTreeSet::new() })
     }
@@ -171,6 +172,21 @@ impl Drop for Store {
     }
 }
 
+/// Removes what processes that were killed left below `directory`: its name ends with theirs.
+fn sweep(directory: &Path, depth: u32) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let of = name.rsplit_once('-').filter(|(of, _)| ["run", "apt"].contains(of) || of.ends_with(".new"));
+        match of.and_then(|(_, process)| process.parse::<u32>().ok()) {
+            Some(process) if !Path::new("/proc").join(process.to_string()).exists() => {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+            None if depth > 1 => sweep(&entry.path(), depth - 1),
+            _ => {}
+        }
+    }
+}
+
 /// Apt, with a state of its own.
 struct Apt<'a> {
     state: &'a Path,
@@ -265,6 +281,26 @@ mod tests {
         let new = "linux-image-cloud-amd64\nlinux-base-7.3.4\nlinux-image-7.3.4\nlinux-binary-7.3.4\nlinux-modules-7.3.4\n\
                    linux-modules-cloud-amd64\nlinux-binary-7.3.4\n";
         assert_eq!(kernel_packages(new), ["linux-binary-7.3.4", "linux-image-7.3.4", "linux-modules-7.3.4"]);
+    }
+
+    #[test]
+    fn what_killed_processes_left_is_removed_and_nothing_else() {
+        let home = std::env::temp_dir().join(format!("dirtylimit-lab-sweep-{}", std::process::id()));
+        let own = std::process::id();
+        // Above the largest process number there is.
+        let gone = u32::MAX;
+        let [kept, left] = [own, gone].map(|process| {
+            [format!("run-{process}"), format!("apt-{process}"), format!("trixie-amd64/bochs.new-{process}")]
+        });
+        let packages = ["trixie-amd64/bochs".to_owned(), format!("trixie-amd64/linux-{gone}")];
+        for path in kept.iter().chain(&left).chain(&packages) {
+            fs::create_dir_all(home.join(path).join("usr")).unwrap();
+        }
+        sweep(&home, 2);
+        let there = |path: &String| home.join(path).exists();
+        let seen = (kept.iter().all(there), left.iter().any(there), packages.iter().all(there));
+        fs::remove_dir_all(&home).unwrap();
+        assert_eq!(seen, (true, false, true));
     }
 
     #[test]

@@ -253,7 +253,7 @@ fn start_state(fd: &VcpuFd, stats: u64, parameters: u64, stack: u64) -> Result<(
         rdi: stats,
         rbp: parameters,
         rsp: stack,
-        rflags: 2,
+        rflags: 0x202,
         ..Default::default()
     })?;
     Ok(())
