@@ -195,7 +195,7 @@ impl<const N: usize> Vm<N> {
     /// Rates are what was dirtied, and whoever is above the limit has a penalty of the right kind.
     fn assert_limited(&self, limits: Limits) {
         for vcpu in &self.vcpus {
-            let status = self.limiter.query(*vcpu).expect("registered");
+            let status = self.limiter.query(*vcpu, 0).expect("registered");
             let rate = u64::from(self.pages(*vcpu)) * 20;
             assert!(status.rate.pages_per_sec().abs_diff(rate) <= 1, "{status:?}, not {rate}");
             match (limits, status.penalty.terms()) {

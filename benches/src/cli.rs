@@ -1,9 +1,10 @@
 //! The command line. What clap cannot check one by one is checked by [`Run::plan`].
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgMatches, Args, Parser, Subcommand};
 use dirtylimit_core::PageRate;
 
 use crate::compare::Compare;
@@ -11,7 +12,7 @@ use crate::lab::Lab;
 use crate::plan::{MetricsTo, Plan, Step, VcpuPlan};
 use crate::record::{GuestKind, PolicyKind};
 use crate::scenario::Scenarios;
-use crate::units::{parse_duration, parse_limit, parse_seconds};
+use crate::units::{Rate, is_plain_rate, parse_duration, parse_limit, parse_rate, parse_seconds};
 use crate::workload::Workload;
 
 /// The most vCPUs that the limiter takes.
@@ -32,31 +33,47 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start a guest, let it run free, limit it, report
+    ///
+    /// Sizes and rates take KiB, MiB, GiB; plain numbers are pages (per second). Rates also take MB/s (10^6 bytes) and Gbit/s
+    /// (10^9 bits); what QEMU and libvirt call MB/s is MiB/s here. Ctrl-C ends the run and reports what there is.
+    ///
+    /// Exit status: 0 done, 1 the run failed or a report could not be written, 2 bad usage, 3 pages were lost.
+    #[command(verbatim_doc_comment)]
     Run(Box<Run>),
     /// Print what this host's KVM offers
     Probe,
     /// Measure the figures that the limiter must reach, on this host, under KVM
+    ///
+    /// Each case runs several times, and the median of each measure is judged. What is missed on a busy host is missed: run
+    /// it on a quiet one. How late the host ended the sleeps of a thread that does nothing else is told beside it. A guest
+    /// that is slower than its limit while nothing pauses it is below it whoever limits it, so rates are judged against what
+    /// was in its reach; how many figures would be missed without that is told too.
+    ///
+    /// Exit status: 0 all figures met, 1 a figure missed or a run failed, 2 bad usage, 3 pages were lost.
+    #[command(verbatim_doc_comment)]
     Scenario(Scenarios),
     /// Run the same guest under QEMU's dirty limit and under this one, by turns
+    ///
+    /// Without --limit, --ring and --workload the usual cases are compared; else each limit by each ring, for one guest. Every
+    /// vCPU that writes has the limit. Where there is no QEMU, the policy `stepped` takes its place.
+    ///
+    /// Exit status: 0 done, 1 a run failed, 2 bad usage, 3 pages were lost.
+    #[command(verbatim_doc_comment)]
     Compare(Box<Compare>),
     /// Run a command of this program in an emulated machine with a KVM of its own, in virtual time
     Lab(Lab),
 }
 
-/// Start a guest, let it run free, limit it, report
-///
-/// Sizes and rates take KiB, MiB, GiB; plain numbers are pages (per second). Ctrl-C ends the run and reports what there is.
-///
-/// Exit status: 0 done, 1 the run failed, 2 bad usage, 3 pages were lost.
+/// The options of `run`.
 #[derive(Clone, Debug, Args)]
-#[command(verbatim_doc_comment)]
 pub struct Run {
     /// Where the workload runs: under KVM, or simulated in virtual time [default: kvm where usable, else sim]
     #[arg(long, value_enum, value_name = "GUEST")]
     pub guest: Option<GuestKind>,
 
     /// What a vCPU does, once for all or one per vCPU: write:SIZE, random:SIZE, read:SIZE, slow:SIZE (a writer with work
-    /// between writes), burst:SIZE (100 ms on, 100 ms off) or idle
+    /// between writes: 0.1 million pages a second), steady:SIZE (with less of it: a million pages on a CPU of 500 million
+    /// instructions a second), burst:SIZE (100 ms on, 100 ms off) or idle
     #[arg(long, value_name = "W", value_delimiter = ',', default_value = "write:224MiB")]
     pub workload: Vec<Workload>,
 
@@ -113,6 +130,11 @@ pub struct Run {
     #[arg(long, value_name = "ADDR|FILE", value_parser = metrics_to)]
     pub metrics: Option<MetricsTo>,
 
+    /// Have KVM tell each vCPU the time that was stolen from it, as every Linux guest asks for: it writes a page of the
+    /// guest at nearly every entry, and logs it
+    #[arg(long)]
+    pub steal_time: bool,
+
     /// Write the report as JSON; `-` is standard output, and nothing else goes there then
     #[arg(long, value_name = "FILE|-")]
     pub json: Option<PathBuf>,
@@ -163,6 +185,9 @@ impl Run {
         if self.metrics.is_some() && self.guest == Some(GuestKind::Sim) {
             return Err("--metrics needs the KVM guest: the simulated one runs in virtual time".to_owned());
         }
+        if self.steal_time && self.guest == Some(GuestKind::Sim) {
+            return Err("--steal-time needs the KVM guest: it is not simulated".to_owned());
+        }
         let count = self.vcpus.unwrap_or(self.workload.len());
         if !(1..=MAX_VCPUS).contains(&count) {
             return Err(format!("--vcpus {count}: 1 to {MAX_VCPUS} vCPUs are possible"));
@@ -209,8 +234,22 @@ impl Run {
             payload: self.payload.clone(),
             qmp: self.qmp.clone(),
             metrics: self.metrics.clone(),
+            steal_time: self.steal_time,
         })
     }
+}
+
+/// A warning for each option whose rate is a plain number: it counts pages, and most people mean MiB.
+pub fn plain_rates(matches: &ArgMatches) -> Vec<String> {
+    let Some((_, matches)) = matches.subcommand() else { return Vec::new() };
+    let warning = |option: &str| {
+        let given = matches.try_get_raw(option).ok()??.filter_map(OsStr::to_str);
+        // A step has its time behind its rate.
+        let plain = given.map(|text| text.split('@').next().unwrap_or(text)).find(|rate| is_plain_rate(rate))?;
+        let (option, rate) = (option.replace('_', "-"), parse_rate(plain).ok()?);
+        Some(format!("--{option} {plain}: that is pages per second, {}; {plain}MiB/s is another rate.", Rate(rate)))
+    };
+    ["limit", "vm_limit", "steps"].into_iter().filter_map(warning).collect()
 }
 
 /// `values` as one per vCPU: as many as there are vCPUs, or one for all.
@@ -291,6 +330,21 @@ mod tests {
     }
 
     #[test]
+    fn a_rate_in_pages_is_pointed_out() {
+        let warned = |line: &str| {
+            let line = ["dirtylimit-bench"].into_iter().chain(line.split_whitespace());
+            plain_rates(&Cli::command().try_get_matches_from(line).unwrap())
+        };
+        let one = warned("run --limit 1MiB/s,256,9");
+        assert_eq!(one, ["--limit 256: that is pages per second, 1 MiB/s; 256MiB/s is another rate."]);
+        assert_eq!(warned("run --limit 256 --vm-limit 7 --steps none@1s,9@2s").len(), 3);
+        assert_eq!(warned("compare --limit 25600").len(), 1);
+        for silent in ["run", "run --limit none,1Gbit/s --steps 1MiB/s@1s --vcpus 2", "probe", "scenario exact"] {
+            assert!(warned(silent).is_empty(), "{silent}");
+        }
+    }
+
+    #[test]
     fn bad_usage_names_the_option_and_what_is_allowed() {
         for (line, told) in [
             ("--vcpus 0", "1 to 1024"),
@@ -317,6 +371,7 @@ mod tests {
             ("--workload wirte:1MiB", "write:SIZE"),
             ("--guest sim --qmp x", "--qmp needs the KVM guest"),
             ("--guest sim --metrics x", "--metrics needs the KVM guest"),
+            ("--guest sim --steal-time", "--steal-time needs the KVM guest"),
             ("--metrics localhost:9100", "127.0.0.1:9100 is"),
             ("--guest xen", "[possible values: kvm, sim]"),
             ("--policy fast", "[possible values: paced, stepped]"),

@@ -1,10 +1,13 @@
 //! The harness of dirtylimit: guests that write memory, and the measures of what a limit did to them.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod cli;
 pub mod compare;
 pub mod guest;
 pub mod lab;
 pub mod measure;
+pub mod output;
 pub mod payload;
 pub mod plan;
 pub mod probe;

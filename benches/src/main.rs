@@ -1,34 +1,43 @@
 //! `dirtylimit-bench`: runs a guest, limits it, reports.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::path::Path;
-use std::process::ExitCode;
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+use std::fmt::Display;
+use std::io::ErrorKind::BrokenPipe;
+use std::process::{self, ExitCode};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser};
-use dirtylimit_bench::cli::{Cli, Command, Run};
+use clap::{CommandFactory, FromArgMatches};
+use dirtylimit_bench::cli::{self, Cli, Command, Run};
 use dirtylimit_bench::compare::{self, Compare, cases::Case};
 use dirtylimit_bench::guest::{self, Progress};
-use dirtylimit_bench::plan::Plan;
+use dirtylimit_bench::output::{Output, distinct, print, tell};
+use dirtylimit_bench::plan::{MetricsTo, Plan};
 use dirtylimit_bench::probe;
 use dirtylimit_bench::record::{GuestKind, Recording};
 use dirtylimit_bench::report::json::Report;
-use dirtylimit_bench::report::page::{self, Page};
 use dirtylimit_bench::report::progress::{Interrupt, Live};
-use dirtylimit_bench::report::{self, svg, table::Table};
+use dirtylimit_bench::report::{self, page, svg, table::Table};
 use dirtylimit_bench::scenario::verdict::Results;
+use dirtylimit_bench::scenario::yardstick::{self, HostLate};
 use dirtylimit_bench::scenario::{self, Scenarios};
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL};
+use serde::Serialize;
 
 /// The run failed, or a figure was missed.
 const FAILED: u8 = 1;
 /// Pages were lost. Bad usage is 2, which clap returns by itself.
 const LOST: u8 = 3;
+/// Sleeps of the thread that only sleeps, beside a run.
+const SLEEP: Duration = Duration::from_millis(1);
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    let matches = Cli::command().try_get_matches().unwrap_or_else(|error| usage(&error));
+    let asked = Cli::from_arg_matches(&matches).unwrap_or_else(|error| usage(&error.format(&mut Cli::command())));
+    cli::plain_rates(&matches).into_iter().for_each(tell);
+    let done = match asked.command {
         Command::Run(run) => match run.plan() {
             Ok(plan) => execute(&run, &plan),
             Err(message) => bad_usage("run", message),
@@ -42,136 +51,150 @@ fn main() -> ExitCode {
             Ok(()) => lab.execute(),
             Err(message) => bad_usage("lab", message),
         },
-        Command::Probe => say(&probe::probe().to_string()).map(|()| ExitCode::SUCCESS),
+        Command::Probe => print(probe::probe()).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
-        eprintln!("dirtylimit-bench: {error:#}");
+        complain(&error);
         ExitCode::from(FAILED)
     })
+}
+
+fn complain(error: &anyhow::Error) {
+    tell(format_args!("dirtylimit-bench: {error:#}"));
 }
 
 fn bad_usage(subcommand: &str, message: String) -> ! {
     let mut cli = Cli::command();
     cli.build();
     let subcommand = cli.find_subcommand_mut(subcommand).expect("it was parsed");
-    subcommand.error(ErrorKind::ValueValidation, message).exit()
+    usage(&subcommand.error(ErrorKind::ValueValidation, message))
+}
+
+/// Says what clap has to say, help or an error, and exits.
+fn usage(error: &clap::Error) -> ! {
+    match error.print() {
+        Err(lost) if !error.use_stderr() && lost.kind() != BrokenPipe => {
+            complain(&anyhow::Error::new(lost).context("cannot write to standard output"));
+            process::exit(FAILED.into())
+        }
+        _ => process::exit(error.exit_code()),
+    }
+}
+
+/// The exit status to come. What cannot be written fails, but keeps nothing else from being written.
+struct Outcome(u8);
+
+impl Outcome {
+    fn note(&mut self, written: Result<()>) {
+        if let Err(error) = written {
+            complain(&error);
+            self.0 = self.0.max(FAILED);
+        }
+    }
+
+    /// Shows a person the result: on stdout, unless scripts get their document there.
+    fn show(&mut self, text: impl Display, json: Option<&Output>) {
+        if json.is_some_and(Output::is_stdout) { tell(text) } else { self.note(print(text)) }
+    }
+
+    fn document(&mut self, document: &impl Serialize, json: Option<&mut Output>) {
+        if let Some(json) = json {
+            let text = serde_json::to_string(document).context("--json");
+            self.note(text.and_then(|text| json.write(text + "\n")));
+        }
+    }
+
+    fn page(&mut self, page: impl FnOnce() -> Result<page::Page>, output: Option<&mut Output>) {
+        if let Some(output) = output {
+            self.note(page().and_then(|page| page.write(output)));
+        }
+    }
+
+    fn status(self) -> ExitCode {
+        ExitCode::from(self.0)
+    }
 }
 
 fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
     for asked in run.workload.iter().filter(|workload| workload.maskable() != **workload) {
-        eprintln!("{asked}: the guest masks its page index, so it is {} that runs.", asked.maskable());
+        tell(format_args!("{asked}: the guest masks its page index, so it is {} that runs.", asked.maskable()));
     }
-    let json = run.json.as_deref();
-    let to_stdout = json == Some(Path::new("-"));
-    // A report that has nowhere to go is found out before the run, not after it.
-    for path in [json.filter(|_| !to_stdout), run.svg.as_deref()].into_iter().flatten() {
-        writable(path)?;
-    }
-    run.report.as_deref().map_or(Ok(()), page::prepare)?;
+    // What has nowhere to go is found out before the run, not after it.
+    let mut json = run.json.as_deref().map(|path| Output::document("--json", path)).transpose()?;
+    let mut drawing = run.svg.as_deref().map(|path| Output::prepare("--svg", path)).transpose()?;
+    let mut page = run.report.as_deref().map(page::prepare).transpose()?;
+    let metrics = match &plan.metrics {
+        // Whoever reads from a pipe would take this for its end.
+        Some(MetricsTo::File(file)) if file.metadata().map_or(true, |found| found.is_file()) => {
+            Some(Output::prepare("--metrics", file)?)
+        }
+        _ => None,
+    };
+    distinct(&[json.as_ref(), drawing.as_ref(), page.as_ref(), metrics.as_ref()])?;
     let guest = choose(run)?;
     let mut live = Live::new(plan, Interrupt::install()?);
-    let recording = start(guest, plan, &mut live);
+    let (recording, late) = yardstick::beside(SLEEP, || start(guest, plan, &mut live));
     live.finish();
-    let recording = recording?;
+    let mut recording = recording?;
+    if guest == GuestKind::Kvm {
+        recording.host.sleep_late_p999_ms = HostLate::of(&[late]).map(|late| late.p999_ms);
+    }
 
-    let table = Table(&recording).to_string();
-    if to_stdout {
-        eprint!("{table}");
-    } else {
-        say(&table)?;
+    let mut outcome = Outcome(if recording.lost_pages > Some(0) { LOST } else { 0 });
+    outcome.show(Table(&recording), json.as_ref());
+    outcome.document(&Report::of(&recording), json.as_mut());
+    if let Some(drawing) = &mut drawing {
+        outcome.note(svg::draw(&recording).and_then(|drawn| drawing.write(drawn)));
     }
-    if let Some(path) = json {
-        let document = serde_json::to_string(&Report::of(&recording))?;
-        if to_stdout {
-            say(&document)?;
-        } else {
-            fs::write(path, document + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-        }
-    }
-    if let Some(path) = &run.svg {
-        svg::write(&recording, path)?;
-    }
-    if let Some(directory) = &run.report {
-        report(&report::run::page(&recording)?, directory)?;
-    }
-    Ok(if recording.lost_pages > Some(0) { ExitCode::from(LOST) } else { ExitCode::SUCCESS })
+    outcome.page(|| report::run::page(&recording), page.as_mut());
+    Ok(outcome.status())
 }
 
 fn scenario(asked: &Scenarios) -> Result<ExitCode> {
     if asked.list {
-        return say(&Scenarios::listed()).map(|()| ExitCode::SUCCESS);
+        return print(Scenarios::listed()).map(|()| ExitCode::SUCCESS);
     }
-    let to_stdout = asked.json.as_deref() == Some(Path::new("-"));
-    if let Some(path) = asked.json.as_deref().filter(|_| !to_stdout) {
-        writable(path)?;
-    }
-    asked.report.as_deref().map_or(Ok(()), page::prepare)?;
+    let mut json = asked.json.as_deref().map(|path| Output::document("--json", path)).transpose()?;
+    let mut page = asked.report.as_deref().map(page::prepare).transpose()?;
+    distinct(&[json.as_ref(), page.as_ref()])?;
     kvm().context("a scenario measures the real thing")?;
     let interrupt = Interrupt::install()?;
+    let mut outcome = Outcome(0);
     let mut all = Vec::new();
     for chosen in asked.chosen() {
         let tried = scenario::run(chosen, asked.runs, &interrupt)?;
-        let verdict = &tried.verdict;
-        if to_stdout {
-            eprintln!("{verdict}");
-        } else {
-            say(&format!("{verdict}\n"))?;
-        }
+        outcome.show(format_args!("{}\n", tried.verdict), json.as_ref());
         all.push(tried);
     }
     let host = probe::host(true, None);
     let verdicts: Vec<_> = all.iter().map(|tried| &tried.verdict).collect();
-    let (lost, met) =
-        (verdicts.iter().any(|verdict| verdict.lost_pages > 0), verdicts.iter().all(|verdict| verdict.met()));
-    if let Some(path) = &asked.json {
-        let document = serde_json::to_string(&Results { host: &host, scenarios: verdicts })?;
-        if to_stdout {
-            say(&document)?;
-        } else {
-            fs::write(path, document + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-        }
-    }
-    if let Some(directory) = &asked.report {
-        report(&report::scenario::page(&all, &host)?, directory)?;
-    }
-    Ok(ExitCode::from(match (lost, met) {
-        (true, _) => LOST,
-        (false, false) => FAILED,
-        (false, true) => 0,
-    }))
+    outcome.0 = match verdicts.iter().any(|verdict| verdict.lost_pages > 0) {
+        true => LOST,
+        false if verdicts.iter().all(|verdict| verdict.met()) => outcome.0,
+        false => FAILED,
+    };
+    outcome.document(&Results { host: &host, scenarios: verdicts, steal_time: asked.steal_time }, json.as_mut());
+    outcome.page(|| report::scenario::page(&all, &host), page.as_mut());
+    Ok(outcome.status())
 }
 
 fn side_by_side(asked: &Compare, cases: &[Case]) -> Result<ExitCode> {
     if let Some(path) = &asked.write_rom {
         let (rom, command) = asked.rom(&cases[0], path)?;
-        fs::write(path, rom).with_context(|| format!("cannot write {}", path.display()))?;
-        return say(&command).map(|()| ExitCode::SUCCESS);
+        Output::prepare("--write-rom", path)?.write(rom)?;
+        return print(command).map(|()| ExitCode::SUCCESS);
     }
-    let to_stdout = asked.json.as_deref() == Some(Path::new("-"));
-    if let Some(path) = asked.json.as_deref().filter(|_| !to_stdout) {
-        writable(path)?;
-    }
-    asked.report.as_deref().map_or(Ok(()), page::prepare)?;
+    let mut json = asked.json.as_deref().map(|path| Output::document("--json", path)).transpose()?;
+    let mut page = asked.report.as_deref().map(page::prepare).transpose()?;
+    distinct(&[json.as_ref(), page.as_ref()])?;
     kvm().context("a comparison needs the real thing")?;
     let peer = asked.find_peer()?;
     let comparison = asked.run(cases, &peer, &Interrupt::install()?)?;
-    if to_stdout {
-        eprintln!("{comparison}");
-    } else {
-        say(&comparison.to_string())?;
-    }
-    if let Some(path) = &asked.json {
-        let document = serde_json::to_string(&comparison)?;
-        if to_stdout {
-            say(&document)?;
-        } else {
-            fs::write(path, document + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-        }
-    }
-    if let Some(directory) = &asked.report {
-        report(&compare::page::page(&comparison)?, directory)?;
-    }
-    Ok(if comparison.lost_pages > 0 { ExitCode::from(LOST) } else { ExitCode::SUCCESS })
+    let mut outcome = Outcome(if comparison.lost_pages > 0 { LOST } else { 0 });
+    outcome.show(&comparison, json.as_ref());
+    outcome.document(&comparison, json.as_mut());
+    outcome.page(|| compare::page::page(&comparison), page.as_mut());
+    Ok(outcome.status())
 }
 
 fn start(guest: GuestKind, plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
@@ -188,7 +211,9 @@ fn choose(run: &Run) -> Result<GuestKind> {
         None => match kvm() {
             Ok(()) => GuestKind::Kvm,
             Err(error) => {
-                eprintln!("No KVM guest can run here ({error:#}): this is the simulated one, in virtual time.");
+                tell(format_args!(
+                    "No KVM guest can run here ({error:#}): this is the simulated one, in virtual time."
+                ));
                 GuestKind::Sim
             }
         },
@@ -201,6 +226,7 @@ fn choose(run: &Run) -> Result<GuestKind> {
         kind == GuestKind::Kvm || run.metrics.is_none(),
         "--metrics needs the KVM guest: the simulated one runs in virtual time"
     );
+    ensure!(kind == GuestKind::Kvm || !run.steal_time, "--steal-time needs the KVM guest: it is not simulated");
     ensure!(
         kind == GuestKind::Kvm || run.payload.is_none(),
         "--payload needs the KVM guest: the simulated one runs no code"
@@ -215,23 +241,4 @@ fn kvm() -> Result<()> {
     let has = rings.iter().any(|&ring| kvm.check_extension_raw(u64::from(ring)) > 0);
     ensure!(has, "this KVM has no dirty ring");
     Ok(())
-}
-
-fn writable(path: &Path) -> Result<File> {
-    // Not truncated yet: a run that fails leaves an older report as it is.
-    let file = OpenOptions::new().create(true).append(true).open(path);
-    file.with_context(|| format!("cannot write {}", path.display()))
-}
-
-fn report(page: &Page, directory: &Path) -> Result<()> {
-    eprintln!("The report is {}.", page.write(directory)?.display());
-    Ok(())
-}
-
-/// Writes to stdout; a reader that has gone away is no error.
-fn say(text: &str) -> Result<()> {
-    match writeln!(io::stdout().lock(), "{}", text.trim_end()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.context("cannot write to standard output"),
-    }
 }

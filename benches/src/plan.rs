@@ -36,6 +36,8 @@ pub struct Plan {
     pub qmp: Option<PathBuf>,
     /// Where the counters go, for Prometheus.
     pub metrics: Option<MetricsTo>,
+    /// Whether each vCPU has a steal-time page, which KVM writes and logs at nearly every entry.
+    pub steal_time: bool,
 }
 
 /// Where counters go.

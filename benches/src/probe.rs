@@ -102,7 +102,7 @@ pub fn host(kvm: bool, soft_limit: Option<u32>) -> Host {
         Some(Ok(kvm)) => capabilities(&kvm),
         _ => BTreeMap::new(),
     };
-    Host { kernel: kernel(), cpu: cpu_model(), cpus: cpus(), capabilities, soft_limit }
+    Host { kernel: kernel(), cpu: cpu_model(), cpus: cpus(), capabilities, soft_limit, sleep_late_p999_ms: None }
 }
 
 /// Looks at this host; it takes about half a second, and never fails: what is amiss is among the findings.

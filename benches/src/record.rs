@@ -44,6 +44,9 @@ pub struct Host {
     pub capabilities: BTreeMap<String, i64>,
     /// Entries at which the kernel reports a full ring, once a full exit has shown it.
     pub soft_limit: Option<u32>,
+    /// All but a thousandth of the sleeps of 1 ms of a thread that did nothing else ended at most so late, in ms; `None` where
+    /// nobody looked, as in virtual time.
+    pub sleep_late_p999_ms: Option<f64>,
 }
 
 /// One run: a free phase from 0 to [`limited_at`](Self::limited_at), then a limited one until [`end`](Self::end).
@@ -73,6 +76,12 @@ pub struct Recording {
     pub interrupted: bool,
     /// Pages that a copy made from the dirty log alone would have wrong; `None` where that was not checked.
     pub lost_pages: Option<u64>,
+    /// Pages that disturbed resets may have left writable, and that every take of the log still has, at the end.
+    pub suspect_pages: u64,
+    /// Resets that were disturbed, in the whole run.
+    pub suspect_resets: u64,
+    /// Whether each vCPU had a steal-time page.
+    pub steal_time: bool,
     /// Pages that resets gave back, in the limited phase.
     pub reset_pages: u64,
     /// Calls of the reset ioctl, in the limited phase.
@@ -96,6 +105,9 @@ impl Recording {
             end: Duration::ZERO,
             interrupted: false,
             lost_pages: None,
+            suspect_pages: 0,
+            suspect_resets: 0,
+            steal_time: plan.steal_time,
             reset_pages: 0,
             reset_calls: 0,
             vcpus,
@@ -132,6 +144,9 @@ pub struct VcpuRecording {
     pub net_pages: u64,
     /// Ring entries, in the limited phase.
     pub gross_pages: u64,
+    /// Entries that were metered and held back in its ring when the limited phase ended: pages that are dirty, and in no
+    /// log yet.
+    pub held_back_pages: u32,
 }
 
 /// One reading of a vCPU's counters; each counts from the start of the recording.

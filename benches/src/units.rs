@@ -57,16 +57,19 @@ impl fmt::Display for Size {
     }
 }
 
-/// A rate above zero, at most 16 TiB/s. `/s` may be left out; a number without a unit counts pages.
+/// A rate above zero, at most 16 TiB/s. `/s` may be left out; a number without a unit counts pages. Network units are decimal:
+/// `MB/s` is 10^6 bytes, `Gbit/s` 10^9 bits; what QEMU and libvirt call MB/s is MiB/s here.
 ///
 /// # Errors
 /// Not a number, an unknown unit, out of range.
 #[expect(clippy::cast_possible_truncation, reason = "in range, checked first")]
 pub fn parse_rate(text: &str) -> Result<PageRate, String> {
-    let allowed = "a rate is pages per second (25600) or KiB/s, MiB/s, GiB/s (100MiB/s)";
+    let allowed = "a rate is pages per second (25600), KiB/s, MiB/s, GiB/s (100MiB/s), or in powers of ten kB/s, MB/s, \
+                   GB/s, Mbit/s, Gbit/s (QEMU's MB/s are MiB/s)";
     let (number, unit) = split(text).ok_or_else(|| format!("`{text}` does not start with a number: {allowed}"))?;
     let plain = unit.strip_suffix("/s").unwrap_or(unit).trim_end();
-    let bytes = number * scale(plain).ok_or_else(|| format!("unknown unit `{unit}`: {allowed}"))?;
+    let scale = scale(plain).or_else(|| decimal(plain));
+    let bytes = number * scale.ok_or_else(|| format!("unknown unit `{unit}`: {allowed}"))?;
     if bytes > mib_per_sec(PageRate::MAX, PAGE_SIZE) * MIB {
         return Err(format!("`{text}` is too fast: at most 16384GiB/s"));
     }
@@ -74,6 +77,11 @@ pub fn parse_rate(text: &str) -> Result<PageRate, String> {
         return Err(format!("`{text}` is too slow: at least one page in 1024 s (0.001); `none` is no limit"));
     }
     Ok(PageRate::from_bytes_per_sec(bytes.round() as u64, PAGE_SIZE))
+}
+
+/// Whether a rate is a plain number, which counts pages.
+pub fn is_plain_rate(text: &str) -> bool {
+    split(text).is_some_and(|(_, unit)| matches!(unit, "" | "/s"))
 }
 
 /// A rate, or `none` for no limit.
@@ -161,6 +169,18 @@ fn scale(unit: &str) -> Option<f64> {
     }
 }
 
+/// Bytes in one unit that counts in powers of ten.
+fn decimal(unit: &str) -> Option<f64> {
+    match unit {
+        "kB" => Some(1e3),
+        "MB" => Some(1e6),
+        "GB" => Some(1e9),
+        "Mbit" => Some(1e6 / 8.0),
+        "Gbit" => Some(1e9 / 8.0),
+        _ => None,
+    }
+}
+
 /// `value` with at least `digits` significant digits and no trailing zeros after the point.
 pub fn significant(value: f64, digits: usize) -> String {
     // Digits before the point, negative for zeros after it; far out of range only for values that nobody has.
@@ -196,6 +216,14 @@ mod tests {
         assert_eq!(parse_rate("25600/s"), Ok(PageRate::from_pages_per_sec(25_600)));
         assert_eq!(parse_rate("16384GiB/s"), Ok(PageRate::MAX));
         assert_eq!(parse_rate("0.001"), Ok(PageRate::MIN_LIMIT));
+        // By the powers of ten that they stand for, not by QEMU's habit.
+        let bytes = |bytes| Ok(PageRate::from_bytes_per_sec(bytes, PAGE_SIZE));
+        assert_eq!(parse_rate("100MB/s"), bytes(100_000_000));
+        assert_eq!(parse_rate("1 Gbit/s"), bytes(125_000_000));
+        assert_eq!(parse_rate("100Mbit"), bytes(12_500_000));
+        assert_eq!((parse_rate("500kB/s"), parse_rate("2GB/s")), (bytes(500_000), bytes(2_000_000_000)));
+        assert!(["100", "100/s", " 2.5 "].into_iter().all(is_plain_rate));
+        assert!(!["100MiB/s", "1Gbit/s", "none", "", "fast"].into_iter().any(is_plain_rate));
         assert_eq!(parse_limit("none"), Ok(None));
         assert_eq!(Rate(PageRate::from_pages_per_sec(25_600)).to_string(), "100 MiB/s");
         assert_eq!(Rate(PageRate::from_pages_per_sec(387_652)).to_string(), "1514 MiB/s");
@@ -223,9 +251,11 @@ mod tests {
             assert!(parse_duration(text).unwrap_err().contains("`ms`"), "{text}");
             assert!(parse_seconds(text).unwrap_err().contains("seconds"), "{text}");
         }
-        for text in ["1e400MiB/s", "1MB/s", "1mib/s", "1MiB/m", "1MiB /s/s", "0x10", "1\0"] {
+        for text in ["1e400MiB/s", "1Mb/s", "1mb/s", "1mib/s", "1MiB/m", "1MiB /s/s", "0x10", "1\0"] {
             assert!(parse_rate(text).unwrap_err().contains("unknown unit"), "{text}");
         }
+        assert!(parse_size("1MB").unwrap_err().contains("unknown unit `MB`"), "memory comes in powers of two");
+        assert!(parse_rate("1mb/s").unwrap_err().contains("QEMU's MB/s are MiB/s"));
         let huge = "9".repeat(400);
         for text in ["18446744073709551616", "18446744073709551616GiB", "16385GiB", huge.as_str()] {
             assert!(parse_size(text).is_err() && parse_rate(text).is_err(), "{text}");
@@ -279,7 +309,7 @@ mod tests {
         }
 
         #[test]
-        fn no_number_panics(text in "[0-9.]{0,400}(KiB|MiB|GiB|/s|us|ms|s|)?(/s)?") {
+        fn no_number_panics(text in "[0-9.]{0,400}(KiB|MiB|GiB|MB|Gbit|/s|us|ms|s|)?(/s)?") {
             let _ = (parse_size(&text), parse_rate(&text), parse_duration(&text), parse_seconds(&text));
         }
     }

@@ -18,13 +18,23 @@ fn help_lists_every_option_of_the_manual() {
     assert!(output.status.success());
     let help = text(&output.stdout);
     for option in
-        "guest workload vcpus limit vm-limit policy ring max-pause pass free-seconds seconds steps payload json svg report"
+        "guest workload vcpus limit vm-limit policy ring max-pause pass free-seconds seconds steps payload qmp metrics json svg report"
             .split_whitespace()
     {
         assert!(help.contains(&format!("--{option} <")), "--{option} is missing:\n{help}");
     }
+    assert!(help.contains("--steal-time") && help.contains("steady:SIZE"), "{help}");
+    assert!(help.contains("MB/s is MiB/s here"), "{help}");
     for default in ["write:224MiB", "100MiB/s", "paced", "4096", "10ms", "1s", "8"] {
         assert!(help.contains(&format!("[default: {default}]")), "default {default} is missing:\n{help}");
+    }
+}
+
+#[test]
+fn help_tells_the_exit_statuses() {
+    for command in ["run", "scenario", "compare"] {
+        let output = bench(&format!("{command} --help"));
+        assert!(text(&output.stdout).contains("\nExit status: 0 "), "{command}");
     }
 }
 
@@ -76,7 +86,7 @@ fn a_page_with_nowhere_to_go_fails_before_the_run() {
             let output = bench(&format!("{command} --report {directory}"));
             assert_eq!(output.status.code(), Some(1), "{command}");
             let told_all = text(&output.stderr);
-            assert!(told_all.contains(&format!("cannot write the report {told}")), "{told_all}");
+            assert!(told_all.contains(&format!("--report: cannot write {told}")), "{told_all}");
             assert!(!told_all.contains("running free") && !told_all.contains("run 1"), "it ran first: {told_all}");
         }
     }
@@ -90,6 +100,31 @@ fn json_on_stdout_is_one_document_and_nothing_else() {
     assert_eq!(document["guest"], "sim");
     assert_eq!(document["vcpus"][0]["limit_mib_s"], 50.0);
     assert!(text(&output.stderr).contains("verdict: "), "the table goes to stderr then");
+}
+
+#[test]
+fn a_limit_in_pages_is_pointed_out_on_stderr() {
+    let output = bench("run --guest sim --free-seconds 0.2 --seconds 0.5 --limit 256 --json -");
+    assert!(output.status.success());
+    assert!(
+        text(&output.stderr).contains("--limit 256: that is pages per second, 1 MiB/s"),
+        "{}",
+        text(&output.stderr)
+    );
+    serde_json::from_slice::<Value>(&output.stdout).unwrap();
+    let output = bench("run --guest sim --free-seconds 0.2 --seconds 0.5 --limit 1Gbit/s");
+    assert!(text(&output.stdout).contains(" 119.2 ") && !text(&output.stderr).contains("pages per second"));
+}
+
+#[test]
+fn what_the_simulated_guest_has_not_measured_is_null() {
+    let output = bench("run --guest sim --free-seconds 0.2 --seconds 0.5 --workload steady:64MiB --json -");
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&document["suspect_pages"], &document["suspect_resets"]), (&Value::from(0), &Value::from(0)));
+    assert_eq!((&document["steal_time"], &document["host"]["sleep_late_p999_ms"]), (&Value::from(false), &Value::Null));
+    let vcpu = &document["vcpus"][0];
+    assert_eq!(vcpu["workload"], "steady:64MiB");
+    assert!(vcpu["held_back_pages"].is_u64() && vcpu["free_gross_mib_s"].is_f64(), "{vcpu}");
 }
 
 #[test]

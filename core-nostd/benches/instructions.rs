@@ -140,6 +140,6 @@ fn tick<const N: usize>(policy: Shipped, budget: bool) {
     let (limiter, vcpus) = limited::<N>(policy, budget);
     (1..20).for_each(|round| tick_once(&limiter, &vcpus, round));
     counted(|| tick_once(&limiter, &vcpus, 20));
-    let penalised = vcpus.iter().filter(|vcpu| limiter.query(**vcpu).expect("registered").penalty.terms().is_some());
+    let penalised = vcpus.iter().filter(|vcpu| limiter.query(**vcpu, 0).expect("registered").penalty.terms().is_some());
     assert!(penalised.count() >= N / 3);
 }

@@ -2,7 +2,8 @@
 
 use heapless::Vec;
 
-use crate::meter::{Meter, Reading, Report, Totals};
+use crate::enforce::{Facts, Seen, Unenforced, Watch};
+use crate::meter::{Counts, Meter, Reading, Report, Totals};
 use crate::penalty::{Penalty, PenaltyCell, Terms, VmCell};
 use crate::policy::Policy;
 use crate::rate::{Nanos, PageRate};
@@ -69,6 +70,8 @@ pub struct Status {
     /// Where the limit cannot be held within the longest pause: the pause it would need, in ns, because of the price of one
     /// page, or because the vCPU dirties too many pages before it can be stopped (PML without a kick).
     pub needs_pause: Option<Nanos>,
+    /// Why the limit in force is not held, as far as seen in the last seconds; `None` where it is, or there is none.
+    pub unenforced: Option<Unenforced>,
     /// Everything counted since it was registered, up to now.
     pub totals: Totals,
 }
@@ -81,13 +84,21 @@ struct Row<S> {
     effective: Option<PageRate>,
     weight: u32,
     penalty: Penalty,
+    watch: Watch,
     state: S,
 }
 
 impl<S: Default> Row<S> {
     fn new(cell: &VcpuCell, limit: Option<PageRate>) -> Self {
         let meter = Meter::starting_at(cell.report.counts());
-        Self { meter, limit, effective: None, weight: 1, penalty: Penalty::NONE, state: S::default() }
+        let watch = Watch::starting_at(seen(&cell.report));
+        Self { meter, limit, effective: None, weight: 1, penalty: Penalty::NONE, watch, state: S::default() }
+    }
+
+    fn needs_pause(&self, vm: &VmCell, report: &Report) -> Option<Nanos> {
+        // Without a penalty, what the vCPU last needed is of no account: it may not have settled since.
+        let needs = |(Terms::Pace(price) | Terms::Sleep(price))| price.of(1).max(report.needed_pause());
+        self.penalty.terms().map(needs).filter(|pause| *pause > vm.max_pause())
     }
 
     /// CALCULATE and SET PENALTY.
@@ -234,14 +245,18 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
         }
     }
 
-    /// What is known of a vCPU; `None` where the place has none.
-    pub fn query(&self, index: VcpuIndex) -> Option<Status> {
-        let table = self.table.lock();
-        let row = table.rows.get(index.get())?.as_ref()?;
+    /// What is known of a vCPU at `now`; `None` where the place has none.
+    pub fn query(&self, index: VcpuIndex, now: Nanos) -> Option<Status> {
+        let mut table = self.table.lock();
+        let row = table.rows.get_mut(index.get())?.as_mut()?;
         let report = &self.cell(index)?.report;
-        // Without a penalty, what the vCPU last needed is of no account: it may not have settled since.
-        let needs = |(Terms::Pace(price) | Terms::Sleep(price))| price.of(1).max(report.needed_pause());
-        let needs_pause = row.penalty.terms().map(needs).filter(|pause| *pause > self.vm.max_pause());
+        row.meter.fold(report);
+        let needs_pause = row.needs_pause(&self.vm, report);
+        let unenforced = match row.effective {
+            Some(_) if !self.vm.is_leased(now) => Some(Unenforced::Lapsed),
+            Some(_) => row.watch.verdict().or(needs_pause.map(|_| Unenforced::NeedsPause)),
+            None => None,
+        };
         Some(Status {
             limit: row.limit,
             effective_limit: row.effective,
@@ -249,8 +264,27 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
             demand: row.meter.demand(),
             penalty: row.penalty,
             needs_pause,
+            unenforced,
             totals: row.meter.totals(report),
         })
+    }
+
+    /// Adds what every vCPU's report has counted to its totals: to be called where no ticks come, before a counter can
+    /// wrap (2³² pages). A tick does, and a query for its vCPU.
+    pub fn fold(&self) {
+        for (row, cell) in self.table.lock().rows.iter_mut().zip(&self.cells) {
+            if let Some(row) = row {
+                row.meter.fold(&cell.report);
+            }
+        }
+    }
+
+    /// The next vCPU whose [`Status::unenforced`] a tick changed since this last told it, and to what, for a log; `None`
+    /// when all is told. A lapsed lease is not among it: that is the VM's, and no tick tells it.
+    pub fn news(&self) -> Option<(VcpuIndex, Option<Unenforced>)> {
+        let mut table = self.table.lock();
+        let mut rows = table.rows.iter_mut().enumerate();
+        rows.find_map(|(place, row)| Some((VcpuIndex(u16::try_from(place).ok()?), row.as_mut()?.watch.news()?)))
     }
 
     /// One tick: reads every vCPU's report, sets every penalty, renews the lease. To be called at least every
@@ -263,6 +297,9 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
         self.vm.renew(now);
         for (row, cell) in table.rows.iter_mut().zip(&self.cells) {
             if let Some(row) = row {
+                let needs_pause = row.needs_pause(&self.vm, &cell.report).is_some();
+                let facts = Facts { limit: row.effective, needs_pause, taken: self.vm.is_taken(now) };
+                row.watch.look(elapsed, seen(&cell.report), facts);
                 let reading = row.meter.read(&cell.report, elapsed);
                 row.calculate(&table.policy, &reading, cell);
             }
@@ -300,6 +337,11 @@ impl<P: Policy, const N: usize> Table<P, N> {
             }
         }
     }
+}
+
+fn seen(report: &Report) -> Seen {
+    let Counts { net, gross, .. } = report.counts();
+    Seen { net, gross, turns: report.turns() }
 }
 
 fn at_least_minimal(limit: Option<PageRate>) -> Option<PageRate> {

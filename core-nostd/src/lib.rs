@@ -44,6 +44,7 @@
 extern crate std;
 
 mod controller;
+mod enforce;
 pub mod kicked;
 mod meter;
 mod pacer;
@@ -55,6 +56,7 @@ mod share;
 mod sync;
 
 pub use controller::{Full, Limiter, Status, VcpuCell, VcpuIndex};
+pub use enforce::Unenforced;
 pub use meter::{Counts, Meter, Reading, Report, Totals};
 pub use pacer::{MAX_DEBT, Pacer, SLICE, Turn};
 pub use penalty::{Penalty, PenaltyCell, Terms, VmCell};

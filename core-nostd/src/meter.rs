@@ -1,5 +1,7 @@
 //! PREPARE: what a vCPU's ring told, as counters that anyone may read, and the dirty page rate made of them.
 
+use core::mem::take;
+
 use crate::rate::{Nanos, PageRate};
 use crate::sync::{Atomic, Ordering, const_fn};
 
@@ -20,6 +22,8 @@ pub struct Report {
     paused: Atomic<u32>,
     /// Not a counter: microseconds of pause that a turn needs while the vCPU falls behind. Written by the vCPU's thread.
     needed_pause: Atomic<u32>,
+    /// How often the vCPU's thread has settled. Written by it.
+    turns: Atomic<u32>,
 }
 
 /// The counters of a [`Report`], read one after the other.
@@ -63,6 +67,7 @@ impl Report {
                 full_exits: Atomic::new(0),
                 paused: Atomic::new(0),
                 needed_pause: Atomic::new(0),
+                turns: Atomic::new(0),
             }
         }
     }
@@ -103,6 +108,19 @@ impl Report {
     pub fn needed_pause(&self) -> Nanos {
         // Relaxed: a value by itself.
         Nanos::from(self.needed_pause.load(Ordering::Relaxed)) * 1000
+    }
+
+    /// Counts a settlement. For the vCPU's thread alone.
+    ///
+    /// Wait-free: at most 4 instructions.
+    pub fn add_turn(&self) {
+        add(&self.turns, 1);
+    }
+
+    /// Settlements so far; wraps.
+    pub fn turns(&self) -> u32 {
+        // Relaxed: a count by itself.
+        self.turns.load(Ordering::Relaxed)
     }
 
     /// The net count: one load.
@@ -162,9 +180,18 @@ impl Totals {
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Meter {
     seen: Counts,
+    /// Folded into the totals, but not yet in a reading.
+    unread: Unread,
     totals: Totals,
     rate: PageRate,
     demand: PageRate,
+}
+
+#[derive(Clone, Copy, Default, Debug)]
+struct Unread {
+    net: u32,
+    /// In µs.
+    paused: u32,
 }
 
 /// What a vCPU did between two ticks.
@@ -184,12 +211,21 @@ impl Meter {
         Self { seen: counts, ..Self::default() }
     }
 
-    /// Reads the report, `elapsed` after the last reading; to be called before a counter can wrap (minutes).
-    pub fn read(&mut self, report: &Report, elapsed: Nanos) -> Reading {
+    /// Adds what was counted since the last call to the totals; to be called before a counter can wrap (2³² pages, or
+    /// 71 minutes of pauses). Readings come out as without it.
+    pub fn fold(&mut self, report: &Report) {
         let counts = report.counts();
         let new = counts.since(self.seen);
         self.seen = counts;
         self.totals = self.totals.plus(new);
+        let Unread { net, paused } = self.unread;
+        self.unread = Unread { net: net.saturating_add(new.net), paused: paused.saturating_add(new.paused) };
+    }
+
+    /// Reads the report, `elapsed` after the last reading; folds.
+    pub fn read(&mut self, report: &Report, elapsed: Nanos) -> Reading {
+        self.fold(report);
+        let new = take(&mut self.unread);
         let paused = Nanos::from(new.paused) * 1000;
         if elapsed > 0 {
             self.rate = smooth(self.rate, PageRate::measured(new.net, elapsed), elapsed);
@@ -253,6 +289,38 @@ mod tests {
         }
         assert!((25_590..=25_600).contains(&meter.rate().pages_per_sec()), "{:?}", meter.rate());
         assert!((255_900..=256_000).contains(&meter.demand().pages_per_sec()), "{:?}", meter.demand());
+    }
+
+    #[test]
+    fn counters_may_wrap_between_two_readings_where_somebody_folds() {
+        let report = Report::new();
+        let mut meter = Meter::default();
+        for round in 1..=6 {
+            report.add_pages(1 << 31, 1 << 31);
+            report.add_pause(1 << 41);
+            meter.fold(&report);
+            let paused_us = round * ((1 << 41) / 1000);
+            let totals = meter.totals(&report);
+            assert_eq!((totals.net_pages, totals.gross_pages, totals.paused_us), (round << 31, round << 31, paused_us));
+        }
+        let reading = meter.read(&report, 1000 * SECOND);
+        assert_eq!((reading.pages, reading.paused), (u32::MAX, Nanos::from(u32::MAX) * 1000), "it saturates");
+        assert_eq!(meter.read(&report, SECOND).pages, 0);
+    }
+
+    #[test]
+    fn a_reading_is_the_same_whether_or_not_somebody_folded_meanwhile() {
+        let report = Report::new();
+        let [mut folded, mut plain] = [Meter::default(); 2];
+        for pages in [100, 7, 3000] {
+            report.add_pages(pages, 2 * pages);
+            folded.fold(&report);
+            report.add_pause(3_000_000);
+            folded.fold(&report);
+            assert_eq!(folded.read(&report, SECOND / 20), plain.read(&report, SECOND / 20));
+            assert_eq!((folded.rate(), folded.demand()), (plain.rate(), plain.demand()));
+            assert_eq!(folded.totals(&report), plain.totals(&report));
+        }
     }
 
     #[test]

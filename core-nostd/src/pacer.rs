@@ -18,6 +18,9 @@ const SHORTEST: Nanos = 2_400_000;
 const BURST: Nanos = SLICE + 3_000_000;
 /// The most that a vCPU can owe. What others drained from its ring beyond that is forgiven.
 pub const MAX_DEBT: Nanos = SECOND;
+/// A vCPU that finds its lease lapsed, and its own clock further on by this than at its last turn, gives the controller as
+/// long again: both may have stood still.
+const GRACE: Nanos = SECOND;
 
 /// Slices of a vCPU that rewrites dirty pages grow up to 2^this times.
 const MAX_STRETCH: u32 = 3;
@@ -46,6 +49,8 @@ pub struct Pacer {
     due: Nanos,
     /// When it last turned.
     turned: Nanos,
+    /// Until when a lapsed lease counts all the same; 0 while it has not lapsed.
+    grace: Nanos,
     limited: bool,
     /// What the limit asked for as a slice at the last turn, and given was that × 2^`stretch`: see [`Pacer::slice`].
     nominal: u32,
@@ -62,7 +67,7 @@ impl Pacer {
     pub fn new(report: &Report) -> Self {
         report.set_needed_pause(0);
         let charged = report.counts();
-        Self { charged, due: 0, turned: 0, limited: false, nominal: 0, stretch: 0, quiet: charged.net }
+        Self { charged, due: 0, turned: 0, grace: 0, limited: false, nominal: 0, stretch: 0, quiet: charged.net }
     }
 
     /// Whether [`Pacer::settle`] has anything to charge or to wait for: one load.
@@ -79,10 +84,11 @@ impl Pacer {
     ///
     /// Wait-free: at most 650 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
     pub fn settle(&mut self, now: Nanos, vm: &VmCell, penalty: &PenaltyCell, report: &Report) -> Turn {
+        report.add_turn();
         let counts = report.counts();
         let new = counts.since(replace(&mut self.charged, counts));
         // The penalty first: its acquire makes the lease renewed with it visible.
-        let Some(terms) = penalty.accept().terms().filter(|_| vm.is_leased(now)) else {
+        let Some(terms) = penalty.accept().terms().filter(|_| self.is_held(now, vm)) else {
             (self.limited, self.quiet) = (false, counts.net);
             report.set_needed_pause(0);
             return Turn { until: now, slice: None, stretched: false };
@@ -129,6 +135,19 @@ impl Pacer {
             _ => nominal.saturating_add(unused).min(price.pages_for(credit)).max(nominal),
         };
         Turn { until, slice: Some(slice), stretched: self.stretch > 0 }
+    }
+
+    /// Whether penalties are in force at `now`. A lease lapses by time that the vCPU saw go by: after a jump of its clock
+    /// (the process was stopped, or the vCPU idle) the controller has [`GRACE`] to tick, once for each lapse.
+    fn is_held(&mut self, now: Nanos, vm: &VmCell) -> bool {
+        if vm.is_leased(now) {
+            self.grace = 0;
+            return true;
+        }
+        if self.limited && self.grace == 0 && now.saturating_sub(self.turned) >= GRACE {
+            self.grace = now.saturating_add(GRACE);
+        }
+        self.limited && now < self.grace
     }
 
     /// Nothing is dirty any more: the next slice is a plain one. For who hands out the dirty log.

@@ -96,11 +96,15 @@ pub struct VmCell {
     renewed: Atomic<u32>,
     /// The longest pause, in µs; 1 and up. Written by the control plane.
     max_pause: Atomic<u32>,
+    /// When the dirty log was last taken, in the unit of `renewed`; 0: never. Written by whoever takes it.
+    taken: Atomic<u32>,
 }
 
 impl VmCell {
     /// Penalties lapse when no tick has come for so long: a dead controller cannot hold a guest.
     pub const LEASE: Nanos = 5 * crate::rate::SECOND;
+    /// A dirty log that was taken so long ago is one that nobody takes.
+    const TAKEN: Nanos = 60 * crate::rate::SECOND;
     const UNIT_BITS: u32 = 26;
     /// 10 ms, in µs.
     const DEFAULT_MAX_PAUSE: u32 = 10_000;
@@ -108,7 +112,7 @@ impl VmCell {
     const_fn! {
         /// No lease yet; pauses of at most 10 ms.
         pub fn new() -> Self {
-            Self { renewed: Atomic::new(0), max_pause: Atomic::new(Self::DEFAULT_MAX_PAUSE) }
+            Self { renewed: Atomic::new(0), max_pause: Atomic::new(Self::DEFAULT_MAX_PAUSE), taken: Atomic::new(0) }
         }
     }
 
@@ -132,6 +136,20 @@ impl VmCell {
         let age = Self::stamp(now).wrapping_sub(self.renewed.load(Ordering::Relaxed));
         let term = Self::stamp(Self::LEASE) + 1; // stamps are rounded down
         age <= term || age.wrapping_neg() <= term
+    }
+
+    /// Notes that dirty pages were handed out at `now`, so that they count again: from any thread.
+    pub fn note_taken(&self, now: Nanos) {
+        // Relaxed: a value by itself, for a verdict over seconds.
+        self.taken.store(Self::stamp(now).max(1), Ordering::Relaxed);
+    }
+
+    /// Whether somebody took the dirty log in the minute before `now`.
+    pub(crate) fn is_taken(&self, now: Nanos) -> bool {
+        // Relaxed: as above.
+        let taken = self.taken.load(Ordering::Relaxed);
+        let age = Self::stamp(now).wrapping_sub(taken);
+        taken != 0 && (age <= Self::stamp(Self::TAKEN) || age.wrapping_neg() <= Self::stamp(Self::TAKEN))
     }
 
     /// The longest single pause.
@@ -190,6 +208,17 @@ mod tests {
             vm.renew(start + VmCell::LEASE + SECOND);
             assert!(vm.is_leased(start + VmCell::LEASE + SECOND));
         }
+    }
+
+    #[test]
+    fn a_log_is_taken_for_a_minute_and_was_never_taken_at_first() {
+        let vm = VmCell::new();
+        assert!(!vm.is_taken(0) && !vm.is_taken(1000 * SECOND));
+        for now in [0, 1000 * SECOND] {
+            vm.note_taken(now);
+            assert!(vm.is_taken(now) && vm.is_taken(now + 59 * SECOND) && !vm.is_taken(now + 62 * SECOND));
+        }
+        assert!(vm.is_taken(999 * SECOND), "a tick may have read its clock before");
     }
 
     #[test]

@@ -75,6 +75,12 @@ impl Entry {
         self.flags.store(COLLECTED, Ordering::Release);
     }
 
+    /// Whether the kernel has never written it. (An entry of page 0 of slot 0 that was reset looks so, too.)
+    fn is_unused(&self) -> bool {
+        // Relaxed: nothing is read for it but the entry's own words, which are zero.
+        self.flags.load(Ordering::Relaxed) == EMPTY && self.page() == Page { slot: 0, offset: 0 }
+    }
+
     /// Whether the kernel has reset the entry since it was collected.
     #[inline]
     fn is_given_back(&self) -> bool {
@@ -217,6 +223,13 @@ impl<E: AsRef<[Entry]>> Ring<E> {
         }
         self.collected = self.collected.wrapping_add(count);
         count
+    }
+
+    /// Whether no entry was reset yet, as far as they show: those that the kernel has written are dirty, from the first on.
+    /// One that was consumed before goes on elsewhere, and cannot be followed.
+    pub fn is_new(&self) -> bool {
+        let entries = self.entries.as_ref().iter();
+        entries.skip_while(|entry| entry.peek().is_some()).all(Entry::is_unused)
     }
 
     /// Passes the pages of the held-back entries to `each`, oldest first.

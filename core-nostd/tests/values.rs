@@ -38,7 +38,7 @@ fn a_limiter_has_only_the_places_it_was_made_with() {
     large.set_weight(indices[1], 0);
     small.set_weight(indices[2], 3);
     small.unregister(indices[2]);
-    assert_eq!(small.query(indices[0]), None);
+    assert_eq!(small.query(indices[0], 0), None);
 }
 
 #[test]

@@ -210,7 +210,7 @@ impl Model {
         let Some(budget) = self.budget else { return };
         let (mut asked, mut used, mut slack) = (0u128, 0u128, 0u128);
         for vcpu in self.vcpus.iter().flatten() {
-            let status = vm.query(vcpu.index).expect("registered");
+            let status = vm.query(vcpu.index, 0).expect("registered");
             let wants = vcpu.limit.map_or(status.demand, |limit| limit.min(status.demand));
             asked += raw(wants);
             used += raw(wants.min(status.effective_limit.expect("a budget limits every vCPU")));
@@ -226,11 +226,11 @@ impl Model {
             let Some(index) = self.known[place] else { continue };
             let penalty = vm.cell(index).expect("a place of the table").penalty.accept();
             let Some(vcpu) = vcpu else {
-                assert_eq!(vm.query(index), None);
+                assert_eq!(vm.query(index, 0), None);
                 assert_eq!(penalty, Penalty::NONE, "nobody's penalty");
                 continue;
             };
-            let status = vm.query(index).expect("registered");
+            let status = vm.query(index, 0).expect("registered");
             assert_eq!(status.limit, vcpu.limit);
             assert_eq!(status.totals, vcpu.totals_now());
             assert_eq!(status.penalty, penalty);

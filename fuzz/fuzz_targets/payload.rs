@@ -57,9 +57,15 @@ impl AnyLoad {
     fn load(&self) -> Load {
         let bytes = self.bytes.unwrap_or(u64::from(self.pages) * PAGE);
         if self.plain {
-            let of: [fn(u64) -> Workload; 5] =
-                [Workload::Write, Workload::Random, Workload::Read, Workload::Slow, Workload::Burst];
-            return Load::of(of.get(usize::from(self.mode % 6)).map_or(Workload::Idle, |of| of(bytes).maskable()));
+            let of: [fn(u64) -> Workload; 6] = [
+                Workload::Write,
+                Workload::Random,
+                Workload::Read,
+                Workload::Slow,
+                Workload::Steady,
+                Workload::Burst,
+            ];
+            return Load::of(of.get(usize::from(self.mode % 7)).map_or(Workload::Idle, |of| of(bytes).maskable()));
         }
         let mode = [Mode::Write, Mode::Read, Mode::Random, Mode::Idle, Mode::Burst][usize::from(self.mode % 5)];
         let us = |us: u32| Duration::from_micros(us.into());

@@ -9,6 +9,7 @@ use crate::error::system;
 use crate::kick::Kick;
 use crate::sys::{self, Kernel};
 
+const KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: u32 = 168;
 const KVM_CAP_DIRTY_LOG_RING: u32 = 192;
 const KVM_CAP_DIRTY_LOG_RING_ACQ_REL: u32 = 223;
 const KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: u32 = 225;
@@ -46,8 +47,9 @@ impl Config {
         Self::default()
     }
 
-    /// Entries in each vCPU's ring: a power of two, 256 (of 4 KiB pages) to 65,536 on most hosts. A small ring is exact
-    /// sooner after it was emptied; a large one costs an unlimited guest fewer exits.
+    /// Entries in each vCPU's ring, of 16 bytes: a power of two, at least a page of them (256 of 4 KiB) and more than KVM
+    /// keeps in reserve (64, and 512 with Intel's PML, so 1,024 there), at most what KVM says, which is 65,536 (Linux 6.18).
+    /// A small ring is exact sooner after it was emptied; a large one costs an unlimited guest fewer exits.
     #[must_use]
     pub fn ring_entries(self, entries: u32) -> Self {
         Self { ring_entries: entries, ..self }
@@ -89,6 +91,19 @@ impl Config {
     }
 }
 
+/// Makes the kick signal the library's.
+pub(crate) fn claim_signal(kick: Kick) -> Result<(), Error> {
+    let Kick::Signal(signal) = kick else { return Ok(()) };
+    let (min, max) = (libc::SIGRTMIN(), libc::SIGRTMAX());
+    if !(min..=max).contains(&signal) {
+        return Err(Error::KickSignal { signal, min, max });
+    }
+    match sys::claim(signal).map_err(system("sigaction, for kicks"))? {
+        true => Ok(()),
+        false => Err(Error::KickSignalTaken(signal)),
+    }
+}
+
 /// The dirty ring as a VM's KVM offers it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Caps {
@@ -98,6 +113,9 @@ pub struct Caps {
     pub bitmap: bool,
     /// The most entries that a ring may have.
     pub max_entries: u32,
+    /// The VM can leave the protection of pages to its VMM (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), which is kept off: see
+    /// [`crate::DirtyLimit::add_slot`].
+    pub manual_protect: bool,
 }
 
 impl Caps {
@@ -112,20 +130,39 @@ impl Caps {
             return Err(Error::Unsupported);
         }
         let max_entries = bytes / ENTRY;
-        Ok(Self { acq_rel: acq_rel > 0, bitmap: check(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP)? > 0, max_entries })
+        let bitmap = check(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP)? > 0;
+        let manual_protect = check(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)? > 0;
+        Ok(Self { acq_rel: acq_rel > 0, bitmap, max_entries, manual_protect })
     }
 
-    /// Enables rings of `entries` entries, then the bitmap where there is one: KVM wants this order.
+    /// Refuses, before anything is enabled, what would lose pages: where the interrupt controller's tables are written
+    /// outside any vCPU (`arm64`), a ring needs the bitmap beside it.
+    pub(crate) fn are_enough(self, arm64: bool) -> Result<Self, Error> {
+        if arm64 && !self.bitmap { Err(Error::NoBitmap) } else { Ok(self) }
+    }
+
+    /// Enables rings of `entries` entries, then the bitmap where there is one: KVM wants this order, and takes neither back.
     pub(crate) fn enable(&self, vm: &dyn Kernel, entries: u32) -> Result<(), Error> {
         let min = (sys::page_size() / ENTRY).max((RESERVED + 1).next_power_of_two());
         let max = self.max_entries;
         if !entries.is_power_of_two() || entries < min || entries > max {
             return Err(Error::RingSize { entries, min, max });
         }
+        self.forbid_manual_protect(vm)?;
         let ring = if self.acq_rel { KVM_CAP_DIRTY_LOG_RING_ACQ_REL } else { KVM_CAP_DIRTY_LOG_RING };
         vm.enable(ring, u64::from(entries) * u64::from(ENTRY)).map_err(|source| Error::Enable { entries, source })?;
         if self.bitmap {
             vm.enable(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, 0).map_err(Error::EnableBitmap)?;
+        }
+        Ok(())
+    }
+
+    /// Switches manual protection off, where there is any. With `KVM_DIRTY_LOG_INITIALLY_SET` no page of a slot is protected
+    /// when its logging begins: it waits for `KVM_CLEAR_DIRTY_LOG`, which a VM with a ring does not have, and nothing would
+    /// ever be logged. KVM does not tell whether it is on, so it is switched off whether it was or not.
+    pub(crate) fn forbid_manual_protect(&self, vm: &dyn Kernel) -> Result<(), Error> {
+        if self.manual_protect {
+            vm.enable(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0).map_err(Error::ManualProtect)?;
         }
         Ok(())
     }

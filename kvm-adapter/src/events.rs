@@ -3,13 +3,14 @@
 //! Only the control plane's threads tell: a vCPU's may sit in a signal handler, where a logger's lock must not be taken.
 //! What happens there is kept under the harvest's lock, and told by the next tick or sweep.
 
-use std::fmt;
 use std::mem::replace;
+use std::{fmt, iter};
 
-use dirtylimit_core::{Nanos, PageRate};
+use dirtylimit_core::{Nanos, PageRate, Unenforced};
 
+use crate::harvest::Place;
 use crate::sys;
-use crate::vm::Vm;
+use crate::vm::{Locked, Vm};
 
 #[cfg(feature = "log")]
 pub(crate) use log::{error, info, warn};
@@ -31,19 +32,44 @@ pub(crate) struct State {
     pub(crate) reset_error: Option<i32>,
     /// The last vCPU whose ring was found wedged.
     pub(crate) wedged: Option<u32>,
+    /// There are limits, and no ticks.
+    pub(crate) lapsed: bool,
 }
 
 /// Tells what has changed since it was last told.
-pub(crate) fn tell(vm: &Vm) {
-    if !cfg!(feature = "log") {
-        return;
+pub(crate) fn tell(vm: &Vm, now: Nanos) {
+    if cfg!(feature = "log") {
+        if let Some(harvest) = vm.try_lock() {
+            tell_changes(vm, harvest, now);
+        }
     }
-    let Some((was, is)) = vm.try_lock().map(|mut harvest| {
-        let is = harvest.state();
-        (replace(&mut harvest.told, is), is)
-    }) else {
-        return;
+}
+
+fn tell_changes(vm: &Vm, mut harvest: Locked<'_>, now: Nanos) {
+    let is_lapsed = |place: &Place| {
+        let status = vm.limiter.query(place.seat.index, now);
+        status.is_some_and(|status| status.unenforced == Some(Unenforced::Lapsed))
     };
+    let lapsed = !vm.limiter.vm().is_leased(now) && harvest.places.values().any(is_lapsed);
+    let is = State { lapsed, ..harvest.state() };
+    let was = replace(&mut harvest.told, is);
+    let verdicts: Vec<_> = iter::from_fn(|| vm.limiter.news())
+        .filter_map(|(index, why)| {
+            Some((harvest.places.values().find(|place| place.seat.index == index)?.seat.id, why))
+        })
+        .collect();
+    drop(harvest);
+    match (was.lapsed, is.lapsed) {
+        (false, true) => warn!("no tick has come for over 5 s: limits have lapsed"),
+        (true, false) => info!("limits hold again"),
+        _ => {}
+    }
+    for (id, why) in verdicts {
+        match why {
+            Some(why) => warn!("the limit of vCPU {id} is not enforced: {why}"),
+            None => info!("the limit of vCPU {id} is enforced again, or lifted"),
+        }
+    }
     if was.soft_limit != is.soft_limit && was.soft_limit > 0 && is.soft_limit > 0 {
         info!("a ring is full at {} entries, not {}", is.soft_limit, was.soft_limit);
     }
@@ -68,7 +94,7 @@ pub(crate) fn tell_lapse(vm: &Vm, now: Nanos) {
     let lease = vm.limiter.vm();
     // Before the first tick it is as if renewed when the clock began.
     if cfg!(feature = "log") && !lease.is_leased(now) && !lease.is_leased(0) {
-        warn!("there was no tick for over 5 s, so that limits had lapsed: they hold again from now on");
+        tell_changes(vm, vm.lock(), now);
     }
 }
 

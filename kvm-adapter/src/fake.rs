@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use dirtylimit_core::{Page, RESERVED};
-use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_run};
+use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DIRTY_RING_FULL, kvm_run};
 
 use crate::sys::{self, Kernel, Reset, RingPages};
 use crate::{Config, DirtyLimit, Error, Vcpu};
@@ -22,16 +22,23 @@ pub(crate) const PAGES: u64 = 10_000;
 pub(crate) enum Goes {
     /// Well, but it returns so many.
     WellAnd(u32),
-    /// It gives back so many entries, forgets to re-protect the last 64 of them, and returns the number.
+    /// It is interrupted after so many entries, forgets what it has gathered, and returns the number.
     Short(u32),
-    /// It gives back all, but was disturbed and forgets as above.
+    /// The same, but it fails with this error.
+    ShortFails(u32, i32),
+    /// It gives back all, but is interrupted before it has protected what it has gathered last.
     Disturbed,
+    /// It goes well, but looks disturbed.
+    FalseAlarm,
+    /// Well, and then the guest of the first vCPU writes a page.
+    ThenWrites(u64),
     /// It does nothing but fail.
     Fails(i32),
 }
 
 #[derive(Debug)]
 struct FakeRing {
+    file: File,
     pages: RingPages,
     entries: u32,
     dirty_index: u32,
@@ -50,6 +57,10 @@ struct State {
     /// When the script is over.
     always: Option<Goes>,
     resets: u32,
+    /// Each call of `KVM_GET_DIRTY_LOG`, with this.
+    backup_fails: Option<i32>,
+    /// The signals that were blocked in each reset: the kernel's set.
+    blocked: Vec<u64>,
 }
 
 /// The VM. Clones are the same one.
@@ -97,6 +108,16 @@ impl Fake {
         self.state().resets
     }
 
+    /// The signals that were blocked in each reset so far.
+    pub(crate) fn blocked(&self) -> Vec<u64> {
+        self.state().blocked.clone()
+    }
+
+    /// How `KVM_GET_DIRTY_LOG` fails from now on.
+    pub(crate) fn backup_fails(&self, errno: Option<i32>) {
+        self.state().backup_fails = errno;
+    }
+
     /// How the next resets go.
     pub(crate) fn script(&self, goes: impl IntoIterator<Item = Goes>) {
         self.state().script.extend(goes);
@@ -117,25 +138,17 @@ impl Fake {
         };
         let page = u64::from(sys::page_size());
         file.set_len(u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * page + u64::from(entries) * 16).unwrap();
-        let pages = RingPages::map(file.as_raw_fd(), entries).unwrap();
-        self.state().rings.push(FakeRing { pages, entries, dirty_index: 0, reset_index: 0 });
+        // One that has no ring is no vCPU of this VM.
+        if let Some(pages) = RingPages::map(file.as_raw_fd(), entries.max(1)).unwrap() {
+            let own = file.try_clone().unwrap();
+            self.state().rings.push(FakeRing { file: own, pages, entries, dirty_index: 0, reset_index: 0 });
+        }
         file
     }
 
     /// The guest writes a page on vCPU `vcpu`; `false` where KVM exits first, with a full ring.
     pub(crate) fn write(&self, vcpu: usize, page: Page) -> bool {
-        let state = &mut *self.state();
-        let ring = &mut state.rings[vcpu];
-        if ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED {
-            return false;
-        }
-        let (writes, armed) = state.memory.entry(page).or_insert((0, true));
-        *writes += 1;
-        if std::mem::take(armed) {
-            ring.pages.as_ref()[(ring.dirty_index % ring.entries) as usize].push(page);
-            ring.dirty_index = ring.dirty_index.wrapping_add(1);
-        }
-        true
+        self.state().write(vcpu, page)
     }
 
     /// Writes the pages `offsets` of [`SLOT`] in turn, up to a full exit; how many were written.
@@ -190,21 +203,85 @@ pub(crate) fn immediate_exit(vcpu: &File, value: bool) {
     vcpu.write_all_at(&[value.into()], offset_of!(kvm_run, immediate_exit) as u64).unwrap();
 }
 
-impl State {
-    /// Resets up to `most` entries and forgets to re-protect the last `forget`; returns how many it reset.
-    fn reset(&mut self, most: u32, forget: usize) -> u32 {
-        let mut pages = Vec::new();
-        for ring in &mut self.rings {
-            while pages.len() < most as usize {
-                let Some(page) = ring.pages.as_ref()[(ring.reset_index % ring.entries) as usize].reset() else { break };
-                ring.reset_index = ring.reset_index.wrapping_add(1);
-                pages.push(page);
+/// Pages that a reset will protect together, as the kernel's gathers them: one slot, one window of 64.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Gathered {
+    slot: u32,
+    first: u64,
+    mask: u64,
+}
+
+impl Gathered {
+    /// Adds the next entry's page; those that are to be protected first, where it does not fit to them.
+    pub(crate) fn add(&mut self, page: Page) -> Self {
+        if self.mask != 0 && page.slot == self.slot {
+            let (ahead, behind) = (page.offset.wrapping_sub(self.first), self.first.wrapping_sub(page.offset));
+            if ahead < 64 {
+                self.mask |= 1 << ahead;
+                return Self::default();
+            }
+            if behind < 64 && self.mask << behind >> behind == self.mask {
+                (self.first, self.mask) = (page.offset, self.mask << behind | 1);
+                return Self::default();
             }
         }
-        for page in &pages[..pages.len().saturating_sub(forget)] {
-            self.memory.get_mut(page).unwrap().1 = true;
+        std::mem::replace(self, Self { slot: page.slot, first: page.offset, mask: 1 })
+    }
+
+    pub(crate) fn pages(self) -> Vec<Page> {
+        let offsets = (0..64).filter(|bit| self.mask >> bit & 1 == 1).map(|bit| self.first.wrapping_add(bit));
+        offsets.map(|offset| Page { slot: self.slot, offset }).collect()
+    }
+}
+
+impl State {
+    /// As [`Fake::write`].
+    fn write(&mut self, vcpu: usize, page: Page) -> bool {
+        let ring = &mut self.rings[vcpu];
+        if ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED {
+            ring.file
+                .write_all_at(&KVM_EXIT_DIRTY_RING_FULL.to_ne_bytes(), offset_of!(kvm_run, exit_reason) as u64)
+                .unwrap();
+            return false;
         }
-        u32::try_from(pages.len()).unwrap()
+        let (writes, armed) = self.memory.entry(page).or_insert((0, true));
+        *writes += 1;
+        if std::mem::take(armed) {
+            ring.pages.as_ref()[(ring.dirty_index % ring.entries) as usize].push(page);
+            ring.dirty_index = ring.dirty_index.wrapping_add(1);
+        }
+        true
+    }
+
+    /// Resets ring by ring, until all is done or, before the next entry, as many were given back as `interrupted` says: then
+    /// what that ring has gathered is forgotten, or with `at_end` what the last ring has. Returns how many were given back.
+    fn reset(&mut self, interrupted: Option<u32>, at_end: bool) -> u32 {
+        let Self { rings, memory, .. } = self;
+        let mut protect = |gathered: Gathered| {
+            gathered.pages().iter().for_each(|page| memory.get_mut(page).unwrap().1 = true);
+        };
+        let mut given = 0;
+        let mut last = Gathered::default();
+        for ring in rings {
+            let mut gathered = Gathered::default();
+            loop {
+                if interrupted == Some(given) {
+                    protect(last);
+                    return given;
+                }
+                let Some(page) = ring.pages.as_ref()[(ring.reset_index % ring.entries) as usize].reset() else { break };
+                ring.reset_index = ring.reset_index.wrapping_add(1);
+                given += 1;
+                protect(gathered.add(page));
+            }
+            if gathered.mask != 0 {
+                protect(std::mem::replace(&mut last, gathered));
+            }
+        }
+        if !at_end {
+            protect(last);
+        }
+        given
     }
 }
 
@@ -225,20 +302,35 @@ impl Kernel for Fake {
     fn reset(&self) -> io::Result<Reset> {
         let state = &mut *self.state();
         state.resets += 1;
+        state.blocked.push(sys::blocked_signals());
         let (entries, disturbed) = match state.script.pop_front().or(state.always) {
-            None => (state.reset(u32::MAX, 0), false),
+            None => (state.reset(None, false), false),
             Some(Goes::WellAnd(answer)) => {
-                state.reset(u32::MAX, 0);
+                state.reset(None, false);
                 (answer, false)
             }
-            Some(Goes::Short(count)) => (state.reset(count, 64), false),
-            Some(Goes::Disturbed) => (state.reset(u32::MAX, 64), true),
+            Some(Goes::Short(count)) => (state.reset(Some(count), false), false),
+            Some(Goes::ShortFails(count, errno)) => {
+                state.reset(Some(count), false);
+                return Err(io::Error::from_raw_os_error(errno));
+            }
+            Some(Goes::Disturbed) => (state.reset(None, true), true),
+            Some(Goes::FalseAlarm) => (state.reset(None, false), true),
+            Some(Goes::ThenWrites(offset)) => {
+                let entries = state.reset(None, false);
+                state.write(0, Page { slot: SLOT, offset });
+                (entries, false)
+            }
             Some(Goes::Fails(errno)) => return Err(io::Error::from_raw_os_error(errno)),
         };
         Ok(Reset { entries, disturbed })
     }
 
     fn backup_log(&self, _slot: u32, words: &mut [u64]) -> io::Result<()> {
+        let fails = self.state().backup_fails;
+        if let Some(errno) = fails {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
         // One page of the GIC's tables, dirtied outside any vCPU.
         words[1] |= 1 << 5;
         Ok(())

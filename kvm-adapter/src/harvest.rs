@@ -8,20 +8,21 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use dirtylimit_core::{Nanos, Page, Penalty, Ring, kicked};
+use dirtylimit_core::{Nanos, Penalty, Ring, kicked};
 
 use crate::Error;
+pub(crate) use crate::batch::BATCH;
+use crate::batch::Batch;
 use crate::error::system;
 use crate::events::State;
 use crate::seat::{Seat, VmLimiter};
 use crate::slots::Slots;
 use crate::sys::{self, Kernel, Reset, RingPages};
 
-/// At most so many entries are collected for one reset, so that nobody waits for longer than a fraction of a
-/// millisecond; the largest ring of today's kernels takes sixteen.
-pub(crate) const BATCH: u32 = 4096;
-/// A short reset is repeated so often before it is an error.
-const TRIES: u32 = 16;
+/// Resets in a row that gave nothing back, with entries waiting, before it is an error.
+const IDLE_RESETS: u32 = 64;
+/// Entries that are metered under the lock before others may have it.
+const METERED: u32 = 4 * BATCH;
 
 /// What was done so far.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -30,7 +31,8 @@ pub struct Stats {
     pub resets: u64,
     /// `KVM_RESET_DIRTY_RINGS` calls.
     pub reset_calls: u64,
-    /// Resets that may have left pages unprotected, because they were short or the thread was stopped on the way.
+    /// Resets that may have left pages unprotected, because they were short or the thread was stopped on the way: of each
+    /// the last pages that it gave back, at most 64 of a vCPU.
     pub suspect_resets: u64,
     /// Pages that are therefore handed out as dirty by every take, now.
     pub suspect_pages: u64,
@@ -52,12 +54,31 @@ pub(crate) struct Place {
     pub(crate) stretched: bool,
     /// Pages that were counted when they were metered, and again dirty when they were published: they are sent once.
     pub(crate) merged: u32,
+    /// Entries that the last reset gave back.
+    given: u32,
+    /// When a pass last found that the vCPU's thread has not noticed its limit; `None` where it had.
+    pub(crate) unnoticed: Option<Nanos>,
     pub(crate) seat: Arc<Seat>,
 }
 
 impl Place {
     pub(crate) fn new(ring: Ring<RingPages>, seat: Arc<Seat>) -> Self {
-        Self { ring, slice: None, limited: false, stretched: false, merged: 0, seat }
+        Self { ring, slice: None, limited: false, stretched: false, merged: 0, given: 0, unnoticed: None, seat }
+    }
+
+    /// How much of a ring a pass collects whose vCPU has not noticed its limit: what the limit has allowed since the last
+    /// one did. So what the guest may dirty anew is no more than that, and a ring of any size fills, and is noticed, where
+    /// the guest writes faster.
+    pub(crate) fn allowance(&mut self, limiter: &VmLimiter, now: Nanos) -> u32 {
+        let since = self.unnoticed.unwrap_or(now);
+        let Some(limit) = limiter.query(self.seat.index, now).and_then(|status| status.effective_limit) else {
+            return self.ring.held_back();
+        };
+        let allowed = limit.price().pages_for(now.saturating_sub(since));
+        let count = allowed.min(self.ring.held_back());
+        // Parts of a page are kept for the next pass; what the guest had no use for is not.
+        self.unnoticed = Some(if count < allowed { now } else { since + limit.price().of(count) });
+        count
     }
 
     /// Whether there is a limit that the vCPU's thread has not noticed.
@@ -71,10 +92,9 @@ impl Place {
 pub(crate) struct Harvest {
     pub(crate) places: BTreeMap<u32, Place>,
     pub(crate) slots: Slots,
-    /// Collected, not yet published, and the vCPUs whose they are.
-    batch: Vec<(u32, Page)>,
-    /// A reset since the batch was last empty may have left pages unprotected.
-    suspect: bool,
+    batch: Batch,
+    /// The vCPU whose ring is collected first: the one at which the last batch was full.
+    first: u32,
     /// When slices were last freed.
     pub(crate) served: Nanos,
     stats: Stats,
@@ -88,8 +108,8 @@ impl Harvest {
         Self {
             places: BTreeMap::new(),
             slots: Slots::default(),
-            batch: Vec::with_capacity(BATCH as usize),
-            suspect: false,
+            batch: Batch::new(),
+            first: 0,
             served: 0,
             stats: Stats::default(),
             news: State::default(),
@@ -118,11 +138,23 @@ impl Harvest {
         Some((place, entries))
     }
 
-    /// Meters every ring.
-    pub(crate) fn meter_all(&mut self, limiter: &VmLimiter) {
-        for place in self.places.values_mut() {
-            meter(place, &mut self.slots, limiter);
+    /// Meters rings in the order of their ids, from `from` on, and passes each place on. `Some` is where to go on, when
+    /// others had a chance to get the lock.
+    pub(crate) fn meter_from(
+        &mut self,
+        from: u32,
+        limiter: &VmLimiter,
+        mut each: impl FnMut(u32, &mut Place),
+    ) -> Option<u32> {
+        let mut entries = 0;
+        for (id, place) in self.places.range_mut(from..) {
+            if entries >= METERED {
+                return Some(*id);
+            }
+            entries += meter(place, &mut self.slots, limiter);
+            each(*id, place);
         }
+        None
     }
 
     /// Meters every ring, and kicks the vCPUs that dirty pages under a limit that is news to them, unless their rings are
@@ -148,6 +180,25 @@ impl Harvest {
         }
     }
 
+    /// Forgets a vCPU once nothing is left in its ring. In one hold of the lock: no entry comes between, and none that was
+    /// collected is published without its reset.
+    pub(crate) fn remove(&mut self, id: u32, kernel: &dyn Kernel, limiter: &VmLimiter) -> Result<(), Error> {
+        while let Some((place, _)) = self.meter(id, limiter) {
+            let expected = place.ring.occupied();
+            if expected == 0 && self.batch.len() == 0 {
+                break;
+            }
+            let all = |other, place: &Place, _| if other == id { place.ring.held_back() } else { 0 };
+            if self.collect(kernel, all)? == 0 {
+                return Err(Error::ShortReset { given: 0, expected, tries: 1 });
+            }
+        }
+        if let Some(place) = self.places.remove(&id) {
+            limiter.unregister(place.seat.index);
+        }
+        Ok(())
+    }
+
     /// Frees the slices that vCPUs wait for, all by one reset.
     pub(crate) fn serve(&mut self, kernel: &dyn Kernel) -> Result<(), Error> {
         let wanted = |place: &Place| match place.seat.wanted() {
@@ -163,7 +214,8 @@ impl Harvest {
     }
 
     /// Collects the oldest entries of each ring, resets, and publishes them and what an earlier reset that failed left;
-    /// returns how many. `choose` says how many of a vCPU's ring, given how many there is room for in the batch.
+    /// returns how many. `choose` says how many of a vCPU's ring, given how many there is room for in the batch. Who finds no
+    /// room is first the next time.
     pub(crate) fn collect(
         &mut self,
         kernel: &dyn Kernel,
@@ -174,43 +226,48 @@ impl Harvest {
         if let Some((&id, _)) = places.iter().find(|(_, place)| place.ring.occupied() == place.ring.size()) {
             return Err(Error::Overrun(id));
         }
-        for (id, place) in places {
-            let room = BATCH.saturating_sub(u32::try_from(batch.len()).unwrap_or(BATCH));
-            let count = choose(*id, place, room).min(room);
-            place.ring.collect(count, |page| batch.push((*id, page)));
-        }
+        let mut crowded = None;
+        let mut collect = |(&id, place): (&u32, &mut Place)| {
+            let room = batch.room();
+            let count = choose(id, place, room);
+            place.ring.collect(count.min(room), |page| batch.push(id, page));
+            if count >= room {
+                crowded = crowded.or(Some(id));
+            }
+        };
+        places.range_mut(self.first..).for_each(&mut collect);
+        places.range_mut(..self.first).for_each(&mut collect);
+        self.first = crowded.unwrap_or(self.first);
         let reset = self.reset(kernel);
         self.news.reset_error = reset.as_ref().err().map(Error::errno);
         reset?;
-        let published = u32::try_from(self.batch.len()).unwrap_or(BATCH);
-        for pages in self.batch.chunk_by(|(one, _), (other, _)| one == other) {
-            let merged = pages.iter().map(|(_, page)| u32::from(self.slots.publish(*page, self.suspect))).sum::<u32>();
-            self.places.entry(pages[0].0).and_modify(|place| place.merged += merged);
-        }
-        self.batch.clear();
-        self.suspect = false;
+        let Self { places, batch, slots, .. } = self;
+        let published = batch.len();
+        batch.publish(slots, |id, merged| {
+            places.entry(id).and_modify(|place| place.merged += merged);
+        });
         Ok(published)
     }
 
     /// Resets until nothing that was collected waits for it. What the entries say counts, not what the call returns,
     /// which others may have a part in (KVM.md, rule 2).
     fn reset(&mut self, kernel: &dyn Kernel) -> Result<(), Error> {
-        let waiting =
-            |places: &BTreeMap<u32, Place>| -> u32 { places.values().map(|place| place.ring.awaiting_reset()).sum() };
-        let expected = waiting(&self.places);
+        let expected = self.waiting();
         let mut left = expected;
-        for _ in 0..TRIES {
-            if left == 0 {
-                break;
-            }
+        let mut idle = 0;
+        while left > 0 {
             let reset = kernel.reset();
-            // Even a call that failed may have taken entries and left their pages unprotected.
-            self.stats.resets += self.places.values_mut().map(|place| u64::from(place.ring.reclaim())).sum::<u64>();
             self.stats.reset_calls += 1;
-            left = waiting(&self.places);
+            let mut given = 0;
+            for place in self.places.values_mut() {
+                place.given = place.ring.reclaim();
+                given += place.given;
+            }
+            self.stats.resets += u64::from(given);
+            left = self.waiting();
+            // Even a call that failed may have taken entries and left their pages unprotected.
             if left > 0 || !matches!(reset, Ok(Reset { disturbed: false, .. })) {
-                self.stats.suspect_resets += 1;
-                self.suspect = true;
+                self.suspect();
             }
             match reset {
                 // Some kernels answer so in place of a short count.
@@ -218,22 +275,38 @@ impl Harvest {
                 Err(error) => return Err(system("KVM_RESET_DIRTY_RINGS")(error)),
                 Ok(_) => {}
             }
-        }
-        if left > 0 {
-            return Err(Error::ShortReset { given: expected - left, expected, tries: TRIES });
+            idle = if given > 0 { 0 } else { idle + 1 };
+            if idle == IDLE_RESETS {
+                return Err(Error::ShortReset { given: expected - left, expected, tries: idle });
+            }
         }
         Ok(())
     }
 
-    /// Hands out a slot's published pages. What was a rewriter's slice is so no longer.
-    pub(crate) fn take(&mut self, slot: u32, limiter: &VmLimiter) -> Result<Vec<u64>, Error> {
-        let taken = self.slots.take(slot)?;
+    /// Entries that are collected and not given back.
+    fn waiting(&self) -> u32 {
+        self.places.values().map(|place| place.ring.awaiting_reset()).sum()
+    }
+
+    /// The last reset was interrupted. Where it gave back a part of a ring, it stopped there; otherwise it did so at the end of
+    /// one of those that it gave back whole, and only KVM knows which, as it goes by the order in which vCPUs were created.
+    fn suspect(&mut self) {
+        let Self { places, batch, stats, .. } = self;
+        let is_part = |place: &Place| place.given > 0 && place.ring.awaiting_reset() > 0;
+        let is_known = places.values().any(is_part);
+        let stopped = places.iter().filter(|(_, place)| is_part(place) || (!is_known && place.given > 0));
+        let suspects: usize =
+            stopped.map(|(id, place)| batch.suspect(*id, place.given, place.ring.awaiting_reset())).sum();
+        stats.suspect_resets += u64::from(suspects > 0);
+    }
+
+    /// A slot's published pages were handed out. What was a rewriter's slice is so no longer.
+    pub(crate) fn taken(&mut self, limiter: &VmLimiter) {
         for place in self.places.values_mut() {
             if std::mem::replace(&mut place.stretched, false) {
                 place.seat.tell(limiter);
             }
         }
-        Ok(taken)
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use dirtylimit_core::kicked::RunTime;
 
 use crate::Error;
-use crate::error::system;
+use crate::error::{kick_is_taken, system};
 use crate::seat::Seat;
 use crate::sys::Timer;
 
@@ -18,9 +18,10 @@ pub enum Kick {
     #[default]
     Off,
     /// The library, by this real-time signal that nobody else uses (say `SIGRTMIN() + 7`), from a timer of each vCPU's
-    /// thread, and from the tick where a limit is news. No handler is installed: the thread that first calls
-    /// [`crate::Vcpu::before_run`] gets the signal blocked, and its KVM_RUN the signal mask that the thread has then, with
-    /// the signal open. Not for VMMs that use `KVM_SET_SIGNAL_MASK` themselves.
+    /// thread, and from the tick where a limit is news. Each thread that calls [`crate::Vcpu::before_run`] gets the signal
+    /// blocked, and the vCPU's KVM_RUN the signal mask that the thread had before, with the signal open; the first KVM_RUN
+    /// after that may be kicked at once. The signal gets a handler, which does no more than to block it again where the VMM
+    /// has opened it. Not for VMMs that use `KVM_SET_SIGNAL_MASK` themselves.
     Signal(i32),
     /// The VMM, by its own means: when a limit was set, and when [`crate::Paid::kick_after`] has passed since
     /// [`crate::Vcpu::before_run`] returned.
@@ -50,24 +51,48 @@ impl Kicker {
     }
 
     /// Whether the run that is over was to be ended by a kick, so that its pages are in the ring and nobody metered them;
-    /// or the first is to come, and the thread is not bound. No load without a kick signal, and then one.
+    /// or the thread is not the one that kicks go to. No load without a kick signal, and then two.
+    #[inline]
     pub(crate) fn is_due(&self, seat: &Seat) -> bool {
-        self.gross.is_some() || seat.kick.is_some() && (self.timer.is_none() || self.kicks != seat.kicks())
+        let bound = || self.timer.as_ref().is_some_and(Timer::is_here);
+        self.gross.is_some() || seat.kick.is_some() && (self.kicks != seat.kicks() || !bound())
     }
 
-    /// The run is over; before the first, binds the thread.
+    /// The run is over; before the first on a thread, binds it.
     pub(crate) fn disarm(&mut self, seat: &Seat) -> Result<(), Error> {
         let Some(signal) = &seat.kick else { return Ok(()) };
-        let Some(timer) = &mut self.timer else {
-            seat.bind(signal.bind().map_err(system("KVM_SET_SIGNAL_MASK, for kicks"))?);
-            self.timer = Some(Timer::new(signal).map_err(system("timer_create, for kicks"))?);
-            return Ok(());
-        };
-        if self.gross.is_some() || self.kicks != seat.kicks() {
-            self.kicks = seat.kicks();
+        // Before what is pending is taken back: a kick that comes between the two is then seen again.
+        let kicks = seat.kicks();
+        match &mut self.timer {
+            Some(timer) if timer.is_here() => {
+                if self.gross.is_some() || self.kicks != kicks {
+                    timer.disarm(signal);
+                }
+            }
+            _ => {
+                if !signal.is_ours() {
+                    return Err(kick_is_taken(signal.signal()));
+                }
+                self.timer = None; // the other thread's
+                let bound = signal.bind().map_err(system("KVM_SET_SIGNAL_MASK and timer_create, for kicks"))?;
+                seat.bind(bound.thread);
+                self.timer = Some(bound.timer);
+                if bound.is_to_be_tried {
+                    seat.kick();
+                }
+            }
+        }
+        self.kicks = kicks;
+        Ok(())
+    }
+
+    /// Nobody is kicked any more, nor is there anything left of a kick where this is the thread that it went to.
+    pub(crate) fn release(&mut self, seat: &Seat) {
+        // Once the thread has ended its number may be another thread's.
+        seat.bind(0);
+        if let (Some(signal), Some(mut timer)) = (&seat.kick, self.timer.take().filter(Timer::is_here)) {
             timer.disarm(signal);
         }
-        Ok(())
     }
 
     /// Learns from the run that is over, which was given `slice`, once its pages are metered; whether it was one that a

@@ -46,7 +46,10 @@ compile_error!("KVM is Linux's");
 
 pub use dirtylimit_core;
 
+mod batch;
 mod caps;
+mod coalesce;
+mod dirty_log;
 mod error;
 mod events;
 #[cfg(any(test, feature = "planted-bugs"))]
@@ -70,14 +73,15 @@ mod vcpu;
 mod vm;
 
 pub use caps::{Caps, Config};
-pub use dirtylimit_core::{Paced, PageRate, Shipped, Status, Stepped};
+pub use dirty_log::Pass;
+pub use dirtylimit_core::{Paced, PageRate, Shipped, Status, Stepped, Unenforced};
 pub use error::Error;
 #[cfg(feature = "planted-bugs")]
 #[doc(hidden)]
 pub use fake::FakeVm;
 pub use harvest::Stats;
 pub use kick::Kick;
-pub use limit::{DirtyLimit, Pass};
+pub use limit::DirtyLimit;
 pub use seat::Interrupter;
 #[cfg(feature = "planted-bugs")]
 #[doc(hidden)]

@@ -65,6 +65,11 @@ impl Seat {
         limiter.cell(self.index).expect("a seat's index is one of its limiter's")
     }
 
+    /// Whether the page is of the same vCPU.
+    pub(crate) fn is_of(&self, run: &RunPage) -> bool {
+        self.run.is_same(run)
+    }
+
     /// Takes the seat; whether it was free.
     pub(crate) fn take(&self) -> bool {
         // Acquire: pairs with the release in `leave`, so that the next owner comes after the last.
@@ -73,8 +78,6 @@ impl Seat {
 
     /// Frees the seat for the next owner.
     pub(crate) fn leave(&self) {
-        // Once the thread has ended its number may be another thread's, which a kick would end.
-        self.bind(0);
         // Release: pairs with the acquire in `take`.
         self.taken.store(false, Ordering::Release);
     }
@@ -102,6 +105,13 @@ impl Seat {
         // Release: pairs with the acquire in `pause`, so that what was changed before is seen after.
         self.wake.fetch_add(1, Ordering::Release);
         sys::wake(&self.wake);
+    }
+
+    /// Calls of [`Seat::poke`].
+    #[cfg(test)]
+    pub(crate) fn wakes(&self) -> u32 {
+        // Relaxed: one thread's look at its own work.
+        self.wake.load(Ordering::Relaxed)
     }
 
     /// Interrupts so far.
@@ -139,6 +149,17 @@ impl Seat {
     pub(crate) fn kicks(&self) -> u32 {
         // Relaxed: as above.
         self.kicks.load(Ordering::Relaxed)
+    }
+
+    /// Whether the last KVM_RUN returned with a full ring, which was not noted yet. For the vCPU's thread.
+    #[inline]
+    pub(crate) fn is_full(&self) -> bool {
+        self.run.is_full()
+    }
+
+    /// Notes that it did: once for each such exit.
+    pub(crate) fn take_full(&self) -> bool {
+        self.run.take_full()
     }
 
     /// Whether the VMM wants the thread to enter and leave KVM_RUN at once.

@@ -1,7 +1,8 @@
 //! Memory slots, and for each page whether it is dirty: what is in a ring, what may be handed out, what reset may have
 //! forgotten.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ops::Range;
 
 use dirtylimit_core::Page;
 
@@ -11,14 +12,45 @@ const BITS: u64 = u64::BITS as u64;
 
 /// One slot's bitmaps, 64 pages a word, as `KVM_GET_DIRTY_LOG` lays them.
 #[derive(Debug)]
-struct Slot {
+pub(crate) struct Slot {
     pages: u64,
+    /// Tells slots apart that have the same number one after the other.
+    birth: u64,
     /// Metered, and in a ring until it is published.
     logged: Box<[u64]>,
     /// Published: logged, collected, and protected again.
     dirty: Box<[u64]>,
-    /// Collected, but the reset may have left it unprotected: dirty in every take, until a clean reset.
-    suspect: Box<[u64]>,
+    /// Collected, but the reset may have left it unprotected: dirty in every take, until a clean reset. Few.
+    suspect: BTreeSet<u64>,
+}
+
+impl Slot {
+    /// All clean. A large one takes a while: not to be made under the VM's lock, nor dropped.
+    pub(crate) fn new(slot: u32, pages: u64) -> Result<Self, Error> {
+        // KVM's own bound (KVM_MEM_MAX_NR_PAGES).
+        let words = match usize::try_from(pages.div_ceil(BITS)) {
+            Ok(words) if (1..1 << 31).contains(&pages) => words,
+            _ => return Err(Error::SlotSize { slot, pages }),
+        };
+        let [logged, dirty] = [(); 2].map(|()| vec![0; words].into());
+        Ok(Self { pages, birth: 0, logged, dirty, suspect: BTreeSet::new() })
+    }
+
+    /// The words of the page numbers from `first` on, as far as there are both.
+    fn words(&self, first: usize, count: usize) -> Range<usize> {
+        let end = first.saturating_add(count).min(self.dirty.len());
+        first.min(end)..end
+    }
+}
+
+/// A slot between two looks at it: which, and that it is still the same.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Found {
+    slot: u32,
+    birth: u64,
+    pub(crate) pages: u64,
+    /// Words of its bitmaps.
+    pub(crate) words: usize,
 }
 
 /// Sets or clears the bit; whether it was set.
@@ -34,30 +66,40 @@ fn put(words: &mut [u64], bit: u64, value: bool) -> bool {
 pub(crate) struct Slots {
     /// Looked up for every entry, and few: faster than by a hash.
     slots: BTreeMap<u32, Slot>,
+    births: u64,
     removed: HashSet<u32>,
     pub(crate) dropped: u64,
+    /// Those among them that the VMM has not been told of: not left over from a slot that it removed.
+    unknown: Option<Unknown>,
+    /// Pieces that were taken.
+    #[cfg(test)]
+    pub(crate) pieces: u64,
+}
+
+/// Pages of slots that were never added, or that lie beyond what was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Unknown {
+    pub(crate) pages: u64,
+    /// The slot of the first of them.
+    pub(crate) slot: u32,
 }
 
 impl Slots {
-    pub(crate) fn add(&mut self, slot: u32, pages: u64) -> Result<(), Error> {
-        // KVM's own bound (KVM_MEM_MAX_NR_PAGES).
-        let words = match usize::try_from(pages.div_ceil(BITS)) {
-            Ok(words) if (1..1 << 31).contains(&pages) => words,
-            _ => return Err(Error::SlotSize { slot, pages }),
-        };
-        if self.slots.contains_key(&slot) {
-            return Err(Error::SlotExists(slot));
+    pub(crate) fn add(&mut self, number: u32, slot: Slot) -> Result<(), Error> {
+        if self.slots.contains_key(&number) {
+            return Err(Error::SlotExists(number));
         }
-        let [logged, dirty, suspect] = [(); 3].map(|()| vec![0; words].into());
-        self.slots.insert(slot, Slot { pages, logged, dirty, suspect });
-        self.removed.remove(&slot);
+        self.births += 1;
+        self.slots.insert(number, Slot { birth: self.births, ..slot });
+        self.removed.remove(&number);
         Ok(())
     }
 
-    pub(crate) fn remove(&mut self, slot: u32) -> Result<(), Error> {
-        self.slots.remove(&slot).ok_or(Error::NoSlot(slot))?;
+    /// What is returned is to be dropped without the lock.
+    pub(crate) fn remove(&mut self, slot: u32) -> Result<Slot, Error> {
+        let gone = self.slots.remove(&slot).ok_or(Error::NoSlot(slot))?;
         self.removed.insert(slot);
-        Ok(())
+        Ok(gone)
     }
 
     /// Whether there was such a slot, and is none now.
@@ -65,8 +107,14 @@ impl Slots {
         self.removed.contains(&slot)
     }
 
-    pub(crate) fn knows(&self, slot: u32) -> Result<(), Error> {
-        self.slots.contains_key(&slot).then_some(()).ok_or(Error::NoSlot(slot))
+    pub(crate) fn find(&self, slot: u32) -> Result<Found, Error> {
+        let Slot { birth, pages, dirty, .. } = self.slots.get(&slot).ok_or(Error::NoSlot(slot))?;
+        Ok(Found { slot, birth: *birth, pages: *pages, words: dirty.len() })
+    }
+
+    fn again(&mut self, found: Found) -> Result<&mut Slot, Error> {
+        let slot = self.slots.get_mut(&found.slot).filter(|slot| slot.birth == found.birth);
+        slot.ok_or(Error::NoSlot(found.slot))
     }
 
     fn of(&mut self, page: Page) -> Option<&mut Slot> {
@@ -83,28 +131,68 @@ impl Slots {
     pub(crate) fn publish(&mut self, page: Page, suspect: bool) -> bool {
         let Some(slot) = self.of(page) else {
             self.dropped += 1;
+            // A guest may write to a slot until KVM has deleted it.
+            if !self.removed.contains(&page.slot) {
+                self.unknown.get_or_insert(Unknown { pages: 0, slot: page.slot }).pages += 1;
+            }
             return false;
         };
-        put(&mut slot.suspect, page.offset, suspect);
+        if suspect {
+            slot.suspect.insert(page.offset);
+        } else {
+            slot.suspect.remove(&page.offset);
+        }
         let was_dirty = put(&mut slot.dirty, page.offset, true);
         put(&mut slot.logged, page.offset, false) && was_dirty
     }
 
-    /// Hands out the published pages of a slot; from now on they count as clean, but for the suspect ones.
-    pub(crate) fn take(&mut self, slot: u32) -> Result<Vec<u64>, Error> {
-        let slot = self.slots.get_mut(&slot).ok_or(Error::NoSlot(slot))?;
-        Ok(slot.dirty.iter_mut().zip(&slot.suspect).map(|(dirty, suspect)| std::mem::take(dirty) | suspect).collect())
+    /// Ors the published pages of a slot into `taken`, from word `first` on; from now on they count as clean, but for the
+    /// suspect ones.
+    pub(crate) fn take(&mut self, found: Found, first: usize, taken: &mut [u64]) -> Result<(), Error> {
+        #[cfg(test)]
+        {
+            self.pieces += 1;
+        }
+        let slot = self.again(found)?;
+        let words = slot.words(first, taken.len());
+        let before = words.start as u64 * BITS;
+        for page in slot.suspect.range(before..words.end as u64 * BITS) {
+            put(taken, page - before, true);
+        }
+        for (dirty, taken) in slot.dirty[words].iter_mut().zip(taken) {
+            // Memory that was never written is not touched.
+            if *dirty != 0 {
+                *taken |= std::mem::take(dirty);
+            }
+        }
+        Ok(())
     }
 
-    /// The pages of the slot were all protected again by other means.
-    pub(crate) fn trust(&mut self, slot: u32) -> Result<(), Error> {
-        self.slots.get_mut(&slot).ok_or(Error::NoSlot(slot))?.suspect.fill(0);
+    /// Makes pages dirty that may be: all of the words from `first` on.
+    pub(crate) fn soil(&mut self, found: Found, first: usize, count: usize) -> Result<(), Error> {
+        let slot = self.again(found)?;
+        let (words, pages) = (slot.words(first, count), slot.pages);
+        let is_last = words.end == slot.dirty.len();
+        slot.dirty[words].fill(u64::MAX);
+        if let (true, Some(last)) = (is_last && pages % BITS > 0, slot.dirty.last_mut()) {
+            *last &= !(u64::MAX << (pages % BITS));
+        }
         Ok(())
+    }
+
+    /// What was dropped since this was last asked and is nobody's leftover: its pages are dirty and in no log.
+    pub(crate) fn take_unknown(&mut self) -> Option<Unknown> {
+        self.unknown.take()
+    }
+
+    /// The pages of the slot were all protected again by other means. What is returned is to be dropped without the lock.
+    pub(crate) fn trust(&mut self, slot: u32) -> Result<BTreeSet<u64>, Error> {
+        self.slots.get_mut(&slot).ok_or(Error::NoSlot(slot)).map(|slot| std::mem::take(&mut slot.suspect))
     }
 
     /// How many pages are suspect now.
     pub(crate) fn suspects(&self) -> u64 {
-        self.slots.values().flat_map(|slot| &slot.suspect).map(|word| u64::from(word.count_ones())).sum()
+        self.slots.values().map(|slot| slot.suspect.len() as u64).sum()
     }
 }
 
@@ -118,8 +206,15 @@ mod tests {
 
     fn slots() -> Slots {
         let mut slots = Slots::default();
-        slots.add(1, 100).unwrap();
+        slots.add(1, Slot::new(1, 100).unwrap()).unwrap();
         slots
+    }
+
+    fn take(slots: &mut Slots) -> Vec<u64> {
+        let found = slots.find(1).unwrap();
+        let mut taken = vec![0; found.words];
+        slots.take(found, 0, &mut taken).unwrap();
+        taken
     }
 
     #[test]
@@ -127,16 +222,16 @@ mod tests {
         let (mut slots, page) = (slots(), page(1, 99));
         assert!(slots.meter(page));
         assert!(!slots.meter(page), "two mappings of one page");
-        assert_eq!(slots.take(1).unwrap(), [0, 0], "not published");
+        assert_eq!(take(&mut slots), [0, 0], "not published");
         assert!(!slots.publish(page, false));
         assert!(!slots.publish(page, false), "the other mapping was not counted");
         assert!(slots.meter(page), "again, after its publish");
         assert!(slots.publish(page, false), "before it was taken");
         assert!(slots.meter(page));
-        assert_eq!(slots.take(1).unwrap(), [0, 1 << 35]);
+        assert_eq!(take(&mut slots), [0, 1 << 35]);
         assert!(!slots.meter(page), "still in the ring");
         assert!(!slots.publish(page, false), "after it was taken");
-        assert_eq!(slots.take(1).unwrap(), [0, 1 << 35]);
+        assert_eq!(take(&mut slots), [0, 1 << 35]);
     }
 
     #[test]
@@ -147,7 +242,7 @@ mod tests {
             assert!(!slots.publish(outside, true));
         }
         assert_eq!((slots.dropped, slots.suspects()), (4, 0));
-        assert_eq!(slots.take(1).unwrap(), [0, 0]);
+        assert_eq!(take(&mut slots), [0, 0]);
     }
 
     #[test]
@@ -155,26 +250,52 @@ mod tests {
         for trust in [false, true] {
             let mut slots = slots();
             slots.publish(page(1, 3), true);
-            assert_eq!([(); 3].map(|()| slots.take(1).unwrap()[0]), [8; 3]);
+            assert_eq!([(); 3].map(|()| take(&mut slots)[0]), [8; 3]);
             if trust {
-                slots.trust(1).unwrap();
+                assert_eq!(slots.trust(1).unwrap().len(), 1);
             } else {
                 slots.publish(page(1, 3), false);
             }
-            assert_eq!([(); 2].map(|()| slots.take(1).unwrap()[0]), [if trust { 0 } else { 8 }, 0]);
+            assert_eq!([(); 2].map(|()| take(&mut slots)[0]), [if trust { 0 } else { 8 }, 0]);
         }
     }
 
     #[test]
     fn bad_slots_are_refused() {
         let mut slots = slots();
-        assert!(matches!(slots.add(1, 5), Err(Error::SlotExists(1))));
+        assert!(matches!(slots.add(1, Slot::new(1, 5).unwrap()), Err(Error::SlotExists(1))));
         for pages in [0, 1 << 31, u64::MAX] {
-            assert!(matches!(slots.add(7, pages), Err(Error::SlotSize { slot: 7, .. })));
+            assert!(matches!(Slot::new(7, pages), Err(Error::SlotSize { slot: 7, .. })));
         }
         assert!(matches!(slots.remove(7), Err(Error::NoSlot(7))));
-        assert!(matches!(slots.take(7), Err(Error::NoSlot(7))));
+        assert!(matches!(slots.find(7), Err(Error::NoSlot(7))));
+        let found = slots.find(1).unwrap();
         slots.remove(1).unwrap();
-        slots.add(1, 5).unwrap();
+        slots.add(1, Slot::new(1, 5).unwrap()).unwrap();
+        slots.publish(page(1, 0), false);
+        let mut taken = [0];
+        assert!(matches!(slots.take(found, 0, &mut taken), Err(Error::NoSlot(1))), "another of the same number");
+        assert!(matches!(slots.soil(found, 0, 1), Err(Error::NoSlot(1))));
+        assert_eq!((taken, take(&mut slots)), ([0], vec![1]));
+    }
+
+    #[test]
+    fn a_slot_is_taken_and_soiled_in_pieces() {
+        let mut slots = Slots::default();
+        slots.add(1, Slot::new(1, 200).unwrap()).unwrap();
+        let found = slots.find(1).unwrap();
+        for (offset, suspect) in [(0, false), (63, true), (64, false), (128, true), (199, false)] {
+            slots.publish(page(1, offset), suspect);
+        }
+        let mut piece = [0];
+        slots.take(found, 1, &mut piece).unwrap();
+        assert_eq!(piece, [1]);
+        assert_eq!(take(&mut slots), [1 | 1 << 63, 0, 1, 1 << 7]);
+        assert_eq!(take(&mut slots), [1 << 63, 0, 1, 0], "the suspects again");
+        slots.soil(found, 1, 1).unwrap();
+        assert_eq!(take(&mut slots), [1 << 63, u64::MAX, 1, 0]);
+        slots.soil(found, 0, 100).unwrap();
+        assert_eq!(take(&mut slots), [u64::MAX, u64::MAX, u64::MAX, (1 << 8) - 1]);
+        slots.take(found, 50, &mut piece).unwrap();
     }
 }

@@ -11,7 +11,8 @@ use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{AtomicU32, Ordering};
 use crate::sys::{self, SignalsBlocked};
 
-/// Ticks until it is dropped, or until nobody else holds the VM. All signals are blocked in it.
+/// Ticks until it is dropped, or until nobody else holds the VM. All signals are blocked in it, but for those that the C
+/// library needs for itself (`setresuid` reaches every thread by one).
 #[derive(Debug)]
 pub struct ThrottleThread {
     stop: Arc<AtomicU32>,
@@ -27,7 +28,7 @@ impl ThrottleThread {
         let stop = Arc::new(AtomicU32::new(0));
         let word = stop.clone();
         // The thread inherits the mask, so that it has no moment with signals open.
-        let _blocked = SignalsBlocked::new();
+        let _blocked = SignalsBlocked::for_a_new_thread();
         let thread = thread::Builder::new()
             .name("dirtylimit".into())
             .spawn(move || run(tick, &word, period))

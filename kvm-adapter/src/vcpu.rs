@@ -1,5 +1,6 @@
 //! The vCPU's thread: serve a full exit, and ACCEPT PENALTY before KVM_RUN.
 
+use std::mem::replace;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use crate::vm::Vm;
 const RESET_GAP: Nanos = 2_100_000;
 /// How soon a thread that did not get the lock tries again.
 const RETRY: Nanos = 50_000;
-/// So many full exits in a row with nothing to do are a wedged ring.
+/// So many full exits in a row that moved nothing are a wedged ring.
 const WEDGED: u32 = 64;
 /// Such exits are in a row while no more than this lies between them; each waits up to a millisecond.
 const IN_A_ROW: Nanos = 10_000_000;
@@ -55,9 +56,19 @@ pub struct Vcpu {
     rested: u32,
     /// Interrupts that were answered.
     answered: u32,
-    /// Full exits in a row with nothing to do, and when the last one was.
-    idle_exits: u32,
-    idle_at: Nanos,
+    /// KVM_RUN has returned with a full ring, which was not judged yet.
+    exited: bool,
+    idle: Idle,
+}
+
+/// Full exits in a row that moved nothing.
+#[derive(Debug)]
+struct Idle {
+    exits: u32,
+    /// When the last one was.
+    at: Nanos,
+    /// Ring entries counted at the last full exit of either kind.
+    gross: u32,
 }
 
 impl Vcpu {
@@ -65,6 +76,7 @@ impl Vcpu {
         let kicker = Kicker::new(vm.kick);
         let pacer = Pacer::new(&seat.cell(&vm.limiter).report);
         let answered = seat.interrupts();
+        let gross = seat.cell(&vm.limiter).report.counts().gross;
         Self {
             vm,
             seat,
@@ -75,8 +87,8 @@ impl Vcpu {
             kicked_slice: None,
             rested: 0,
             answered,
-            idle_exits: 0,
-            idle_at: 0,
+            exited: false,
+            idle: Idle { exits: 0, at: 0, gross },
         }
     }
 
@@ -86,13 +98,22 @@ impl Vcpu {
     }
 
     /// To be called when KVM_RUN returned [`crate::EXIT_DIRTY_RING_FULL`] (kvm-ioctls: `VcpuExit::Unsupported(31)`). The
-    /// work is done by [`Vcpu::before_run`]; calling it twice, or for a stale exit reason, does no harm.
+    /// work is done by [`Vcpu::before_run`], which sees that exit even so; calling it twice, or for the stale exit reason of
+    /// a KVM_RUN that failed, does no harm. The exit's reason in `kvm_run` becomes `KVM_EXIT_INTR` once it is noted.
     pub fn ring_full(&mut self) {
-        self.seat.cell(&self.vm.limiter).report.add_full_exit();
         self.full = true;
+        self.note_exit();
     }
 
-    /// To be called before each KVM_RUN: pays what is owed and frees room in a full ring. One load when there is neither.
+    /// Notes a full exit, if there was one since the last call.
+    fn note_exit(&mut self) {
+        if self.seat.take_full() {
+            self.seat.cell(&self.vm.limiter).report.add_full_exit();
+            (self.full, self.exited) = (true, true);
+        }
+    }
+
+    /// To be called before each KVM_RUN: pays what is owed and frees room in a full ring. Two loads when there is neither.
     ///
     /// Pauses at most `max_pause` and the time until the next reset (2 ms) a call; the kernel ends a pause up to the thread's
     /// timer slack late, 50 µs unless PR_SET_TIMERSLACK says less. KVM_RUN may follow in any case: a ring that is still full
@@ -112,7 +133,8 @@ impl Vcpu {
     /// As [`Vcpu::before_run`].
     #[inline]
     pub fn before_run_unless(&mut self, mut stop: impl FnMut() -> bool) -> Result<Paid, Error> {
-        if !self.full && !self.kicker.is_due(&self.seat) && !self.pacer.owes(&self.seat.cell(&self.vm.limiter).report) {
+        let owes = || self.pacer.owes(&self.seat.cell(&self.vm.limiter).report);
+        if !self.full && !self.seat.is_full() && !self.kicker.is_due(&self.seat) && !owes() {
             return Ok(Paid::default());
         }
         self.pay(&mut stop)
@@ -120,6 +142,7 @@ impl Vcpu {
 
     #[cold]
     fn pay(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Paid, Error> {
+        self.note_exit();
         self.kicker.disarm(&self.seat)?;
         self.wake_promptly();
         let mut paid = self.settle_and_pause(stop)?;
@@ -145,7 +168,9 @@ impl Vcpu {
         let (vm, seat) = (self.vm.clone(), self.seat.clone());
         let cell = seat.cell(&vm.limiter);
         let start = sys::now();
-        let patience = start.saturating_add(vm.limiter.vm().max_pause()).saturating_add(RESET_GAP);
+        // However often the limit changes meanwhile.
+        let latest = start.saturating_add(vm.limiter.vm().max_pause());
+        let patience = latest.saturating_add(RESET_GAP);
         let mut paid = Paid::default();
         // What was settled, and under which penalty: read before, so that no change between the two goes unseen.
         let mut penalty = cell.penalty.accept();
@@ -170,7 +195,7 @@ impl Vcpu {
                 _ => {
                     penalty = cell.penalty.accept();
                     turn = self.settle(now)?;
-                    Some(turn.map_or(now + RETRY, |turn| turn.until))
+                    Some(turn.map_or(now + RETRY, |turn| turn.until.min(latest)))
                 }
             };
             match again {
@@ -189,7 +214,7 @@ impl Vcpu {
             return Ok(Some(pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report)));
         }
         let Some(mut harvest) = vm.try_lock() else { return Ok(None) };
-        let (place, entries) = harvest.meter(seat.id, &vm.limiter).ok_or(Error::NoVcpu(seat.id))?;
+        let (place, _) = harvest.meter(seat.id, &vm.limiter).ok_or(Error::NoVcpu(seat.id))?;
         if self.full {
             place.ring.learn_soft_limit();
         }
@@ -219,22 +244,28 @@ impl Vcpu {
         place.slice = turn.slice.filter(|_| kicked_slice.is_none());
         // A kick is not exact: half a slice, give or take as much, is no more than one.
         self.kicked_slice = kicked_slice.map(|slice| slice.div_ceil(2));
-        let nothing_to_do = self.full && entries == 0 && place.ring.occupied() == 0;
+        let occupied = place.ring.occupied();
         drop(harvest);
-        if nothing_to_do {
-            turn.until = turn.until.max(now + self.idle_exit(now)?);
-        } else {
-            self.idle_exits = 0;
+        if replace(&mut self.exited, false) {
+            // What others took from the ring since the last full exit was counted, too.
+            let moved = gross != replace(&mut self.idle.gross, gross) || occupied > 0;
+            turn.until = turn.until.max(now + self.idle_exit(now, moved)?);
         }
         Ok(Some(turn))
     }
 
-    /// Counts a full exit with nothing to do; how long to wait before the next.
-    fn idle_exit(&mut self, now: Nanos) -> Result<Nanos, Error> {
-        let in_a_row = now.saturating_sub(self.idle_at) < IN_A_ROW;
-        self.idle_exits = if in_a_row { self.idle_exits + 1 } else { 1 };
-        self.idle_at = now;
-        match self.idle_exits {
+    /// Counts a full exit, if it `moved` nothing; how long to wait before the next.
+    fn idle_exit(&mut self, now: Nanos, moved: bool) -> Result<Nanos, Error> {
+        let in_a_row = now.saturating_sub(replace(&mut self.idle.at, now)) < IN_A_ROW;
+        self.idle.exits = if moved {
+            0
+        } else if in_a_row {
+            self.idle.exits + 1
+        } else {
+            1
+        };
+        match self.idle.exits {
+            0 => Ok(0),
             exits if exits < WEDGED => Ok(1000 << exits.min(10)),
             exits => {
                 if let Some(mut harvest) = self.vm.try_lock() {
@@ -269,6 +300,7 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
+        self.kicker.release(&self.seat);
         self.seat.leave();
     }
 }

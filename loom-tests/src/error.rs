@@ -7,3 +7,7 @@ pub(crate) type Error = io::Error;
 pub(crate) fn system(_: &'static str) -> impl FnOnce(io::Error) -> Error {
     |error| error
 }
+
+pub(crate) fn kick_is_taken(_: i32) -> Error {
+    io::ErrorKind::ResourceBusy.into()
+}

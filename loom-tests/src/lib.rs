@@ -12,6 +12,9 @@
 #[path = "../../core-nostd/src/controller.rs"]
 pub mod controller;
 #[rustfmt::skip]
+#[path = "../../core-nostd/src/enforce.rs"]
+pub mod enforce;
+#[rustfmt::skip]
 #[path = "../../core-nostd/src/kicked.rs"]
 pub mod kicked;
 #[rustfmt::skip]

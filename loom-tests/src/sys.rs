@@ -57,6 +57,18 @@ impl RunPage {
     pub(crate) fn immediate_exit(&self) -> bool {
         false
     }
+
+    pub(crate) fn is_same(&self, _: &Self) -> bool {
+        true
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn take_full(&self) -> bool {
+        false
+    }
 }
 
 /// A signal that stays pending, and ends each KVM_RUN, until it is taken back.
@@ -72,8 +84,17 @@ impl KickSignal {
         Self { pending: Mutex::new(false), by_hand }
     }
 
-    pub(crate) fn bind(&self) -> io::Result<i32> {
-        Ok(1)
+    pub(crate) fn signal(&self) -> i32 {
+        0
+    }
+
+    pub(crate) fn is_ours(&self) -> bool {
+        true
+    }
+
+    pub(crate) fn bind(&self) -> io::Result<Bound> {
+        self.drain();
+        Ok(Bound { timer: Timer, thread: 1, is_to_be_tried: false })
     }
 
     pub(crate) fn send(&self, _: i32) {
@@ -95,13 +116,20 @@ impl KickSignal {
     }
 }
 
+#[derive(Debug)]
+pub(crate) struct Bound {
+    pub(crate) timer: Timer,
+    pub(crate) thread: i32,
+    pub(crate) is_to_be_tried: bool,
+}
+
 /// A timer that never comes.
 #[derive(Debug)]
 pub(crate) struct Timer;
 
 impl Timer {
-    pub(crate) fn new(_: &KickSignal) -> io::Result<Self> {
-        Ok(Self)
+    pub(crate) fn is_here(&self) -> bool {
+        true
     }
 
     pub(crate) fn arm(&mut self, _: Nanos) {}
@@ -114,7 +142,7 @@ impl Timer {
 pub(crate) struct SignalsBlocked;
 
 impl SignalsBlocked {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn for_a_new_thread() -> Self {
         Self
     }
 }

@@ -208,6 +208,8 @@ fn twin_looks_for_its_slice_relaxed() {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kicked {
     Right,
+    /// As it should be, for two limits, one after the other.
+    Twice,
     /// The kick is counted before its signal is sent.
     CountedFirst,
     /// The kick goes out before the limit is set.
@@ -234,6 +236,12 @@ fn kicks(how: Kicked) {
             vcpu.set_limit(20_000);
             vcpu.tell();
         }
+        Kicked::Twice => {
+            for pages in [20_000, 30_000] {
+                vcpu.set_limit(pages);
+                vcpu.tell();
+            }
+        }
         Kicked::CountedFirst => {
             vcpu.set_limit(20_000);
             vcpu.tell();
@@ -253,6 +261,12 @@ fn kicks(how: Kicked) {
 #[test]
 fn a_kick_ends_one_run() {
     holds("a_kick_ends_one_run", ALL, 5, || kicks(Kicked::Right));
+}
+
+/// Between two kicks it may be taking the first one back.
+#[test]
+fn a_kick_of_two_ends_one_run() {
+    holds("a_kick_of_two_ends_one_run", ALL, 130, || kicks(Kicked::Twice));
 }
 
 #[test]

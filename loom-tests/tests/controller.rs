@@ -37,7 +37,7 @@ impl Tick {
         match self {
             Self::Real => limiter.tick(START + SECOND),
             Self::SetsLate => {
-                if let Some(status) = limiter.query(index) {
+                if let Some(status) = limiter.query(index, SECOND) {
                     limiter.cell(index).expect("within the capacity").penalty.set(status.penalty);
                 }
             }
@@ -90,13 +90,13 @@ fn places(tick: Tick) {
         limiter.unregister(a);
         limiter.set_limit(a, rate(1));
         limiter.set_weight(a, 3);
-        assert_eq!(limiter.query(a), None);
+        assert_eq!(limiter.query(a, SECOND), None);
         assert_eq!(accepted(limiter, a), None, "who left is free");
         limiter.set_limit_all(None);
         assert_eq!(limiter.register(), Ok(a), "the free place");
     };
     against_a_tick(tick, call, |limiter, a, _| {
-        let status = limiter.query(a).expect("registered");
+        let status = limiter.query(a, SECOND).expect("registered");
         assert_eq!((status.limit, status.totals.net_pages), (None, 0), "inherits nothing");
         assert_eq!(accepted(limiter, a), None, "who left is free");
     });
@@ -125,7 +125,7 @@ fn budget(tick: Tick) {
     against_a_tick(tick, call, |limiter, a, b| {
         assert_eq!(limiter.vm_limit(), rate(50));
         for index in [a, b] {
-            let status = limiter.query(index).expect("registered");
+            let status = limiter.query(index, SECOND).expect("registered");
             // Nobody is known to want anything, so that either may have it all.
             assert!(status.effective_limit >= rate(50) && status.effective_limit <= rate(100), "{status:?}");
             let terms = status.effective_limit.map(|limit| Terms::Pace(limit.price()));
@@ -152,7 +152,7 @@ fn queried(locked: bool) {
         let limiter = limiter.clone();
         move || {
             let first = accepted(&limiter, index);
-            let status = limiter.query(index).expect("registered");
+            let status = limiter.query(index, SECOND).expect("registered");
             let terms = if locked { status.penalty.terms() } else { first };
             let expected = status.effective_limit.map(|limit| Terms::Pace(limit.price()));
             assert_eq!(terms, expected, "of one moment");
@@ -165,7 +165,7 @@ fn queried(locked: bool) {
     limiter.set_limit(index, rate(5));
     other.join().expect("no panic");
     asker.join().expect("no panic");
-    let status = limiter.query(index).expect("registered");
+    let status = limiter.query(index, SECOND).expect("registered");
     assert!([rate(5), rate(9)].contains(&status.limit), "one of the two");
     assert_eq!(accepted(&limiter, index), Penalty::terms(status.penalty), "what is set is what is told");
 }

@@ -48,6 +48,7 @@ impl Case {
             payload: None,
             qmp: None,
             metrics: None,
+            steal_time: false,
         }
     }
 }

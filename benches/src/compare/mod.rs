@@ -20,6 +20,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use dirtylimit_core::PageRate;
 
+use crate::output::tell;
 use crate::probe;
 use crate::record::PolicyKind;
 use crate::report::progress::Interrupt;
@@ -34,14 +35,8 @@ const QEMU: &str = "qemu-system-x86_64";
 /// How to get it.
 const HOW: &str = "on Debian 12: apt-get install -t bookworm-backports qemu-system-x86; or name one by --qemu PATH";
 
-/// Run the same guest under QEMU's dirty limit and under this one, by turns
-///
-/// Without --limit, --ring and --workload the usual cases are compared; else each limit by each ring, for one guest. Every
-/// vCPU that writes has the limit. Where there is no QEMU, the policy `stepped` takes its place.
-///
-/// Exit status: 0 done, 1 a run failed, 2 bad usage, 3 pages were lost.
+/// The options of `compare`.
 #[derive(Clone, Debug, Args)]
-#[command(verbatim_doc_comment)]
 pub struct Compare {
     /// Limits to compare, in whole MiB/s
     #[arg(long, value_name = "RATE", value_delimiter = ',', value_parser = parse_rate)]
@@ -51,7 +46,8 @@ pub struct Compare {
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = ring)]
     pub ring: Vec<u32>,
 
-    /// What the guest does, one per vCPU: write:SIZE, slow:SIZE, burst:SIZE, read:SIZE or idle
+    /// What the guest does, one per vCPU: write:SIZE, slow:SIZE, steady:SIZE, burst:SIZE, read:SIZE or
+    /// idle
     #[arg(long, value_name = "W", value_delimiter = ',')]
     pub workload: Vec<Workload>,
 
@@ -154,7 +150,7 @@ impl Compare {
         match qemu::version(&path) {
             Ok(version) => Ok(Peer::Qemu(path, version)),
             Err(error) if self.peer.is_none() && self.qemu.is_none() && is_missing(&error) => {
-                eprintln!("There is no {QEMU} here ({HOW}): compared with the policy `stepped` instead.");
+                tell(format_args!("There is no {QEMU} here ({HOW}): compared with the policy `stepped` instead."));
                 Ok(Peer::Stepped)
             }
             Err(error) if is_missing(&error) => Err(error.context(HOW)),
@@ -171,7 +167,7 @@ impl Compare {
         'rounds: for round in 1..=self.rounds {
             for (number, (case, (theirs, ours))) in cases.iter().zip(&mut tried).enumerate() {
                 let (rounds, number, of) = (self.rounds, number + 1, cases.len());
-                eprintln!("round {round} of {rounds}, case {number} of {of}: {}", case.name());
+                tell(format_args!("round {round} of {rounds}, case {number} of {of}: {}", case.name()));
                 let their = self.try_peer(case, peer, interrupt).with_context(|| peer.name())?;
                 let our = self.try_ours(case, PolicyKind::Paced, interrupt).context("dirtylimit")?;
                 if interrupt.requested() {

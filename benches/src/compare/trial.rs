@@ -155,6 +155,7 @@ pub(super) fn qemu(plan: &Plan, program: &Path, interrupt: &Interrupt) -> Result
         paused: Duration::ZERO,
         net_pages: 0,
         gross_pages: 0,
+        held_back_pages: 0,
     });
     let recording = Recording::begun(GuestKind::Kvm, plan, probe::host(true, None), recorded.collect());
     let mut run = QemuRun { plan, qemu, interrupt, start: Instant::now(), next: SAMPLE, first, recording };

@@ -106,7 +106,7 @@ pub fn build(
     let words = [program.name.as_str()]
         .into_iter()
         .map(Ok)
-        .chain(arguments.iter().map(|word| word.to_str().with_context(|| format!("{} is not UTF-8", word.display()))));
+        .chain(arguments.iter().map(|word| word.to_str().with_context(|| format!("{word:?} is not UTF-8"))));
     let words = words.collect::<Result<Vec<_>>>()?;
     let modules: Vec<_> = loaded.iter().map(|(name, _)| name.as_str()).collect();
     archive.file("init", script(machine, &modules, &words)?.as_bytes());

@@ -10,9 +10,8 @@ pub mod packages;
 pub mod run;
 
 use std::ffi::OsString;
-use std::fmt::Display;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -25,6 +24,7 @@ use emulator::Setting;
 use initramfs::Program;
 use packages::Store;
 
+use crate::output::{print, tell};
 use crate::report::progress::Interrupt;
 use crate::units::{parse_duration, parse_size};
 
@@ -130,7 +130,7 @@ impl Lab {
         let mut store = Store::open()?;
         if self.list {
             let text = catalogue::listed(|root| store.has(root));
-            write!(io::stdout().lock(), "{text}kept in {}\n", store.home().display())?;
+            print(format_args!("{text}kept in {}", store.home().display()))?;
             return Ok(ExitCode::SUCCESS);
         }
         match &self.action {
@@ -211,9 +211,4 @@ impl Drop for Place {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
-}
-
-/// Says it to people.
-fn tell(line: impl Display) {
-    let _ = io::stderr().lock().write_all(format!("{line}\n").as_bytes());
 }

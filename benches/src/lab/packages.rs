@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::tell;
+use crate::output::tell;
 
 /// Names the archive, where this machine's apt knows none of Debian.
 const ARCHIVE: &str = "DIRTYLIMIT_LAB_ARCHIVE";
@@ -62,8 +62,8 @@ impl Store {
     /// # Errors
     /// There is no home.
     pub fn open() -> Result<Self> {
-        let cache = std::env::var_os("XDG_CACHE_HOME").filter(|path| !path.is_empty()).map(PathBuf::from);
-        let cache = cache.or_else(|| std::env::home_dir().map(|home| home.join(".cache")));
+        let path = |name| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let cache = path("XDG_CACHE_HOME").or_else(|| path("HOME").map(|home| home.join(".cache")));
         let home = cache.context("neither XDG_CACHE_HOME nor HOME is set: where is the lab to be kept?")?;
         let home = home.join("dirtylimit/lab");
         sweep(&home, 2);

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use super::emulator::Ports;
 use super::initramfs::{ENDED, STARTS};
-use super::tell;
+use crate::output::tell;
 use crate::report::progress::Interrupt;
 
 /// How often the ports are read.

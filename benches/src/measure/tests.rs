@@ -35,6 +35,7 @@ fn vcpu(limits: &[(u32, u32)], samples: Vec<Sample>) -> VcpuRecording {
         paused: MS * 500,
         net_pages: 0,
         gross_pages: 0,
+        held_back_pages: 0,
     }
 }
 
@@ -52,6 +53,9 @@ fn recording(end: u32, vcpus: Vec<VcpuRecording>) -> Recording {
         end: MS * end,
         interrupted: false,
         lost_pages: None,
+        suspect_pages: 0,
+        suspect_resets: 0,
+        steal_time: false,
         reset_pages: 0,
         reset_calls: 0,
         vcpus,

@@ -43,6 +43,12 @@ pub struct Report {
     pub end_ms: f64,
     /// The VM's own budget, where it had one.
     pub vm: Option<Vm>,
+    /// Whether each vCPU had a steal-time page.
+    pub steal_time: bool,
+    /// Pages that disturbed resets may have left writable, and that every take of the log still has, at the end.
+    pub suspect_pages: u64,
+    /// Resets that were disturbed, in the whole run.
+    pub suspect_resets: u64,
 }
 
 /// One vCPU. A measure that does not exist (no limit, never settled, a reader) is null.
@@ -90,6 +96,8 @@ pub struct Vcpu {
     pub limited_accesses_per_s: Option<f64>,
     /// Ring entries of the free phase, as a rate: a page counts again whenever a reset armed it anew.
     pub free_gross_mib_s: Option<f64>,
+    /// Pages that were dirty and in no log yet when the limited phase ended, because their entries were held back in the ring.
+    pub held_back_pages: u32,
     /// Each limit in turn, where it changed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<Step>,
@@ -134,7 +142,7 @@ impl Report {
             policy: recording.policy,
             ring: recording.ring,
             max_pause_ms: ms(recording.max_pause),
-            host: recording.host.clone(),
+            host: Host { sleep_late_p999_ms: recording.host.sleep_late_p999_ms.map(round), ..recording.host.clone() },
             lost_pages: recording.lost_pages,
             resets: recording.reset_calls,
             reset_calls_per_s: per_second(recording.reset_calls, limited),
@@ -149,6 +157,9 @@ impl Report {
                 settled_mib_s: vm.settled_mib_s.map(round),
                 error_pct: vm.error_pct.map(round),
             }),
+            steal_time: recording.steal_time,
+            suspect_pages: recording.suspect_pages,
+            suspect_resets: recording.suspect_resets,
         }
     }
 }
@@ -184,6 +195,7 @@ impl Vcpu {
             free_accesses_per_s: per_second(vcpu.free_accesses, vcpu.free_time),
             limited_accesses_per_s: per_second(vcpu.limited_accesses, vcpu.limited_time),
             free_gross_mib_s: measures.free_gross_mib_s.map(round),
+            held_back_pages: vcpu.held_back_pages,
             steps: if measures.steps.len() > 1 { measures.steps.iter().map(Step::of).collect() } else { Vec::new() },
         }
     }
@@ -255,6 +267,7 @@ mod tests {
             }
         };
         in_order(&text, &TOP);
+        in_order(&text, &["vm", "steal_time", "suspect_pages", "suspect_resets"]);
         in_order(&text[text.find("\"vcpus\"").unwrap()..], &VCPU);
     }
 
@@ -268,7 +281,12 @@ mod tests {
         assert_eq!(value["resets"], 812);
         assert_eq!(value["reset_calls_per_s"], 101.5);
         assert_eq!(value["limited_at_ms"], 1000.0);
+        assert_eq!(value["steal_time"], true);
+        assert_eq!((&value["suspect_pages"], &value["suspect_resets"]), (&json!(64), &json!(3)));
+        assert_eq!(value["host"]["sleep_late_p999_ms"], 0.25);
         let vcpu = &value["vcpus"][0];
+        assert_eq!(vcpu["held_back_pages"], 3900);
+        assert_eq!(vcpu["free_gross_mib_s"], 1500.0);
         assert_eq!(vcpu["workload"], "write:224MiB");
         assert_eq!(vcpu["limit_mib_s"], 100.0);
         assert_eq!(vcpu["free_mib_s"], 1500.0);

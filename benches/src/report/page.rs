@@ -1,7 +1,7 @@
 //! A page of sections: text, facts, tables, pictures, commands. One file that needs nothing else: no network, no script.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
@@ -9,6 +9,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::ink;
 use super::plot::{Chart, Look};
+use crate::output::{Output, tell};
 use crate::record::Host;
 
 /// The page's file, in the directory that the user names.
@@ -19,17 +20,15 @@ const NARROW: (u32, u32) = (340, 270);
 /// A table with more rows than these is folded away.
 const MAX_ROWS: usize = 16;
 
-/// Makes sure, before a long run, that its page can be written.
+/// Makes sure, before a long run, that its page can be written into `directory`, which is made where it is missing.
 ///
 /// # Errors
 /// `directory` cannot be made, is no directory, or nothing can be written there.
-pub fn prepare(directory: &Path) -> Result<()> {
+pub fn prepare(directory: &Path) -> Result<Output> {
     let file = directory.join(FILE);
     fs::create_dir_all(directory)
-        // Not truncated yet: a run that fails leaves an older page as it is.
-        .and_then(|()| fs::OpenOptions::new().create(true).append(true).open(&file))
-        .with_context(|| format!("cannot write the report {}", file.display()))?;
-    Ok(())
+        .with_context(|| format!("--report: cannot write {}: no such directory can be made", file.display()))?;
+    Output::prepare("--report", &file)
 }
 
 /// A page.
@@ -178,14 +177,14 @@ impl Page {
         .into_string()
     }
 
-    /// Writes the page into `directory` and says where it is.
+    /// Writes the page and says where it is.
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn write(&self, directory: &Path) -> Result<PathBuf> {
-        let file = directory.join(FILE);
-        fs::write(&file, self.html()).with_context(|| format!("cannot write the report {}", file.display()))?;
-        Ok(file)
+    pub fn write(&self, output: &mut Output) -> Result<()> {
+        output.write(self.html())?;
+        tell(format_args!("The report is {}.", output.path().display()));
+        Ok(())
     }
 }
 

@@ -11,6 +11,7 @@ use dirtylimit_core::PageRate;
 
 use super::table::number;
 use crate::guest::{Phase, Progress, VcpuNow};
+use crate::output::tell;
 use crate::plan::Plan;
 use crate::units::{PAGE_SIZE, mib_per_sec, significant};
 
@@ -117,7 +118,7 @@ impl Progress for Live {
                     }
                     count => vec![format!("{count} vCPUs {}", figures(&sum(vcpus, None)))],
                 };
-                eprintln!("{}, {}: {}", clock(at, self.total), name(phase), figures.join("; "));
+                tell(format_args!("{}, {}: {}", clock(at, self.total), name(phase), figures.join("; ")));
             }
             View::Plain { .. } => {}
         }

@@ -1,10 +1,8 @@
 //! The rate against the limit over time, one panel per vCPU, with the share of the time that it was paused behind it.
 
 use std::fmt::Write as _;
-use std::fs;
-use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use plotters::prelude::*;
 
 use super::charts;
@@ -20,14 +18,6 @@ const WIDTH: u32 = 960;
 const HEADER: u32 = 64;
 const PANEL: u32 = 290;
 const CAPTION: u32 = 28;
-
-/// Writes the drawing of a recording to `path`.
-///
-/// # Errors
-/// The file cannot be written.
-pub fn write(recording: &Recording, path: &Path) -> Result<()> {
-    fs::write(path, draw(recording)?).with_context(|| format!("cannot write the drawing to {}", path.display()))
-}
 
 /// The drawing of a recording.
 ///

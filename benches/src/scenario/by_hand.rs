@@ -25,6 +25,9 @@ pub fn accesses_per_s(plan: &Plan, served: HandServed) -> Result<f64> {
     raw_ring::enable(machine.vm(), served.ring)?;
     machine.plug_memory(true)?;
     let mut cpu = machine.vcpu(0)?;
+    if plan.steal_time {
+        cpu.enable_steal_time(machine.steal_time(0))?;
+    }
     let ring = Mutex::new(RawRing::map(cpu.fd(), served.ring)?);
     machine.memory().populate(0..machine.memory().bytes());
     let (stop, kicker) = (AtomicBool::new(false), cpu.kicker());

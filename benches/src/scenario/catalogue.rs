@@ -197,7 +197,7 @@ fn free_cost() -> Vec<Case> {
 fn interrupt() -> Vec<Case> {
     vec![Case {
         name: "out of a long pause".into(),
-        trial: Trial::Interrupt { times: 200 },
+        trial: Trial::Interrupt { times: 200, steal_time: false },
         bounds: bounds([(Interrupted, AtMost(1.0)), (InterruptedP99, AtMost(2.0))]),
     }]
 }
@@ -218,6 +218,7 @@ fn writers(vcpus: Vec<VcpuPlan>) -> Plan {
         payload: None,
         qmp: None,
         metrics: None,
+        steal_time: false,
     }
 }
 

@@ -24,6 +24,8 @@ pub enum Trial {
     Interrupt {
         /// How often.
         times: u32,
+        /// Whether the guest has a steal-time page.
+        steal_time: bool,
     },
 }
 
@@ -59,6 +61,14 @@ impl Trial {
         }
     }
 
+    /// Whether its guests have steal-time pages; both of two that are compared.
+    pub const fn steal_time(&mut self) -> &mut bool {
+        match self {
+            Self::Run(plan, _) | Self::Versus(Versus { plan, .. }) => &mut plan.steal_time,
+            Self::Interrupt { steal_time, .. } => steal_time,
+        }
+    }
+
     /// Tries it once; `round` decides who of two goes first. The clock is looked at meanwhile.
     ///
     /// # Errors
@@ -71,8 +81,8 @@ impl Trial {
                 Ok(Evidence::Run(Box::new(done)))
             }
             Self::Versus(versus) => versus.run(round, interrupt),
-            Self::Interrupt { times } => {
-                let mut paused = Paused::new()?;
+            Self::Interrupt { times, steal_time } => {
+                let mut paused = Paused::new(*steal_time)?;
                 let times = (0..*times).map(|_| paused.interrupt()).collect::<Result<_>>()?;
                 paused.stop()?;
                 Ok(Evidence::Interrupted(times))

@@ -19,6 +19,8 @@ pub struct Results<'a> {
     pub host: &'a Host,
     /// In the order in which they ran.
     pub scenarios: Vec<&'a Verdict>,
+    /// Whether each vCPU had a steal-time page.
+    pub steal_time: bool,
 }
 
 /// A scenario, judged.
@@ -199,7 +201,7 @@ mod tests {
 
     fn scenario(must: Must) -> Scenario {
         let bounds = vec![Bound { measure: Measure::Speed, must }];
-        let case = Case { name: "a guest".into(), trial: Trial::Interrupt { times: 1 }, bounds };
+        let case = Case { name: "a guest".into(), trial: Trial::Interrupt { times: 1, steal_time: false }, bounds };
         Scenario { name: "speed", what: "who is faster", cases: vec![case] }
     }
 

@@ -13,9 +13,6 @@ use serde::Serialize;
 
 use super::measure::{median, per_mille};
 
-/// As long as the limiter's slices.
-const SLEEP: Duration = Duration::from_millis(3);
-
 /// A clock that is so many times slower than its best has fallen. Another thread on the same core halves it at most.
 const FALLEN: u32 = 3;
 
@@ -37,8 +34,8 @@ impl HostLate {
     }
 }
 
-/// Runs `run`, and tells how late each sleep was beside it.
-pub fn beside<T>(run: impl FnOnce() -> T) -> (T, Vec<Duration>) {
+/// Runs `run`, and tells how late each sleep of that length ended beside it.
+pub fn beside<T>(sleep: Duration, run: impl FnOnce() -> T) -> (T, Vec<Duration>) {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let sleeper = scope.spawn(|| {
@@ -46,15 +43,25 @@ pub fn beside<T>(run: impl FnOnce() -> T) -> (T, Vec<Duration>) {
             // Relaxed: only ends a loop; what the thread found is handed over by joining it.
             while !done.load(Ordering::Relaxed) {
                 let start = Instant::now();
-                thread::sleep(SLEEP);
-                late.push(start.elapsed().saturating_sub(SLEEP));
+                thread::sleep(sleep);
+                late.push(start.elapsed().saturating_sub(sleep));
             }
             late
         });
+        let end = End(&done);
         let result = run();
-        done.store(true, Ordering::Relaxed);
+        drop(end);
         (result, sleeper.join().unwrap_or_default())
     })
+}
+
+/// Ends the sleeper when the run is over, by a panic too: the scope waits for both.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// How much the host was too slow.
@@ -153,9 +160,16 @@ mod tests {
     }
 
     #[test]
+    #[should_panic(expected = "the run's own")]
+    fn a_run_that_panics_is_over() {
+        beside(Duration::from_millis(1), || -> () { panic!("the run's own") });
+    }
+
+    #[test]
     fn sleeps_are_counted_while_the_run_lasts() {
-        let (result, late) = beside(|| {
-            thread::sleep(5 * SLEEP);
+        let sleep = Duration::from_millis(3);
+        let (result, late) = beside(sleep, || {
+            thread::sleep(5 * sleep);
             7
         });
         assert_eq!(result, 7);

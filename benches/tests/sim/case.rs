@@ -48,6 +48,7 @@ pub(crate) fn plan(vcpus: &str, ring: u32, policy: PolicyKind) -> Plan {
         payload: None,
         qmp: None,
         metrics: None,
+        steal_time: false,
     }
 }
 

@@ -119,7 +119,7 @@ fn main() -> ! {
     LIMITER.set_limit(index, None);
     good &= expect("cancelled", vcpu.rate(SECOND / 5, true), 499_000..=500_000);
 
-    let counted = LIMITER.query(index).map(|status| status.totals.net_pages);
+    let counted = LIMITER.query(index, vcpu.now).map(|status| status.totals.net_pages);
     good &= counted == Some(vcpu.dirty.into());
     let _ = hprintln!("{} pages counted, {}", vcpu.dirty, if good { "PASS" } else { "FAIL" });
     leave(if good { debug::EXIT_SUCCESS } else { debug::EXIT_FAILURE })

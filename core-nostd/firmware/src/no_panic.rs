@@ -10,8 +10,8 @@ use core::hint::black_box as any;
 use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause};
 use dirtylimit_core::{
     BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, Paced, Pacer, Page, PageRate, Penalty, PenaltyCell,
-    Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn, VcpuCell,
-    VcpuIndex, VmCell, level, share,
+    Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn, Unenforced,
+    VcpuCell, VcpuIndex, VmCell, level, share,
 };
 
 #[panic_handler]
@@ -71,6 +71,7 @@ fn cells() {
     PenaltyCell::set(cell, any(Penalty::NONE));
     any(PenaltyCell::accept(cell));
     any(VmCell::is_leased(vm, any(0)));
+    VmCell::note_taken(vm, any(0));
     any(VmCell::max_pause(vm));
     VmCell::set_max_pause(vm, any(0));
     any(VcpuCell::new());
@@ -83,11 +84,14 @@ fn meters() {
     Report::add_pause(report, any(0));
     Report::set_needed_pause(report, any(0));
     any(Report::needed_pause(report));
+    Report::add_turn(report);
+    any(Report::turns(report));
     any(Report::net(report));
     let counts: Counts = any(Report::counts(report));
     any(Counts::since(counts, any(counts)));
     any(Totals::plus(any(Totals::default()), counts));
     any(Meter::starting_at(counts));
+    Meter::fold(&mut meter, report);
     any(Meter::read(&mut meter, report, any(0)));
     let meter = &any(meter);
     any(Meter::rate(meter));
@@ -136,6 +140,7 @@ fn rings() {
     any(Ring::awaiting_reset(ring));
     any(Ring::room(ring));
     any(Ring::size(ring));
+    any(Ring::is_new(ring));
     any(Ring::soft_limit(ring));
     Ring::learn_soft_limit(any(ring));
     any(Ring::ends(any(ring), any(0)));
@@ -175,7 +180,9 @@ fn limiters() {
     Limiter::set_weight(limiter, vcpu, any(0));
     Limiter::set_policy(limiter, any(Shipped::Stepped(stepped())));
     any(Limiter::vm_limit(limiter));
-    any(Limiter::query(limiter, vcpu));
+    any(Limiter::query(limiter, vcpu, any(0)));
+    Limiter::fold(limiter);
+    any(Limiter::news(limiter));
     Limiter::tick(limiter, any(0));
     Limiter::unregister(limiter, vcpu);
 }
@@ -192,6 +199,8 @@ impl Write for Sink {
 
 fn texts() {
     let _ = write!(Sink, "{}", any(BadRingSize { entries: 0 }));
+    let _ = write!(Sink, "{}", any(Unenforced::Lapsed));
+    any(Unenforced::name(any(Unenforced::Lapsed)));
     let _ = write!(Sink, "{}", any(Full { capacity: 0 }));
 }
 

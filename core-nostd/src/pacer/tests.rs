@@ -206,7 +206,10 @@ fn a_lapsed_lease_frees_the_vcpu_and_its_renewal_forgives() {
     let mut vcpu = Vcpu::new(pace(256));
     vcpu.settle();
     vcpu.report.add_pages(100, 100);
+    let mut turn = |now| vcpu.pacer.settle(now, &vcpu.vm, &vcpu.cell, &vcpu.report);
     vcpu.now += 2 * VmCell::LEASE;
+    assert!(turn(vcpu.now).slice.is_some(), "its clock has jumped");
+    vcpu.now += GRACE;
     let turn = vcpu.pacer.settle(vcpu.now, &vcpu.vm, &vcpu.cell, &vcpu.report);
     assert_eq!((turn.until, turn.slice), (vcpu.now, None));
     assert_eq!(vcpu.turn(4032, 1000), Some(1));
@@ -360,4 +363,61 @@ proptest! {
             prop_assert!(found <= expected + 1 && found + slack >= expected, "until {found}, not {expected}");
         }
     }
+}
+
+/// A writer that turns every 3 ms under a limit that was renewed at its start, for `ran`; its clock then jumps by
+/// `stopped`. Turns each 10 ms from there; for how long it is still held.
+fn held_after(ran: Nanos, stopped: Nanos, ticks_again_after: Option<Nanos>) -> Nanos {
+    let mut vcpu = Vcpu::new(pace(512));
+    let start = vcpu.now;
+    vcpu.vm.renew(start);
+    let mut settle = |now: Nanos, vm: &VmCell| {
+        vcpu.report.add_pages(2, 2);
+        vcpu.pacer.settle(now, vm, &vcpu.cell, &vcpu.report).slice.is_some()
+    };
+    let mut now = start;
+    while now < start + ran {
+        assert!(settle(now, &vcpu.vm), "{}", now - start);
+        now += 3_000_000;
+    }
+    now += stopped;
+    let awake = now;
+    while settle(now, &vcpu.vm) && now < awake + 20 * SECOND {
+        now += 10_000_000;
+        if ticks_again_after.is_some_and(|after| now - awake == after) {
+            vcpu.vm.renew(now);
+        }
+    }
+    now - awake
+}
+
+#[test]
+fn a_vcpu_that_stood_still_with_its_controller_is_held_until_that_can_tick() {
+    for stopped in [5 * SECOND + SECOND / 2, 6 * SECOND, 3600 * SECOND] {
+        let held = held_after(SECOND / 2, stopped, None);
+        assert_eq!(held, GRACE, "{stopped}: a dead controller holds it no longer");
+        let held = held_after(SECOND / 2, stopped, Some(SECOND / 2));
+        assert!((5 * SECOND..6 * SECOND).contains(&(held - SECOND / 2)), "{stopped}: renewed, for a lease: {held}");
+    }
+    // Its last tick was most of a lease ago.
+    assert_eq!(held_after(4 * SECOND, 3 * SECOND, None), GRACE);
+}
+
+#[test]
+fn a_lease_that_lapses_while_the_vcpu_runs_lapses_at_once_and_its_grace_is_given_once() {
+    assert!(held_after(0, 0, None).abs_diff(VmCell::LEASE) < SECOND / 5);
+    // A vCPU whose every turn is as far from the last as the grace is long.
+    let mut vcpu = Vcpu::new(pace(1));
+    let start = vcpu.now;
+    vcpu.vm.renew(start);
+    let mut held = 0;
+    for second in 0..60 {
+        vcpu.report.add_pages(1, 1);
+        let turn = vcpu.pacer.settle(start + second * SECOND, &vcpu.vm, &vcpu.cell, &vcpu.report);
+        held += u32::from(turn.slice.is_some());
+    }
+    assert!((6..=8).contains(&held), "{held} s");
+    vcpu.vm.renew(start + 60 * SECOND);
+    let turn = vcpu.pacer.settle(start + 60 * SECOND, &vcpu.vm, &vcpu.cell, &vcpu.report);
+    assert!(turn.slice.is_some(), "and a tick holds it again");
 }

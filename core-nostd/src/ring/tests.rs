@@ -32,6 +32,33 @@ fn bad_sizes_are_refused() {
 }
 
 #[test]
+fn a_ring_that_somebody_has_consumed_is_not_new() {
+    let memory = entries(128);
+    let is_new = || Ring::new(memory.as_slice()).unwrap().is_new();
+    assert!(is_new());
+    let page = |offset| Page { slot: 0, offset };
+    memory[0].push(page(0));
+    memory[1].push(page(7));
+    assert!(is_new(), "written, from the first entry on");
+    let mut ring = Ring::new(memory.as_slice()).unwrap();
+    ring.meter(|_| ());
+    ring.collect(2, |_| ());
+    assert!(!is_new(), "collected");
+    assert!(memory[0].reset().is_some() && memory[1].reset().is_some());
+    assert!(!is_new(), "reset");
+    memory[0].push(page(9));
+    assert!(!is_new(), "on its second round");
+    for entry in &memory {
+        entry.push(page(1));
+    }
+    ring = Ring::new(memory.as_slice()).unwrap();
+    ring.meter(|_| ());
+    ring.collect(1, |_| ());
+    assert!(memory[0].reset().is_some());
+    assert!(!is_new(), "dirty, but not from the first entry on");
+}
+
+#[test]
 fn the_soft_limit_is_learned_from_full_exits_alone() {
     let memory = entries(1024);
     let mut ring = Ring::new(memory.as_slice()).unwrap();

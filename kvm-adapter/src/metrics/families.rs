@@ -5,6 +5,7 @@ use std::fmt;
 use dirtylimit_core::{Nanos, PageRate, Status};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Unit;
@@ -26,13 +27,13 @@ struct VmNow {
 
 impl VmNow {
     fn of(vm: &Vm) -> Self {
-        let (harvest, limiter) = (vm.lock(), &vm.limiter);
+        let (harvest, limiter, now) = (vm.lock(), &vm.limiter, sys::now());
         let places = &harvest.places;
-        let vcpus = places.iter().filter_map(|(id, place)| Some((*id, limiter.query(place.seat.index)?)));
+        let vcpus = places.iter().filter_map(|(id, place)| Some((*id, limiter.query(place.seat.index, now)?)));
         Self {
             stats: harvest.stats(),
             held_back: places.values().map(|place| u64::from(place.ring.held_back())).sum(),
-            leased: limiter.vm().is_leased(sys::now()),
+            leased: limiter.vm().is_leased(now),
             max_pause: limiter.vm().max_pause(),
             vm_limit: limiter.vm_limit(),
             vcpus: vcpus.collect(),
@@ -142,7 +143,17 @@ impl Collector for Metrics {
         let ids: Vec<String> = now.vcpus.iter().map(|(id, _)| id.to_string()).collect();
         let labels = ids.iter().map(|id| Some([("vcpu", id.as_str())]));
         let vcpus: Vec<_> = labels.zip(now.vcpus.iter().map(|(_, status)| status)).collect();
-        VCPU.iter().try_for_each(|family| family.encode(&mut encoder, &vcpus))
+        VCPU.iter().try_for_each(|family| family.encode(&mut encoder, &vcpus))?;
+        let help = "1, with the reason, while its limit is not enforced";
+        let name = "dirtylimit_vcpu_unenforced";
+        let mut unenforced = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (id, (_, status)) in ids.iter().zip(&now.vcpus) {
+            if let Some(why) = status.unenforced {
+                let labels = [("vcpu", id.as_str()), ("reason", why.name())];
+                ConstGauge::new(1.0).encode(unenforced.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
     }
 }
 

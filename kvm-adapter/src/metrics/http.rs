@@ -38,7 +38,7 @@ impl MetricsServer {
         let mut server = Self { address, stop, threads: Vec::new() };
         let listener = Arc::new(listener);
         // The threads inherit the mask, so that they have no moment with signals open.
-        let _blocked = SignalsBlocked::new();
+        let _blocked = SignalsBlocked::for_a_new_thread();
         for _ in 0..THREADS {
             let (listener, metrics) = (listener.clone(), metrics.clone());
             let thread = thread::Builder::new().name("dirtylimit-http".into());

@@ -4,10 +4,11 @@
 //! [`DirtyLimit::meter`]. `docs/METRICS.md` lists all names.
 
 mod families;
+#[doc(hidden)]
+pub mod file;
 mod http;
 mod text;
 
-use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -15,6 +16,7 @@ use std::sync::{Arc, Weak};
 
 use prometheus_client::registry::Registry;
 
+use file::Target;
 pub use http::MetricsServer;
 
 use crate::vm::Vm;
@@ -50,16 +52,15 @@ impl Metrics {
     }
 
     /// Writes [`Metrics::prometheus`] to a file, for node_exporter's textfile collector (which wants names that end in
-    /// `.prom`): a reader sees the old file or the new one, whole. One writer at a time.
+    /// `.prom`): a reader sees the old file or the new one, whole.
+    ///
+    /// Only a regular file is replaced, and a symbolic link is followed. A device, pipe or socket is opened and written.
     ///
     /// # Errors
-    /// What creating, writing or renaming a file beside it may answer.
+    /// What creating, writing or renaming a file beside it may answer, and the file is as it was then; a directory; a
+    /// device, pipe or socket that does not take it. A pipe that nobody reads is not waited for.
     pub fn write(&self, file: &Path) -> io::Result<()> {
-        let mut name = file.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-        name.push(".new");
-        let new = file.with_file_name(name);
-        let written = fs::write(&new, self.prometheus()).and_then(|()| fs::rename(&new, file));
-        written.inspect_err(|_| drop(fs::remove_file(&new)))
+        Target::of(file)?.write(self.prometheus().as_bytes())
     }
 
     /// Serves `GET /metrics` to this machine, say on `127.0.0.1:9100`, from threads of its own, until the server

@@ -54,7 +54,11 @@ impl Command {
     }
 
     pub(crate) fn run(&self, monitor: &mut Monitor, now: Instant, arguments: Map<String, Value>) -> Done {
-        (self.run)(monitor, now, &mut Arguments::new(arguments, self.parameters)?)
+        let mut arguments = Arguments::new(arguments, self.parameters);
+        if self.parameters.is_empty() {
+            arguments.end()?;
+        }
+        (self.run)(monitor, now, &mut arguments)
     }
 }
 
@@ -63,22 +67,32 @@ fn query_commands(monitor: &mut Monitor, _: Instant, _: &mut Arguments) -> Done 
     Ok(names.map(|name| json!({ "name": name })).collect())
 }
 
-/// The arguments of one command, each to be taken once.
+/// The arguments of one command, each to be taken once, and then the end.
 #[derive(Debug)]
-pub(crate) struct Arguments(Map<String, Value>);
+pub(crate) struct Arguments {
+    given: Map<String, Value>,
+    /// One that the command does not know.
+    unknown: Option<String>,
+}
 
 impl Arguments {
-    /// Refuses what the command does not know.
-    pub(crate) fn new(given: Map<String, Value>, known: &[&str]) -> Result<Self, Error> {
-        match given.keys().find(|name| !known.contains(&name.as_str())) {
+    pub(crate) fn new(given: Map<String, Value>, known: &[&str]) -> Self {
+        let unknown = given.keys().find(|name| !known.contains(&name.as_str())).cloned();
+        Self { given, unknown }
+    }
+
+    /// Refuses what the command does not know: as QEMU does, after what is wrong with the rest, and before anything is
+    /// done.
+    pub(crate) fn end(&self) -> Result<(), Error> {
+        match &self.unknown {
             Some(name) => Err(Error::generic(format!("Parameter '{name}' is unexpected"))),
-            None => Ok(Self(given)),
+            None => Ok(()),
         }
     }
 
     fn take<T>(&mut self, name: &str, expected: &str, read: fn(&Value) -> Option<T>) -> Result<Option<T>, Error> {
         let wrong = || Error::generic(format!("Invalid parameter type for '{name}', expected: {expected}"));
-        self.0.remove(name).map(|value| read(&value).ok_or_else(wrong)).transpose()
+        self.given.remove(name).map(|value| read(&value).ok_or_else(wrong)).transpose()
     }
 
     pub(crate) fn integer(&mut self, name: &str) -> Result<Option<i64>, Error> {
@@ -88,7 +102,7 @@ impl Arguments {
     /// QEMU's message for these is another.
     pub(crate) fn unsigned(&mut self, name: &str) -> Result<Option<u64>, Error> {
         let wrong = || Error::generic(format!("Parameter '{name}' expects uint64"));
-        self.0.remove(name).map(|value| value.as_u64().ok_or_else(wrong)).transpose()
+        self.given.remove(name).map(|value| value.as_u64().ok_or_else(wrong)).transpose()
     }
 
     pub(crate) fn number(&mut self, name: &str) -> Result<Option<f64>, Error> {
@@ -104,10 +118,13 @@ impl Arguments {
         self.take(name, "string", |value| value.as_str().map(str::to_owned))?.map(choose).transpose()
     }
 
-    pub(crate) fn strings(&mut self, name: &str) -> Result<Option<Vec<String>>, Error> {
-        self.take(name, "array", |value| {
-            value.as_array()?.iter().map(|value| value.as_str().map(str::to_owned)).collect()
-        })
+    pub(crate) fn strings(&mut self, name: &str) -> Result<Vec<String>, Error> {
+        let values = self.take(name, "array", |value| value.as_array().cloned())?.unwrap_or_default();
+        let strings = values.into_iter().enumerate().map(|(index, value)| match value {
+            Value::String(text) => Ok(text),
+            _ => Err(Error::generic(format!("Invalid parameter type for '{name}[{index}]', expected: string"))),
+        });
+        strings.collect()
     }
 }
 

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::Monitor;
 use super::command::{Arguments, missing};
 use super::error::Error;
-use crate::{PageRate, Shipped, Status, Stepped};
+use crate::{PageRate, Shipped, Status, Stepped, Unenforced};
 
 /// The names of the policies.
 #[derive(Clone, Copy, Deserialize, Debug)]
@@ -31,6 +31,11 @@ struct VcpuInfo {
     demand_rate: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     needs_pause_us: Option<u64>,
+    /// Why the limit is not held: for programs, and for people.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unenforced: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unenforced_because: Option<String>,
     net_pages: u64,
     gross_pages: u64,
     full_exits: u64,
@@ -40,7 +45,7 @@ struct VcpuInfo {
 impl VcpuInfo {
     fn of(cpu_index: u32, status: Status, page_size: u32) -> Self {
         let mib = |rate: PageRate| rate.bytes_per_sec(page_size) as f64 / f64::from(1 << 20);
-        let Status { limit, effective_limit, rate, demand, needs_pause, totals, .. } = status;
+        let Status { limit, effective_limit, rate, demand, needs_pause, unenforced, totals, .. } = status;
         Self {
             cpu_index,
             limit_rate: limit.map(mib),
@@ -48,6 +53,8 @@ impl VcpuInfo {
             current_rate: mib(rate),
             demand_rate: mib(demand),
             needs_pause_us: needs_pause.map(|pause| pause / 1000),
+            unenforced: unenforced.map(Unenforced::name),
+            unenforced_because: unenforced.as_ref().map(Unenforced::to_string),
             net_pages: totals.net_pages,
             gross_pages: totals.gross_pages,
             full_exits: totals.full_exits,
@@ -60,11 +67,13 @@ impl VcpuInfo {
 pub(crate) fn set_limit(monitor: &mut Monitor, _: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
     let vcpu = monitor.vcpu(arguments)?;
     let limit = rate(monitor, arguments)?;
+    arguments.end()?;
     monitor.set_limit(vcpu?, limit)
 }
 
 pub(crate) fn set_vm_limit(monitor: &mut Monitor, _: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
     let budget = rate(monitor, arguments)?;
+    arguments.end()?;
     monitor.limit.set_vm_limit(budget);
     monitor.changed()
 }
@@ -72,6 +81,7 @@ pub(crate) fn set_vm_limit(monitor: &mut Monitor, _: Instant, arguments: &mut Ar
 pub(crate) fn set_weight(monitor: &mut Monitor, _: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
     let vcpu = monitor.vcpu(arguments)?;
     let weight = arguments.unsigned("weight")?.ok_or_else(missing("weight"))?;
+    arguments.end()?;
     let weight = u32::try_from(weight).ok().filter(|weight| *weight > 0);
     let weight = weight.ok_or_else(|| Error::generic("weight is out of range [1, 4294967295]."))?;
     let vcpu = vcpu?.ok_or_else(missing("cpu-index"))?;
@@ -80,7 +90,9 @@ pub(crate) fn set_weight(monitor: &mut Monitor, _: Instant, arguments: &mut Argu
 }
 
 pub(crate) fn set_policy(monitor: &mut Monitor, _: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
-    monitor.limit.set_policy(match arguments.choice("policy")?.ok_or_else(missing("policy"))? {
+    let policy = arguments.choice("policy")?.ok_or_else(missing("policy"))?;
+    arguments.end()?;
+    monitor.limit.set_policy(match policy {
         PolicyName::Paced => Shipped::default(),
         PolicyName::Stepped => Shipped::Stepped(Stepped::default()),
     });
@@ -89,6 +101,7 @@ pub(crate) fn set_policy(monitor: &mut Monitor, _: Instant, arguments: &mut Argu
 
 pub(crate) fn set_max_pause(monitor: &mut Monitor, _: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
     let pause = arguments.unsigned("max-pause-us")?.ok_or_else(missing("max-pause-us"))?;
+    arguments.end()?;
     if !(100..=1_000_000).contains(&pause) {
         return Err(Error::generic("max-pause-us is out of range [100, 1000000]."));
     }

@@ -129,6 +129,7 @@ pub(crate) fn calc(monitor: &mut Monitor, now: Instant, arguments: &mut Argument
     let unit: TimeUnit = arguments.choice("calc-time-unit")?.unwrap_or_default();
     let sample_pages = arguments.integer("sample-pages")?;
     let mode = arguments.choice("mode")?.unwrap_or(Mode::PageSampling);
+    arguments.end()?;
     monitor.advance(now);
     if monitor.measurement.status == Status::Measuring {
         return Err(Error::generic("the dirty rate is already being measured."));
@@ -166,6 +167,7 @@ pub(crate) fn calc(monitor: &mut Monitor, now: Instant, arguments: &mut Argument
 
 pub(crate) fn query(monitor: &mut Monitor, now: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
     let calc_time_unit = arguments.choice("calc-time-unit")?.unwrap_or_default();
+    arguments.end()?;
     monitor.advance(now);
     let Measurement { status, start_time, calc_time, rates, .. } = &monitor.measurement;
     let measured = *status == Status::Measured;

@@ -52,7 +52,7 @@ impl Monitor {
         let mut server = QmpServer { path, file, stop: None, thread: None };
         let (stop, stopped) = UnixStream::pair()?;
         // The thread inherits the mask: signals, SIGPIPE too, are the VMM's.
-        let _blocked = SignalsBlocked::new();
+        let _blocked = SignalsBlocked::for_a_new_thread();
         let run = move || Serving { monitor: self, listener, stopped, clients: Vec::new() }.run();
         server.thread = Some(thread::Builder::new().name("dirtylimit-qmp".into()).spawn(run)?);
         server.stop = Some(stop);

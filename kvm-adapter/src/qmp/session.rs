@@ -47,6 +47,10 @@ impl Session {
         let mut request = match serde_json::from_slice(text) {
             Ok(Value::Object(request)) => request,
             Ok(_) => return Error::generic("QMP input must be a JSON object").line(),
+            Err(_) if text.iter().all(u8::is_ascii_alphabetic) => {
+                let word = String::from_utf8_lossy(text);
+                return Error::generic(format!("JSON parse error, invalid keyword '{word}'")).line();
+            }
             Err(error) => return Error::generic(format!("JSON parse error, {error}")).line(),
         };
         let id = request.remove("id");
@@ -54,7 +58,8 @@ impl Session {
             Ok(value) => json!({ "return": value }),
             Err(error) => json!({ "error": error }),
         };
-        if let Some(id) = id {
+        if let Some(mut id) = id {
+            without_fractions(&mut id);
             reply["id"] = id;
         }
         line(&reply)
@@ -83,15 +88,35 @@ impl Session {
     }
 
     fn negotiate(&mut self, arguments: Map<String, Value>) -> Result<Value, Error> {
-        let mut arguments = Arguments::new(arguments, &["enable"])?;
-        if let Some(capability) = arguments.strings("enable")?.unwrap_or_default().first() {
-            return Err(Error::generic(match capability.as_str() {
-                "oob" => "Capability oob not available".to_owned(),
-                other => format!("Parameter 'enable' does not accept value '{other}'"),
-            }));
+        let mut arguments = Arguments::new(arguments, &["enable"]);
+        let capabilities = arguments.strings("enable")?;
+        if let Some(other) = capabilities.iter().find(|capability| *capability != "oob") {
+            // To QEMU an element of a list has no name.
+            return Err(Error::generic(format!("Parameter 'null' does not accept value '{other}'")));
+        }
+        arguments.end()?;
+        if !capabilities.is_empty() {
+            return Err(Error::generic("Capability oob not available"));
         }
         self.negotiated = true;
         Ok(json!({}))
+    }
+}
+
+/// Numbers without a fraction come back without one, however they were written.
+fn without_fractions(value: &mut Value) {
+    match value {
+        Value::Array(values) => values.iter_mut().for_each(without_fractions),
+        Value::Object(members) => members.values_mut().for_each(without_fractions),
+        // Below 10^17 QEMU writes all digits. -0 has no other form.
+        Value::Number(number) if number.is_f64() => match number.as_f64() {
+            #[expect(clippy::cast_possible_truncation, reason = "below 10^17 and whole")]
+            Some(float) if float.fract() == 0.0 && float.abs() < 1e17 && (float != 0.0 || float.is_sign_positive()) => {
+                *number = (float as i64).into();
+            }
+            _ => {}
+        },
+        _ => {}
     }
 }
 

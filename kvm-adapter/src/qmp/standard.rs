@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::command::{Arguments, missing};
 use super::error::Error;
 use super::{Monitor, session};
-use crate::PageRate;
+use crate::{PageRate, Unenforced};
 
 /// QEMU's `DirtyLimitInfo`.
 #[derive(Serialize, Debug)]
@@ -17,6 +17,9 @@ struct DirtyLimitInfo {
     cpu_index: u32,
     limit_rate: u64,
     current_rate: u64,
+    /// Ours: QEMU's protocol has clients ignore members that they do not know.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    x_unenforced: Option<&'static str>,
 }
 
 pub(crate) fn query_version(_: &mut Monitor, _: Instant, _: &mut Arguments) -> Result<Value, Error> {
@@ -26,20 +29,28 @@ pub(crate) fn query_version(_: &mut Monitor, _: Instant, _: &mut Arguments) -> R
 pub(crate) fn set_limit(monitor: &mut Monitor, _: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
     let vcpu = monitor.vcpu(arguments)?;
     let rate = arguments.unsigned("dirty-rate")?.ok_or_else(missing("dirty-rate"))?;
+    arguments.end()?;
     let limit = PageRate::from_bytes_per_sec(rate.saturating_mul(1 << 20), monitor.limit.page_size());
     monitor.set_limit(vcpu?, (rate > 0).then_some(limit))
 }
 
 pub(crate) fn cancel_limit(monitor: &mut Monitor, _: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
-    let vcpu = monitor.vcpu(arguments)??;
-    monitor.set_limit(vcpu, None)
+    let vcpu = monitor.vcpu(arguments)?;
+    arguments.end()?;
+    monitor.set_limit(vcpu?, None)
 }
 
-/// Those that have a limit; without any, an empty list.
+/// Those that have a limit; without any, an empty list. One below 1 MiB/s, which QEMU does not know, is told as 1: 0 would
+/// be none.
 pub(crate) fn query_limit(monitor: &mut Monitor, _: Instant, _: &mut Arguments) -> Result<Value, Error> {
     let whole = |rate: PageRate| (rate.bytes_per_sec(monitor.limit.page_size()) + (1 << 19)) >> 20;
     let infos = monitor.statuses().filter_map(|(cpu_index, status)| {
-        Some(DirtyLimitInfo { cpu_index, limit_rate: whole(status.limit?), current_rate: whole(status.rate) })
+        Some(DirtyLimitInfo {
+            cpu_index,
+            limit_rate: whole(status.limit?).max(1),
+            current_rate: whole(status.rate),
+            x_unenforced: status.unenforced.map(Unenforced::name),
+        })
     });
     Ok(json!(infos.collect::<Vec<_>>()))
 }

@@ -36,6 +36,8 @@ pub(crate) struct Splitter {
     depth: usize,
     /// The quote that ends the string, and whether the next byte is escaped.
     string: Option<(u8, bool)>,
+    /// A number or a word, outside of everything.
+    word: bool,
     skip: Skip,
 }
 
@@ -55,8 +57,16 @@ impl Splitter {
     pub(crate) fn push(&mut self, byte: u8) -> Option<Result<Vec<u8>, Malformed>> {
         // No UTF-8 text has the first ones, no JSON text the others: clients send one to be sure of a fresh start.
         let nowhere = byte >= 0xfe || byte < b' ' && (self.string.is_some() || !byte.is_ascii_whitespace());
+        if self.word && !nowhere {
+            return self.push_to_word(byte);
+        }
         let opens = matches!(byte, b'{' | b'[') || byte == b'"' || byte == b'\'';
         let idle = self.depth == 0 && self.string.is_none();
+        if idle && in_word(byte) && self.skip == Skip::Nothing {
+            self.word = true;
+            self.keep(byte);
+            return None;
+        }
         if nowhere || idle && !opens && !byte.is_ascii_whitespace() {
             let told = self.skip == Skip::ToNext;
             *self = Self { skip: Skip::ToNext, ..Self::default() };
@@ -81,7 +91,38 @@ impl Splitter {
         (whole.skip == Skip::Nothing).then_some(Ok(whole.text))
     }
 
+    /// A byte after the first of a number or word, which lasts to the first that cannot be in one.
+    fn push_to_word(&mut self, byte: u8) -> Option<Result<Vec<u8>, Malformed>> {
+        if in_word(byte) {
+            self.advance(byte);
+            let long = self.skip == Skip::Nothing && self.text.len() > MAX_MESSAGE;
+            if long {
+                self.skip = Skip::Rest;
+                self.text = Vec::new();
+            }
+            return long.then_some(Err(Malformed::Long));
+        }
+        self.plain_zero();
+        let word = std::mem::take(self);
+        // One answer a byte: what is wrong with this one is skipped with it, as after a stray byte.
+        if self.push(byte).is_some() {
+            self.skip = Skip::ToNext;
+        }
+        (word.skip == Skip::Nothing).then_some(Ok(word.text))
+    }
+
+    /// A number that has just ended and is `-0` is 0 to QEMU; to our parser it would be a fraction.
+    fn plain_zero(&mut self) {
+        let start = self.text.len().saturating_sub(2);
+        if self.text.ends_with(b"-0") && !start.checked_sub(1).is_some_and(|before| in_word(self.text[before])) {
+            self.text.remove(start);
+        }
+    }
+
     fn advance(&mut self, byte: u8) {
+        if self.string.is_none() && !in_word(byte) {
+            self.plain_zero();
+        }
         match (self.string, byte) {
             // QEMU takes single quotes too, and JSON knows no such escape.
             (Some((quote, true)), b'\'') => {
@@ -113,4 +154,9 @@ impl Splitter {
             self.text.push(byte);
         }
     }
+}
+
+/// Whether numbers and keywords have it.
+fn in_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'+' | b'.' | b'_')
 }

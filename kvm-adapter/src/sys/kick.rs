@@ -1,11 +1,16 @@
 //! A signal that only KVM_RUN sees, and a timer that sends it to the thread that armed it.
 //!
 //! The signal is blocked in the vCPU's thread and open in its KVM_RUN (`KVM_SET_SIGNAL_MASK`), so a kick that comes before
-//! KVM_RUN ends it at once instead of being lost, no handler is needed, and nothing else is interrupted.
+//! KVM_RUN ends it at once instead of being lost, and nothing else is interrupted. A mask that is set inside a signal handler
+//! ends with the handler: then the kick finds our own handler, which blocks it again where that lasts.
 
+use std::cell::Cell;
+use std::ffi::c_void;
 use std::io;
 use std::mem::{MaybeUninit, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use dirtylimit_core::{Nanos, SECOND};
 
@@ -21,6 +26,74 @@ struct KvmSignalMask {
 /// The ioctl's number has the size of the struct without its set.
 const KVM_SET_SIGNAL_MASK: libc::Ioctl = kvmio_write::<u32>(0x8B);
 
+thread_local! {
+    /// The number of this thread's mask: no other thread's, and another one when the kick was found open. 0 before the first.
+    static MASK: Cell<u32> = const { Cell::new(0) };
+    /// The signals that were blocked where the kick was found open.
+    static FOUND: Cell<Option<u64>> = const { Cell::new(None) };
+}
+
+fn next_number() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    // Relaxed: a number by itself.
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+const fn bit(signal: i32) -> u64 {
+    1 << (signal - 1)
+}
+
+/// The kick, delivered: it is open where it was blocked. That was done in a signal handler of the VMM's, or the VMM has
+/// opened it since. It is blocked where this handler returns to, and sent again, so that it ends the next KVM_RUN; the next
+/// `before_run` sees another number and sets KVM_RUN's mask anew. Async-signal-safe.
+extern "C" fn found_open(signal: libc::c_int, _: *mut libc::siginfo_t, context: *mut c_void) {
+    if MASK.get() == 0 {
+        return; // No vCPU's thread: its number was another's before.
+    }
+    // SAFETY: the kernel passes the context that it goes back to; its set is the first 64 bits of the library's. Calls that
+    // take numbers; errno is this thread's, and as before.
+    unsafe {
+        let blocked = (&raw mut (*context.cast::<libc::ucontext_t>()).uc_sigmask).cast::<u64>();
+        FOUND.set(Some(blocked.read_unaligned()));
+        blocked.write_unaligned(blocked.read_unaligned() | bit(signal));
+        MASK.set(next_number());
+        let errno = *libc::__errno_location();
+        libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), signal);
+        *libc::__errno_location() = errno;
+    }
+}
+
+/// Makes a signal that nobody handles or ignores ours, for the whole process; whether it is.
+pub(crate) fn claim(signal: i32) -> io::Result<bool> {
+    let ours = found_open as extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut c_void) as libc::sighandler_t;
+    // SAFETY: the action is zeroed, then given a handler of the kind that SA_SIGINFO says.
+    unsafe {
+        let mut action: libc::sigaction = zeroed();
+        if libc::sigaction(signal, std::ptr::null(), &raw mut action) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if action.sa_sigaction != libc::SIG_DFL {
+            return Ok(action.sa_sigaction == ours);
+        }
+        action.sa_sigaction = ours;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
+        match libc::sigaction(signal, &raw const action, null_mut()) {
+            0 => Ok(true),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+/// What [`KickSignal::bind`] did.
+#[derive(Debug)]
+pub(crate) struct Bound {
+    pub(crate) timer: Timer,
+    /// The thread's id.
+    pub(crate) thread: i32,
+    /// The mask may be a signal handler's, for all that is known: a kick now shows it.
+    pub(crate) is_to_be_tried: bool,
+}
+
 /// The kick signal of one vCPU's thread.
 #[derive(Debug)]
 pub(crate) struct KickSignal {
@@ -29,31 +102,43 @@ pub(crate) struct KickSignal {
 }
 
 impl KickSignal {
+    /// With a real-time signal that is ours.
     pub(crate) fn new(vcpu: RawFd, signal: i32) -> io::Result<Self> {
-        if !(libc::SIGRTMIN()..=libc::SIGRTMAX()).contains(&signal) {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
-        }
         // SAFETY: borrowed for the call alone; the caller has just mapped it.
         let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu) }.try_clone_to_owned()?;
         Ok(Self { signal, vcpu })
     }
 
+    pub(crate) fn signal(&self) -> i32 {
+        self.signal
+    }
+
+    /// Whether the signal is ours still.
+    pub(crate) fn is_ours(&self) -> bool {
+        claim(self.signal).unwrap_or(false)
+    }
+
     /// Makes this thread the vCPU's: from now on its KVM_RUN has the signal mask that the thread has now, with the signal
-    /// open, and the thread has it blocked. Returns the thread's id.
-    pub(crate) fn bind(&self) -> io::Result<i32> {
-        let mut mask = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: `mask` is initialised by the calls before it is read; a real-time signal is a valid one. The struct's
-        // set is the first 64 bits of the library's: signals 1 to 64, as the kernel keeps them.
-        unsafe {
-            let only = self.only();
-            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const only, mask.as_mut_ptr());
-            libc::sigdelset(mask.as_mut_ptr(), self.signal);
-            let request = KvmSignalMask { len: 8, set: mask.as_ptr().cast::<u64>().read_unaligned() };
-            if libc::ioctl(self.vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, &raw const request) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(libc::gettid())
+    /// open, and the thread has it blocked; what was sent to it before is taken back.
+    pub(crate) fn bind(&self) -> io::Result<Bound> {
+        let bit = bit(self.signal);
+        let mut before = 0u64;
+        // SAFETY: reads one set of 64 signals and writes the other.
+        unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, &raw const bit, &raw mut before, 8) };
+        if MASK.get() == 0 {
+            MASK.set(next_number());
         }
+        let found = FOUND.get();
+        let request = KvmSignalMask { len: 8, set: found.unwrap_or(before) & !bit };
+        // SAFETY: reads the struct.
+        if unsafe { libc::ioctl(self.vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, &raw const request) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.drain();
+        let timer = Timer::new(self.signal)?;
+        // SAFETY: takes nothing.
+        let thread = unsafe { libc::gettid() };
+        Ok(Bound { timer, thread, is_to_be_tried: before & bit == 0 && found.is_none() })
     }
 
     /// Sends it to a bound thread; to nobody if that has ended.
@@ -65,25 +150,23 @@ impl KickSignal {
     /// Takes back what was sent to this thread, so that it does not end the next KVM_RUN.
     fn drain(&self) {
         let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        let only = self.only();
-        // SAFETY: reads the set and the time; nothing is asked about the signal.
-        while unsafe { libc::sigtimedwait(&raw const only, std::ptr::null_mut(), &raw const none) } == self.signal {}
-    }
-
-    fn only(&self) -> libc::sigset_t {
-        let mut set = MaybeUninit::uninit();
-        // SAFETY: sigemptyset initialises it.
+        let mut only = MaybeUninit::uninit();
+        // SAFETY: sigemptyset initialises the set; sigtimedwait reads it and the time, and nothing is asked of the signal.
         unsafe {
-            libc::sigemptyset(set.as_mut_ptr());
-            libc::sigaddset(set.as_mut_ptr(), self.signal);
-            set.assume_init()
+            libc::sigemptyset(only.as_mut_ptr());
+            libc::sigaddset(only.as_mut_ptr(), self.signal);
+            while libc::sigtimedwait(only.as_ptr(), null_mut(), &raw const none) == self.signal {}
         }
     }
 }
 
 /// A POSIX timer that sends the kick signal to the thread that made it.
 #[derive(Debug)]
-pub(crate) struct Timer(libc::timer_t);
+pub(crate) struct Timer {
+    id: libc::timer_t,
+    /// The number of that thread's mask.
+    mask: u32,
+}
 
 // SAFETY: a timer is the process's, not a thread's; arming takes `&mut self`.
 unsafe impl Send for Timer {}
@@ -91,19 +174,25 @@ unsafe impl Send for Timer {}
 unsafe impl Sync for Timer {}
 
 impl Timer {
-    pub(crate) fn new(signal: &KickSignal) -> io::Result<Self> {
+    fn new(signal: i32) -> io::Result<Self> {
         // SAFETY: a zeroed sigevent is valid; timer_create reads it and writes the timer's id.
         unsafe {
             let mut event: libc::sigevent = zeroed();
             event.sigev_notify = libc::SIGEV_THREAD_ID;
-            event.sigev_signo = signal.signal;
+            event.sigev_signo = signal;
             event.sigev_notify_thread_id = libc::gettid();
-            let mut timer = zeroed();
-            match libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) {
-                0 => Ok(Self(timer)),
+            let mut id = zeroed();
+            match libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut id) {
+                0 => Ok(Self { id, mask: MASK.get() }),
                 _ => Err(io::Error::last_os_error()),
             }
         }
+    }
+
+    /// Whether it kicks the calling thread, and the signal was not found open there since. One load.
+    #[inline]
+    pub(crate) fn is_here(&self) -> bool {
+        self.mask == MASK.get()
     }
 
     /// Kicks once, after `time`.
@@ -111,7 +200,7 @@ impl Timer {
         self.set(time.max(1));
     }
 
-    /// Kicks no more, nor does what was sent before.
+    /// Kicks no more, nor does what was sent before. On its own thread.
     pub(crate) fn disarm(&mut self, signal: &KickSignal) {
         self.set(0);
         signal.drain();
@@ -125,13 +214,13 @@ impl Timer {
         };
         let spec = libc::itimerspec { it_interval: once, it_value: value };
         // SAFETY: reads `spec`; the timer is ours and exists. It cannot fail with valid times.
-        unsafe { libc::timer_settime(self.0, 0, &raw const spec, std::ptr::null_mut()) };
+        unsafe { libc::timer_settime(self.id, 0, &raw const spec, null_mut()) };
     }
 }
 
 impl Drop for Timer {
     fn drop(&mut self) {
         // SAFETY: our own timer.
-        unsafe { libc::timer_delete(self.0) };
+        unsafe { libc::timer_delete(self.id) };
     }
 }

@@ -7,14 +7,16 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use kvm_bindings::{kvm_dirty_log, kvm_enable_cap};
 
 use super::SignalsBlocked;
+use super::guarded::Guarded;
 
 /// What one reset did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Reset {
     /// Entries given back, over all rings of the VM, whoever collected them.
     pub(crate) entries: u32,
-    /// The thread was switched out on the way: perhaps stopped or traced, which no mask prevents, and then pages may have
-    /// been left unprotected although every entry is counted.
+    /// The thread gave up its CPU by itself on the way, as one does that is stopped, traced or frozen, which no mask
+    /// prevents; or nobody can tell. Then pages may have been left unprotected although every entry is counted. That it was
+    /// preempted is no such sign: the kernel goes on where it was.
     pub(crate) disturbed: bool,
 }
 
@@ -26,7 +28,8 @@ pub(crate) trait Kernel: std::fmt::Debug + Send + Sync {
     fn enable(&self, capability: u32, argument: u64) -> io::Result<()>;
     /// `KVM_RESET_DIRTY_RINGS`, with every signal blocked.
     fn reset(&self) -> io::Result<Reset>;
-    /// `KVM_GET_DIRTY_LOG`: ORs the slot's backup bitmap into `words` and clears it.
+    /// `KVM_GET_DIRTY_LOG`: ORs the slot's backup bitmap into `words` and clears it. `EFAULT` where the slot has more pages in
+    /// KVM than `words` has bits: then the bitmap was cleared and is lost.
     fn backup_log(&self, slot: u32, words: &mut [u64]) -> io::Result<()>;
 }
 
@@ -66,10 +69,10 @@ impl VmFd {
 
     /// [`Kernel::reset`] with the signal mask that the thread has.
     pub(super) fn reset_as_it_is(&self) -> io::Result<Reset> {
-        let before = context_switches();
+        let before = voluntary_switches();
         // SAFETY: takes nothing.
         let entries = unsafe { self.ioctl(KVM_RESET_DIRTY_RINGS, 0) }?;
-        Ok(Reset { entries, disturbed: context_switches() != before })
+        Ok(Reset { entries, disturbed: before.is_none() || voluntary_switches() != before })
     }
 }
 
@@ -96,24 +99,20 @@ impl Kernel for VmFd {
     }
 
     fn backup_log(&self, slot: u32, words: &mut [u64]) -> io::Result<()> {
-        let mut log = vec![0u64; words.len()];
+        let mut log = Guarded::new(words.len())?;
         let mut request = kvm_dirty_log { slot, ..Default::default() };
-        request.__bindgen_anon_1.dirty_bitmap = log.as_mut_ptr().cast();
-        // SAFETY: takes a pointer to the struct; it writes the slot's bits to the bitmap, which the caller sized by the
-        // slot's pages, rounded up to 64 as the kernel does.
+        request.__bindgen_anon_1.dirty_bitmap = log.start();
+        // SAFETY: takes a pointer to the struct; it writes the bits of KVM's slot to the bitmap, as many as that has, which
+        // `Guarded` has room for or refuses.
         unsafe { self.ioctl(KVM_GET_DIRTY_LOG, (&raw const request).addr() as u64) }?;
-        words.iter_mut().zip(log).for_each(|(word, more)| *word |= more);
+        words.iter_mut().zip(log.words()).for_each(|(word, more)| *word |= more);
         Ok(())
     }
 }
 
-/// How often this thread was switched out, willingly or not.
-fn context_switches() -> (libc::c_long, libc::c_long) {
-    let mut usage = MaybeUninit::uninit();
-    // SAFETY: getrusage initialises `usage`; with RUSAGE_THREAD and a valid pointer it cannot fail.
-    let usage: libc::rusage = unsafe {
-        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
-        usage.assume_init()
-    };
-    (usage.ru_nvcsw, usage.ru_nivcsw)
+/// How often this thread gave up its CPU by itself; `None` where that is not told (seccomp).
+fn voluntary_switches() -> Option<libc::c_long> {
+    let mut usage = MaybeUninit::<libc::rusage>::uninit();
+    // SAFETY: getrusage initialises `usage` where it returns 0, and is asked for what it wrote only then.
+    unsafe { (libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) == 0).then(|| usage.assume_init().ru_nvcsw) }
 }

@@ -1,8 +1,10 @@
 //! Everything that talks to the kernel: ioctls, mappings, futexes, clocks. The rest of the crate is safe code.
 
 mod futex;
+mod guarded;
 mod kick;
 mod kvm;
+mod limiter;
 mod mapping;
 #[cfg(feature = "planted-bugs")]
 mod planted;
@@ -10,8 +12,9 @@ mod sched;
 mod signals;
 
 pub(crate) use futex::{Wait, wait, wake};
-pub(crate) use kick::{KickSignal, Timer};
+pub(crate) use kick::{KickSignal, Timer, claim};
 pub(crate) use kvm::{Kernel, Reset, VmFd};
+pub(crate) use limiter::new_limiter;
 pub(crate) use mapping::{RingPages, RunPage};
 #[cfg(feature = "planted-bugs")]
 pub(crate) use planted::Planted;
@@ -19,6 +22,8 @@ pub(crate) use planted::Planted;
 pub use planted::PlantedBug;
 pub(crate) use sched::wake_promptly;
 pub(crate) use signals::SignalsBlocked;
+#[cfg(any(test, feature = "planted-bugs"))]
+pub(crate) use signals::blocked_signals;
 
 use dirtylimit_core::Nanos;
 

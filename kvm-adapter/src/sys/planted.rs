@@ -2,9 +2,9 @@
 //! build: only this crate's own tests switch the feature `planted-bugs` on.
 
 use std::io;
-use std::mem::MaybeUninit;
 
 use super::kvm::{Kernel, Reset, VmFd};
+use super::signals::set_mask;
 
 /// Which precaution to leave out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -69,15 +69,8 @@ impl Kernel for Planted {
 }
 
 fn with_open_signals<T>(call: impl FnOnce() -> T) -> T {
-    let (mut none, mut before) = (MaybeUninit::uninit(), MaybeUninit::<libc::sigset_t>::uninit());
-    // SAFETY: sigemptyset initialises `none`, pthread_sigmask reads it and initialises `before`; neither can fail for
-    // valid pointers and SIG_SETMASK.
-    unsafe {
-        libc::sigemptyset(none.as_mut_ptr());
-        libc::pthread_sigmask(libc::SIG_SETMASK, none.as_ptr(), before.as_mut_ptr());
-    }
+    let before = set_mask(0);
     let result = call();
-    // SAFETY: `before` is the mask that this thread had.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut()) };
+    set_mask(before);
     result
 }

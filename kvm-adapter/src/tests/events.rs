@@ -5,11 +5,11 @@ use std::sync::{Mutex, Once};
 use std::thread;
 use std::time::Duration;
 
-use dirtylimit_core::{Stepped, VmCell};
+use dirtylimit_core::{SECOND, Stepped, VmCell};
 use log::Level::{self, Error, Info, Warn};
 use log::{LevelFilter, Log, Metadata, Record};
 
-use crate::fake::{Fake, Goes, PAGES};
+use crate::fake::{Fake, Goes, PAGES, SLOT};
 use crate::{DirtyLimit, PageRate, Shipped, sys};
 
 thread_local!(static TOLD: RefCell<Vec<(Level, String)>> = const { RefCell::new(Vec::new()) });
@@ -61,6 +61,7 @@ fn info(message: &str) -> Vec<(Level, String)> {
 fn what_the_control_plane_does_is_told_once() {
     let (fake, limit) = vm();
     let enabled = told();
+    limit.tick();
     assert!(matches!(&enabled[..], [(Info, message)] if message.starts_with("enabled: dirty rings of 1024")));
     let file = fake.vcpu(1024);
     let vcpu = limit.add_vcpu(3, &file).unwrap();
@@ -170,15 +171,55 @@ fn a_soft_limit_that_is_not_as_assumed_is_told() {
 
 #[test]
 fn a_tick_that_comes_too_late_says_so() {
-    let (_fake, limit) = vm();
+    let (fake, limit) = vm();
+    let late = || {
+        limit.vm().limiter.tick(sys::now() - 2 * VmCell::LEASE);
+        limit.tick();
+        limit.tick();
+        told()
+    };
     told();
-    limit.tick();
-    limit.tick();
-    assert_eq!(told(), []);
+    assert_eq!(late(), [], "there is no limit that could lapse");
+    let _vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+    limit.set_limit(0, PageRate::from_pages_per_sec(1000)).unwrap();
+    told();
+    let lapsed = (Warn, "no tick has come for over 5 s: limits have lapsed".to_owned());
+    let holds = (Info, "limits hold again".to_owned());
+    assert_eq!(late(), [lapsed.clone(), holds.clone()]);
+    // Where no tick ever comes, whoever takes the log tells.
     limit.vm().limiter.tick(sys::now() - 2 * VmCell::LEASE);
+    limit.pass().unwrap();
+    limit.pass().unwrap();
+    assert_eq!(told(), [lapsed]);
     limit.tick();
-    limit.tick();
-    assert!(matches!(&told()[..], [(Warn, message)] if message.contains("no tick for over 5 s")));
+    assert_eq!(told(), [holds]);
+}
+
+#[test]
+fn a_limit_that_is_not_enforced_is_told_once_and_when_it_is_again() {
+    let (fake, limit) = vm();
+    let _vcpu = limit.add_vcpu(7, &fake.vcpu(1024)).unwrap();
+    limit.set_limit(7, PageRate::from_pages_per_sec(500)).unwrap();
+    // So that none of the ticks to come is a lease away from our clock.
+    let mut now = sys::now() - 4 * SECOND;
+    limit.vm().limiter.tick(now);
+    told();
+    // Each second somebody empties the ring, so that nothing ends the vCPU's run.
+    let mut seconds = |pages| {
+        for _ in 0..3 {
+            assert_eq!(u64::from(fake.write_all(0, 0..pages)), pages, "a ring that fills");
+            limit.take_dirty_log(SLOT).unwrap();
+            now += SECOND;
+            limit.vm().limiter.tick(now);
+            limit.sync().unwrap();
+        }
+        told()
+    };
+    let unpaid = "the limit of vCPU 7 is not enforced: its thread does not pay: nothing ends its run (a smaller ring or a kick \
+                  would), or before_run is not called";
+    assert_eq!(seconds(900), [(Warn, unpaid.to_owned())]);
+    assert_eq!(seconds(900), []);
+    assert_eq!(seconds(100), info("the limit of vCPU 7 is enforced again, or lifted"));
 }
 
 #[test]

@@ -1,8 +1,12 @@
 //! What Prometheus is told, and how.
 
 use std::collections::BTreeMap;
+use std::fs::{OpenOptions, Permissions};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::process::Command;
 use std::time::Duration;
 
 use dirtylimit_core::Page;
@@ -10,7 +14,7 @@ use dirtylimit_core::Page;
 use crate::fake::{Fake, Goes, PAGES, SLOT};
 use crate::metrics::{Metrics, MetricsServer};
 use crate::sys::page_size;
-use crate::{DirtyLimit, PageRate, Vcpu};
+use crate::{DirtyLimit, Error, PageRate, Vcpu};
 
 /// Two vCPUs, the first one limited and throttled, under a budget; the second wrote 100 pages.
 fn vm() -> (Fake, DirtyLimit, [Vcpu; 2]) {
@@ -39,7 +43,7 @@ fn samples(text: &str) -> BTreeMap<&str, f64> {
 fn the_counters_are_those_of_query_and_stats() {
     let (fake, limit, _vcpus) = vm();
     fake.script([Goes::Disturbed]);
-    limit.sync().unwrap();
+    assert!(matches!(limit.sync(), Err(Error::UnknownPages { pages: 1, slot: SLOT })));
     let text = limit.metrics().openmetrics();
     let (samples, stats) = (samples(&text), limit.stats());
     let page = f64::from(page_size());
@@ -147,6 +151,54 @@ fn a_file_is_replaced_whole_or_left_alone() {
     metrics.write(&taken).unwrap_err();
     metrics.write(&folder.join("none/vm.prom")).unwrap_err();
     assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 2, "nothing is left behind");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn nothing_but_a_regular_file_is_replaced() {
+    let (_fake, limit, _vcpus) = vm();
+    let metrics = limit.metrics();
+    let folder = std::env::temp_dir().join(format!("dirtylimit-metrics-kinds-{}", std::process::id()));
+    let elsewhere = folder.join("elsewhere");
+    std::fs::create_dir_all(&elsewhere).unwrap();
+    // Links are followed, one to a file that is not there yet among them.
+    let (link, file) = (folder.join("link.prom"), elsewhere.join("vm.prom"));
+    symlink("again", &link).unwrap();
+    symlink("elsewhere/vm.prom", folder.join("again")).unwrap();
+    for _ in 0..2 {
+        metrics.write(&link).unwrap();
+        assert!(link.is_symlink() && folder.join("again").is_symlink());
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), metrics.prometheus());
+        std::fs::set_permissions(&file, Permissions::from_mode(0o604)).unwrap();
+    }
+    metrics.write(&file).unwrap();
+    assert_eq!(std::fs::metadata(&file).unwrap().mode() & 0o777, 0o604, "a new one has the old one's permissions");
+    let ring = folder.join("ring.prom");
+    symlink(&ring, &ring).unwrap();
+    assert_eq!(metrics.write(&ring).unwrap_err().raw_os_error(), Some(libc::ELOOP));
+
+    let pipe = folder.join("pipe");
+    let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success());
+    assert_eq!(metrics.write(&pipe).unwrap_err().raw_os_error(), Some(libc::ENXIO), "nobody reads it, nobody waits");
+    let mut reader = OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
+    metrics.write(&pipe).unwrap();
+    assert!(std::fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
+    let mut text = vec![0; metrics.prometheus().len()];
+    reader.read_exact(&mut text).unwrap();
+    assert_eq!(text, metrics.prometheus().as_bytes());
+
+    let socket = folder.join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    metrics.write(&socket).unwrap();
+    let mut text = String::new();
+    listener.accept().unwrap().0.read_to_string(&mut text).unwrap();
+    assert_eq!(text, metrics.prometheus());
+
+    let names = std::fs::read_dir(&folder).unwrap().chain(std::fs::read_dir(&elsewhere).unwrap());
+    let mut names: Vec<_> = names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    assert_eq!(names, ["again", "elsewhere", "link.prom", "pipe", "ring.prom", "socket", "vm.prom"], "nothing is left");
     std::fs::remove_dir_all(&folder).unwrap();
 }
 

@@ -72,9 +72,11 @@ fn a_pass_leaves_the_slice_alone_and_a_take_is_complete() {
     let slice = throttled(&fake, &limit, &mut vcpu, 20_000);
     let pass = limit.pass().unwrap();
     assert_eq!((pass.published, pass.held_back), (0, u64::from(SOFT - slice)));
+    assert_eq!((limit.held_back(0).ok(), limit.held_back(1).ok()), (Some(SOFT - slice), None));
     assert_eq!(pages(&limit.take_published(SLOT).unwrap()).len(), slice as usize);
     assert_eq!(limit.query(0).unwrap().totals.net_pages, u64::from(SOFT));
     assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), (SOFT - slice) as usize);
+    assert_eq!(limit.held_back(0).unwrap(), 0);
     let totals = limit.query(0).unwrap().totals;
     assert_eq!((totals.net_pages, totals.gross_pages), (u64::from(SOFT), u64::from(SOFT)));
 }
@@ -248,8 +250,7 @@ fn a_handle_comes_back_to_the_same_ring() {
     let mut ended = vcpu;
     ended.ring_full();
     drop(ended);
-    // The descriptor is not looked at: the ring outlived it.
-    let mut vcpu = limit.add_vcpu(0, &std::io::stderr()).unwrap();
+    let mut vcpu = limit.add_vcpu(0, &file).unwrap();
     vcpu.before_run().unwrap();
     vcpu.ring_full();
     vcpu.before_run().unwrap();
@@ -277,6 +278,6 @@ fn a_removed_vcpu_leaves_its_pages_and_nothing_else() {
 fn a_descriptor_that_is_no_vcpus_is_refused() {
     let (_fake, limit, _file, _vcpu) = vm();
     let error = limit.add_vcpu(1, &File::open("/dev/null").unwrap()).unwrap_err();
-    assert!(error.to_string().contains("dirty ring"), "{error}");
+    assert!(error.to_string().contains("mapping the vCPU's"), "{error}");
     assert_eq!(limit.vcpus(), [0]);
 }

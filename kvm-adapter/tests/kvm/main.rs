@@ -3,9 +3,13 @@
 mod changes;
 mod common;
 mod disturbed;
+mod held;
+mod kicks;
 mod machines;
+mod manual;
 mod overrun;
 mod rig;
 mod rounds;
 mod soak;
 mod stopped;
+mod storms;

@@ -244,6 +244,22 @@ impl Rig {
         Ok(())
     }
 
+    /// Stops every vCPU and protects all pages again, as a VMM does that wants none to be suspect.
+    pub(crate) fn rearm(&mut self) -> Result<()> {
+        for index in 0..self.vcpus.len() {
+            self.stop(index)?;
+        }
+        let mut copies = self.copies();
+        for index in 0..self.vcpus.len() {
+            let (slot, pages) = (u32::try_from(index)?, self.pages(index));
+            self.set_region(index, pages.len(), false)?;
+            self.set_region(index, pages.len(), true)?;
+            copies.copy.take_at(pages.start, &self.limit.take_dirty_log(slot)?, None)?;
+            self.limit.trust_slot(slot)?;
+        }
+        Ok(())
+    }
+
     fn set_region(&self, index: usize, pages: usize, logged: bool) -> Result<()> {
         let first = self.pages(index).start as u64 * 4096;
         let region = kvm_userspace_memory_region {

@@ -154,6 +154,17 @@ impl Halted {
         }
     }
 
+    /// Stops it and lets it go on, perhaps before it has noticed.
+    pub(crate) fn stop_and_continue(&self, between: impl FnOnce()) -> Result<()> {
+        self.signal(libc::SIGSTOP)?;
+        between();
+        self.signal(libc::SIGCONT)
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.0.id()
+    }
+
     fn signal(&self, signal: i32) -> Result<()> {
         // SAFETY: our own child, not waited for yet, so that its number is its own.
         ensure!(unsafe { libc::kill(libc::pid_t::try_from(self.0.id())?, signal) } == 0);

@@ -7,14 +7,17 @@ use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
-use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_regs, kvm_run, kvm_segment};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, Msrs, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::layout::{self, DOORBELL_BYTES, PAGE_TABLES};
 use super::memory::GuestMemory;
 use crate::payload::IMAGE_ADDRESS;
 use crate::units::PAGE_SIZE;
+
+/// Where a guest says that it wants to be told of stolen time: the address, and 1 for yes.
+const MSR_KVM_STEAL_TIME: u32 = 0x4b56_4d03;
 
 /// Why a vCPU left the guest, where that is no fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +101,22 @@ impl GuestCpu {
         unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
         // SeqCst with `kick`: either it sees the thread, or this thread's next KVM_RUN sees the request to exit.
         self.kicker.0.thread.store(thread, Ordering::SeqCst);
+    }
+
+    /// Has KVM keep the time stolen from this vCPU at the guest-physical `address`, as a Linux guest asks it to. KVM then
+    /// writes there, and logs that page, at nearly every entry and exit.
+    ///
+    /// # Errors
+    /// A host that does not count stolen time; an address that is no multiple of 64, or has no memory.
+    pub fn enable_steal_time(&self, address: u64) -> Result<()> {
+        let index = self.index;
+        let in_memory = address % 64 == 0 && address < self.doorbell;
+        ensure!(in_memory, "vCPU {index}: no place for the stolen time: {address:#x}");
+        let entry = kvm_msr_entry { index: MSR_KVM_STEAL_TIME, data: address | 1, ..Default::default() };
+        let msrs = Msrs::from_entries(&[entry]).context("a list of one MSR")?;
+        let set = self.fd.set_msrs(&msrs).with_context(|| format!("vCPU {index}: KVM_SET_MSRS"))?;
+        ensure!(set == 1, "vCPU {index}: this host's KVM tells no guest of stolen time (it needs CONFIG_SCHED_INFO)");
+        Ok(())
     }
 
     /// Runs the guest until something happens.
@@ -224,7 +243,9 @@ fn install_kick_handler() {
     });
 }
 
-/// Long mode at CPL 3, as KVM.md's hosts and VT-x and SVM ones all run it: identity page tables, no IDT, no interrupts.
+/// Long mode at CPL 3, as KVM.md's hosts and VT-x and SVM ones all run it: identity page tables, no IDT. Interrupts are
+/// allowed (RFLAGS.IF) though none is ever injected: where KVM itself runs in Bochs, a guest that masks them masks the
+/// host's too.
 fn start_state(fd: &VcpuFd, stats: u64, parameters: u64, stack: u64) -> Result<()> {
     let mut sregs = fd.get_sregs()?;
     let segment = |selector, type_, l, db| kvm_segment {

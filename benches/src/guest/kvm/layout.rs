@@ -9,6 +9,7 @@
 //! | 0x200000 | stats pages, one per vCPU |
 //! | 0x280000 | parameter blocks, one page per vCPU |
 //! | 0x300000 | stacks, 16 KiB per vCPU |
+//! | 0x400000 | steal-time pages, one per vCPU; KVM writes them where they are turned on |
 //! | 0x1000000 | workload memory, each vCPU's from the next multiple of 2 MiB |
 //! | end of RAM | 2 MiB that are mapped for the guest but have no memory: the doorbell |
 
@@ -36,15 +37,21 @@ pub(crate) const PARAMETERS: u64 = 0x28_0000;
 pub(crate) const STACKS: u64 = 0x30_0000;
 /// Bytes of a vCPU's stack.
 pub(crate) const STACK_BYTES: u64 = 0x4000;
+/// Where the first vCPU's steal-time page is; the others' follow it.
+pub(crate) const STEAL_TIMES: u64 = 0x40_0000;
 /// RAM is a multiple of it.
 pub(crate) const HUGE_PAGE: u64 = 2 << 20;
 /// The page directories must end below the image: one page of them maps 1 GiB.
 const MAX_RAM: u64 = 64 << 30;
 const _: () = assert!(PAGE_TABLES + (2 + MAX_RAM / (1 << 30)) * PAGE_SIZE as u64 <= IMAGE_ADDRESS);
-const _: () = assert!(STACKS + MAX_VCPUS as u64 * STACK_BYTES <= WORKLOAD_ADDRESS);
+const _: () = assert!(STACKS + MAX_VCPUS as u64 * STACK_BYTES <= STEAL_TIMES);
+const _: () = assert!(STEAL_TIMES + MAX_VCPUS as u64 * PAGE_SIZE as u64 <= WORKLOAD_ADDRESS);
 
 /// Empty loop turns between the writes of [`Workload::Slow`]: about 10 µs.
 const SLOW_DELAY: u64 = 20_000;
+/// The same of [`Workload::Steady`]: with them an access is some 530 instructions, so a CPU of 500 million instructions a
+/// second dirties 0.9 million pages in it.
+const STEADY_DELAY: u64 = 250;
 
 /// What one vCPU works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,13 +77,17 @@ impl Load {
     /// What does `workload`.
     pub(crate) fn of(workload: Workload) -> Self {
         let mode = match workload {
-            Workload::Write(_) | Workload::Slow(_) => Mode::Write,
+            Workload::Write(_) | Workload::Slow(_) | Workload::Steady(_) => Mode::Write,
             Workload::Random(_) => Mode::Random,
             Workload::Read(_) => Mode::Read,
             Workload::Burst(_) => Mode::Burst,
             Workload::Idle => Mode::Idle,
         };
-        let delay = if matches!(workload, Workload::Slow(_)) { SLOW_DELAY } else { 0 };
+        let delay = match workload {
+            Workload::Slow(_) => SLOW_DELAY,
+            Workload::Steady(_) => STEADY_DELAY,
+            _ => 0,
+        };
         Self { delay, ..Self::new(mode, workload.bytes()) }
     }
 

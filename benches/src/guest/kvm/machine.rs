@@ -27,6 +27,7 @@ use kvm_ioctls::VmFd;
 use super::cpu::{self, GuestCpu};
 use super::layout::{
     DOORBELL_BYTES, HUGE_PAGE, Layout, Load, MAX_VCPUS, PAGE_TABLES, PARAMETERS, STACK_BYTES, STACKS, STATS,
+    STEAL_TIMES,
 };
 use super::memory::GuestMemory;
 use crate::payload::{self, IMAGE_ADDRESS, stats};
@@ -128,6 +129,15 @@ impl Machine {
         let block = self.layout.parameters(index, cpu.tsc_hz(), self.layout.ram());
         self.memory.write(parameters, &block.words());
         Ok(cpu)
+    }
+
+    /// Guest-physical address of the page for [`GuestCpu::enable_steal_time`] of vCPU `index`. Nothing else uses it.
+    ///
+    /// # Panics
+    /// If there is no load of that index.
+    pub fn steal_time(&self, index: usize) -> u64 {
+        assert!(index < self.layout.vcpus(), "no vCPU {index}");
+        STEAL_TIMES + index as u64 * u64::from(PAGE_SIZE)
     }
 
     /// What vCPU `index` counts.

@@ -1,12 +1,12 @@
 //! A run's counters for Prometheus, over HTTP or in a file.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dirtylimit_kvm::DirtyLimit;
 use dirtylimit_kvm::metrics::{Metrics, MetricsServer};
 
+use crate::output::{Output, tell};
 use crate::plan::MetricsTo;
 
 /// Distance between two writes of the file.
@@ -16,7 +16,7 @@ const WRITE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Exporter {
     _server: Option<MetricsServer>,
-    file: Option<PathBuf>,
+    file: Option<Output>,
     metrics: Metrics,
     /// When the file is next due.
     next: Instant,
@@ -28,10 +28,10 @@ impl Exporter {
         match to {
             MetricsTo::Address(address) => {
                 let server = exporter.metrics.serve(*address).with_context(|| format!("--metrics {address}"))?;
-                eprintln!("Metrics are at http://{}/metrics.", server.address());
+                tell(format_args!("Metrics are at http://{}/metrics.", server.address()));
                 exporter._server = Some(server);
             }
-            MetricsTo::File(file) => exporter.file = Some(file.clone()),
+            MetricsTo::File(file) => exporter.file = Some(Output::prepare("--metrics", file)?),
         }
         exporter.write()?;
         Ok(exporter)
@@ -45,7 +45,7 @@ impl Exporter {
     /// Writes the file, if there is one.
     pub(super) fn write(&mut self) -> Result<()> {
         self.next = Instant::now() + WRITE;
-        let Some(file) = &self.file else { return Ok(()) };
-        self.metrics.write(file).with_context(|| format!("cannot write {}", file.display()))
+        let Some(file) = &mut self.file else { return Ok(()) };
+        file.write(self.metrics.prometheus())
     }
 }

@@ -62,6 +62,9 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
     let vcpus = (0..loads.len())
         .map(|index| {
             let cpu = machine.vcpu(index)?;
+            if plan.steal_time {
+                cpu.enable_steal_time(machine.steal_time(index)).context("--steal-time")?;
+            }
             let vcpu = limit.add_vcpu(id(index), cpu.fd()).with_context(|| format!("cannot add vCPU {index}"))?;
             Ok((cpu, vcpu))
         })
@@ -200,6 +203,7 @@ impl Run<'_> {
             vcpu.paused = Duration::from_micros(last.paused_us - first.paused_us);
             vcpu.net_pages = last.net_pages - first.net_pages;
             vcpu.gross_pages = last.gross_pages - first.gross_pages;
+            vcpu.held_back_pages = self.limit.held_back(id(index)).with_context(|| format!("vCPU {index}"))?;
         }
         Ok(())
     }
@@ -213,6 +217,8 @@ impl Run<'_> {
         let log = limit.take_dirty_log(SLOT).context("the last sync of the dirty log")?;
         shadow.copy(&log)?;
         done.recording.lost_pages = Some(shadow.lost().len() as u64);
+        let stats = limit.stats();
+        (done.recording.suspect_pages, done.recording.suspect_resets) = (stats.suspect_pages, stats.suspect_resets);
         drop(stopped);
         Ok(done)
     }
@@ -351,6 +357,7 @@ fn recorded(workload: Workload, load: &Load, cpu: &GuestCpu) -> VcpuRecording {
         paused: Duration::ZERO,
         net_pages: 0,
         gross_pages: 0,
+        held_back_pages: 0,
     }
 }
 

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use dirtylimit_core::PageRate;
 
-use super::{Hold, MAX_VCPUS, Script, kvm_or_skip, run, run_scripted};
+use super::{Hold, Load, MAX_VCPUS, Machine, Script, kvm_or_skip, run, run_scripted};
 use crate::guest::{Phase, Progress, VcpuNow};
-use crate::payload;
+use crate::payload::{self, Mode};
 use crate::plan::{Plan, Step, VcpuPlan};
 use crate::record::{PolicyKind, Recording};
 use crate::workload::Workload;
@@ -45,6 +45,7 @@ fn plan(workloads: &[Workload]) -> Plan {
         payload: None,
         qmp: None,
         metrics: None,
+        steal_time: false,
     }
 }
 
@@ -91,6 +92,37 @@ fn every_workload_is_recorded_and_no_page_is_lost() {
             let touches = vcpu.workload != Workload::Idle;
             assert_eq!(vcpu.free_accesses + vcpu.limited_accesses > 0, touches, "{:?}", vcpu.workload);
         }
+    }
+}
+
+#[test]
+fn kvm_logs_the_steal_time_page_and_its_copy_is_right() {
+    if !kvm_or_skip() {
+        return;
+    }
+    // Who touches no memory but its own stats page: what comes beside that is KVM's own.
+    let entries = |steal_time| {
+        let plan =
+            Plan { steal_time, pass: Duration::from_millis(10), ..plan(&[Workload::Idle, Workload::Steady(8 * MIB)]) };
+        let recording = watched(&plan, None).0.unwrap();
+        assert_eq!((recording.lost_pages, recording.steal_time), (Some(0), steal_time));
+        recording.vcpus[0].gross_pages
+    };
+    let (without, with) = (entries(false), entries(true));
+    assert!(with > without + 10, "{with} entries with steal time, {without} without");
+}
+
+#[test]
+fn a_place_for_the_stolen_time_must_be_in_memory() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let machine = Machine::new(&[Load::new(Mode::Write, MIB)], payload::image()).unwrap();
+    machine.plug_memory(true).unwrap();
+    let cpu = machine.vcpu(0).unwrap();
+    cpu.enable_steal_time(machine.steal_time(0)).unwrap();
+    for wrong in [machine.steal_time(0) + 8, machine.memory().bytes() as u64] {
+        assert!(cpu.enable_steal_time(wrong).unwrap_err().to_string().contains("no place for the stolen time"));
     }
 }
 

@@ -89,6 +89,7 @@ mod tests {
             payload: None,
             qmp: None,
             metrics: None,
+            steal_time: false,
         };
         let holds = vec![Hold { after: ms(100), held: vec![0] }, Hold { after: ms(300), held: vec![] }];
         let script = Script { holds, time_ticks: false };

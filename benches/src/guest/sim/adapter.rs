@@ -30,6 +30,8 @@ pub(super) struct Place {
     pub(super) want: u32,
     /// Pages that were counted when they were metered, and again dirty when they were published: they are sent once.
     pub(super) merged: u32,
+    /// When a pass last found that the vCPU's thread has not noticed its limit.
+    unnoticed: Option<Nanos>,
     index: VcpuIndex,
 }
 
@@ -82,6 +84,7 @@ impl<P: Policy> Adapter<P> {
             stretched: false,
             want: 0,
             merged: 0,
+            unnoticed: None,
             index,
         });
         self.kernel.push(kernel);
@@ -168,18 +171,31 @@ impl<P: Policy> Adapter<P> {
     }
 
     /// What a running pass collects of each ring.
-    pub(super) fn pass(&self) -> Vec<u32> {
-        let of = |vcpu: usize| {
-            let ring = &self.places[vcpu].ring;
-            match self.places[vcpu].slice {
-                _ if self.machine.fault == Some(Fault::NothingHeldBack) => ring.held_back(),
-                // Left to fill, so that it notices.
-                None if ring.size() <= BATCH && self.is_to_notice(vcpu) => 0,
-                None => ring.held_back(),
-                Some(slice) => self.to_collect(vcpu, slice),
+    pub(super) fn pass(&mut self, now: Nanos) -> Vec<u32> {
+        let vcpus = self.places.len();
+        let mut of = |vcpu: usize| match self.places[vcpu].slice {
+            _ if self.machine.fault == Some(Fault::NothingHeldBack) => self.places[vcpu].ring.held_back(),
+            // Left to fill, so that it notices.
+            None if self.is_to_notice(vcpu) => self.allowance(vcpu, now),
+            slice => {
+                self.places[vcpu].unnoticed = None;
+                slice.map_or(self.places[vcpu].ring.held_back(), |slice| self.to_collect(vcpu, slice))
             }
         };
-        (0..self.places.len()).map(of).collect()
+        (0..vcpus).map(&mut of).collect()
+    }
+
+    /// How much of a ring a pass collects whose vCPU has not noticed its limit.
+    fn allowance(&mut self, vcpu: usize, now: Nanos) -> u32 {
+        let place = &mut self.places[vcpu];
+        let since = place.unnoticed.unwrap_or(now);
+        let Some(limit) = self.limiter.query(place.index, now).and_then(|status| status.effective_limit) else {
+            return place.ring.held_back();
+        };
+        let allowed = limit.price().pages_for(now.saturating_sub(since));
+        let count = allowed.min(place.ring.held_back());
+        place.unnoticed = Some(if count < allowed { now } else { since + limit.price().of(count) });
+        count
     }
 
     /// Begins to free what vCPUs wait for: as [`Adapter::begin_reset`], and then [`Adapter::finish_serving`].

@@ -6,6 +6,8 @@ use dirtylimit_core::Nanos;
 pub(super) const TOUCH: Nanos = 100;
 /// Work that `slow` does between two writes.
 pub(super) const SLOW_WORK: Nanos = 10_000;
+/// The same of `steady`: a million pages a second, less what the rest takes.
+pub(super) const STEADY_WORK: Nanos = 900;
 /// Half a period of `burst`.
 pub(super) const HALF_PERIOD: Nanos = 100_000_000;
 /// The guest counts gaps between two accesses from here on as stalls.

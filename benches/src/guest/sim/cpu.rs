@@ -111,7 +111,11 @@ impl Cpu {
         let page = self.choose();
         let access = ring.touch(memory, page, write);
         self.accesses += 1;
-        let work = if matches!(self.workload, Workload::Slow(_)) { costs::SLOW_WORK } else { 0 };
+        let work = match self.workload {
+            Workload::Slow(_) => costs::SLOW_WORK,
+            Workload::Steady(_) => costs::STEADY_WORK,
+            _ => 0,
+        };
         now + TOUCH
             + work
             + match access {

@@ -209,7 +209,7 @@ impl<'a, P: Policy> Run<'a, P> {
         let mut left = match self.pass.take() {
             None => {
                 self.adapter.meter_all();
-                self.adapter.pass()
+                self.adapter.pass(now)
             }
             Some((left, true)) => {
                 self.adapter.finish_reset();
@@ -297,11 +297,12 @@ impl<'a, P: Policy> Run<'a, P> {
             recorded.paused = Duration::from_micros(last.paused_us - first.paused_us);
             recorded.net_pages = last.net_pages - first.net_pages;
             recorded.gross_pages = last.gross_pages - first.gross_pages;
+            recorded.held_back_pages = self.adapter.places[id].ring.held_back();
         }
     }
 
     fn totals(&self, vcpu: usize) -> Totals {
-        self.adapter.limiter.query(self.indices[vcpu]).map_or(Totals::default(), |status| status.totals)
+        self.adapter.limiter.query(self.indices[vcpu], START).map_or(Totals::default(), |status| status.totals)
     }
 
     fn sample(&mut self, now: Nanos) {
@@ -354,5 +355,6 @@ fn recorded(plan: &Plan, index: usize) -> VcpuRecording {
         paused: Duration::ZERO,
         net_pages: 0,
         gross_pages: 0,
+        held_back_pages: 0,
     }
 }

@@ -21,6 +21,7 @@ impl Bench {
 #[test]
 fn limits_are_set_read_and_cancelled() {
     let mut bench = Bench::new();
+    bench.monitor.limit.tick();
     let query = |bench: &mut Bench| bench.execute("query-vcpu-dirty-limit", json!({})).unwrap();
     assert_eq!(query(&mut bench), json!([]));
     let info = |index, limit| json!({ "cpu-index": index, "limit-rate": limit, "current-rate": 0 });
@@ -39,6 +40,22 @@ fn limits_are_set_read_and_cancelled() {
     assert_eq!(bench.limits(), [Some(PageRate::MAX.bytes_per_sec(bench.monitor.limit.page_size()) >> 20); 2]);
     assert_eq!(bench.execute("set-vcpu-dirty-limit", json!({ "dirty-rate": 0 })), done);
     assert_eq!(bench.limits(), [None, None]);
+}
+
+#[test]
+fn a_limit_that_is_not_held_says_why_and_one_below_1_is_not_none() {
+    let mut bench = Bench::new();
+    bench.execute("x-set-vcpu-dirty-limit", json!({ "cpu-index": 1, "dirty-rate": 0.4 })).unwrap();
+    let all = |bench: &mut Bench| bench.execute("x-query-dirty-limit", json!({})).unwrap()["vcpus"][1].take();
+    let info = json!({ "cpu-index": 1, "limit-rate": 1, "current-rate": 0, "x-unenforced": "lapsed" });
+    assert_eq!(bench.execute("query-vcpu-dirty-limit", json!({})), Ok(json!([info])));
+    assert_eq!(all(&mut bench)["unenforced"], "lapsed");
+    assert_eq!(all(&mut bench)["unenforced-because"], "no tick comes, so that limits have lapsed");
+    bench.monitor.limit.tick();
+    let info = json!({ "cpu-index": 1, "limit-rate": 1, "current-rate": 0 });
+    assert_eq!(bench.execute("query-vcpu-dirty-limit", json!({})), Ok(json!([info])));
+    let all = all(&mut bench);
+    assert_eq!((all.get("unenforced"), all.get("unenforced-because")), (None, None));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod commands;
 mod protocol;
+mod qemu;
 mod socket;
 
 use std::time::Instant;

@@ -1,0 +1,100 @@
+//! What a full exit is, and what only looks like one: stale exit reasons, exits that the VMM forgets to tell of, rings that
+//! somebody else empties first.
+
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use crate::fake::{Fake, PAGES, SLOT, immediate_exit};
+use crate::{Config, DirtyLimit, PageRate, Vcpu};
+
+fn vm() -> (Fake, DirtyLimit, File, Vcpu) {
+    let fake = Fake::new();
+    let limit = fake.small();
+    let file = fake.vcpu(1024);
+    let vcpu = limit.add_vcpu(0, &file).unwrap();
+    (fake, limit, file, vcpu)
+}
+
+fn full_exits(limit: &DirtyLimit) -> u64 {
+    limit.meter();
+    limit.query(0).unwrap().totals.full_exits
+}
+
+#[test]
+fn a_stale_exit_reason_is_no_full_exit() {
+    let (fake, limit, _file, mut vcpu) = vm();
+    for _ in 0..1000 {
+        vcpu.ring_full();
+        vcpu.before_run().unwrap();
+    }
+    assert_eq!(full_exits(&limit), 0, "its ring was never full");
+    fake.write_all(0, 0..PAGES);
+    for _ in 0..1000 {
+        vcpu.ring_full();
+        vcpu.before_run().unwrap();
+    }
+    assert_eq!(full_exits(&limit), 1, "one exit, however often its reason is read");
+}
+
+#[test]
+fn kicks_while_a_full_exit_waits_are_no_full_exits() {
+    let (fake, limit, file, mut vcpu) = vm();
+    limit.set_limit(0, PageRate::from_pages_per_sec(1)).unwrap();
+    limit.tick();
+    fake.write_all(0, 0..PAGES);
+    vcpu.ring_full();
+    vcpu.before_run().unwrap();
+    fake.write_all(0, 2000..PAGES);
+    vcpu.ring_full();
+    limit.sync().unwrap();
+    immediate_exit(&file, true);
+    for _ in 0..1000 {
+        assert!(vcpu.before_run().unwrap().interrupted);
+    }
+}
+
+#[test]
+fn a_full_exit_that_the_vmm_does_not_tell_of_is_served() {
+    let (fake, limit, _file, mut vcpu) = vm();
+    for round in 0..5 {
+        assert_eq!(fake.write_all(0, (0..PAGES).cycle().skip(round * 1000)), 960, "round {round}");
+        vcpu.before_run().unwrap();
+    }
+    assert_eq!(full_exits(&limit), 5);
+}
+
+#[test]
+fn a_ring_that_a_copier_empties_before_its_vcpu_is_not_wedged() {
+    let (fake, limit, _file, mut vcpu) = vm();
+    for round in 0..300 {
+        assert_eq!(fake.write_all(0, (0..PAGES).cycle().skip(round * 17)), 960, "round {round}");
+        vcpu.ring_full();
+        limit.sync().unwrap();
+        vcpu.before_run().unwrap();
+    }
+}
+
+#[test]
+fn a_pause_is_no_longer_however_often_its_limit_changes() {
+    const MAX: Duration = Duration::from_secs(1);
+    let fake = Fake::new();
+    let limit = fake.limit(&Config::new().ring_entries(1024).max_pause(MAX)).unwrap();
+    limit.add_slot(SLOT, PAGES).unwrap();
+    let mut vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+    limit.set_limit(0, PageRate::from_pages_per_sec(1)).unwrap();
+    limit.tick();
+    fake.write_all(0, 0..PAGES);
+    vcpu.before_run().unwrap();
+    fake.write_all(0, 2000..PAGES);
+    let (start, mut limits) = (Instant::now(), [2, 1].into_iter().cycle());
+    // Called at each look. The last change comes late in the pause, and is not to begin another.
+    let toggle = || {
+        if start.elapsed() > MAX * 3 / 4 && start.elapsed() < MAX {
+            limit.set_limit(0, PageRate::from_pages_per_sec(limits.next().unwrap())).unwrap();
+        }
+        false
+    };
+    let paid = vcpu.before_run_unless(toggle).unwrap();
+    assert!(paid.paused >= MAX * 9 / 10, "{paid:?}");
+    assert!(paid.paused < MAX * 3 / 2, "{paid:?}");
+}

@@ -1,0 +1,293 @@
+//! Storms: a guest that is copied all the time while something is thrown at the process, for as long as is asked for. No page
+//! may be lost, nothing may fail, and when the memory slot has been armed again no page may be left suspect.
+//!
+//! By hand for longer: `ci/storms.sh`. What is thrown at a process comes from another: a child does the work.
+
+use std::io::BufRead;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use dirtylimit_bench::guest::kvm::{Exit, Load, SLOT, kvm_or_skip};
+use dirtylimit_bench::payload::Mode;
+use dirtylimit_kvm::Config;
+
+use crate::common::{Copy, Limited, drive, machine, vcpu};
+use crate::rig::{Copying, Rig, Watchdog};
+use crate::stopped::{Freezer, Halt, Halted, PAGE, alone};
+
+/// How the child is told what to do: which guest, for how many seconds, and how many resets must have been cut.
+const ROLE: &str = "DIRTYLIMIT_TEST_STORM";
+/// How much longer a storm blows, if it has not cut a reset by then.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Seconds of each storm.
+fn seconds() -> u64 {
+    std::env::var("DIRTYLIMIT_STORM_SECONDS").map_or(3, |text| text.parse().expect("DIRTYLIMIT_STORM_SECONDS"))
+}
+
+/// Signals to the thread that resets: all 64 numbers, but for the two that nobody can catch.
+mod signals {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+    use std::thread;
+    use std::time::Duration;
+
+    static DELIVERED: AtomicU64 = AtomicU64::new(0);
+
+    /// glibc's own, by which `setresuid` reaches every thread.
+    const SETXID: i32 = 33;
+
+    extern "C" fn count(_: libc::c_int) {
+        DELIVERED.fetch_add(1, Relaxed);
+    }
+
+    /// The kernel's `struct sigaction`, as large as any machine's.
+    type Action = [u64; 8];
+
+    fn raw_action(signal: i32, new: *const Action, old: *mut Action) {
+        // SAFETY: reads and writes the kernel's structure, which `Action` has room for; its set of signals has 8 bytes.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, 8usize) }, 0);
+    }
+
+    fn handle_all() -> Vec<i32> {
+        let handled = (1..=64).filter(|signal| ![libc::SIGKILL, libc::SIGSTOP, SETXID].contains(signal));
+        // The C library has one for its own signals only when it needs it, and sets none for us: one that it made is copied.
+        let mut action: Action = [0; 8];
+        let model = libc::SIGRTMIN() + 2;
+        // SAFETY: the handler adds to an atomic.
+        unsafe { libc::signal(model, count as extern "C" fn(libc::c_int) as libc::sighandler_t) };
+        raw_action(model, std::ptr::null(), &raw mut action);
+        // One at a time: a stack has an end.
+        action[3] = u64::MAX;
+        handled.inspect(|signal| raw_action(*signal, &raw const action, std::ptr::null_mut())).collect()
+    }
+
+    /// A storm on the calling thread, until it is dropped.
+    #[derive(Debug)]
+    pub(super) struct Storm(Arc<AtomicBool>);
+
+    impl Storm {
+        pub(super) fn new() -> Self {
+            let (over, numbers) = (Arc::new(AtomicBool::new(false)), handle_all());
+            // SAFETY: the first takes nothing; without an alternative stack, which is too small for two of them, handlers run
+            // on the thread's own.
+            let target = unsafe {
+                let none = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
+                assert_eq!(libc::sigaltstack(&raw const none, std::ptr::null_mut()), 0);
+                libc::gettid()
+            };
+            let is_over = over.clone();
+            thread::spawn(move || {
+                for number in numbers.iter().cycle().take_while(|_| !is_over.load(Relaxed)) {
+                    // SAFETY: numbers in; each has a handler.
+                    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), target, *number) };
+                    thread::sleep(Duration::from_micros(20));
+                }
+            });
+            let is_over = over.clone();
+            thread::spawn(move || {
+                while !is_over.load(Relaxed) {
+                    // SAFETY: numbers in; changes nothing. It signals every thread and waits for each.
+                    unsafe { libc::setresuid(u32::MAX, u32::MAX, u32::MAX) };
+                    DELIVERED.fetch_add(1, Relaxed);
+                }
+            });
+            Self(over)
+        }
+
+        pub(super) fn delivered(&self) -> u64 {
+            DELIVERED.load(Relaxed)
+        }
+    }
+
+    impl Drop for Storm {
+        fn drop(&mut self) {
+            self.0.store(true, Relaxed);
+        }
+    }
+}
+
+/// Runs the guest until its ring is full, a signal comes, or it has written enough.
+fn run_a_while(vcpu: &mut Limited) -> Result<()> {
+    let mut exits = 0;
+    drive(vcpu, |exit| {
+        exits += 1;
+        exit == Exit::RingFull || exits > 200
+    })
+}
+
+/// The process at which things are thrown.
+fn be_stormed(role: &str) -> Result<()> {
+    let [mode, signalled, seconds, cut] = role.split(' ').collect::<Vec<_>>()[..] else { bail!("{role}") };
+    let (least, cut) = (Duration::from_secs(seconds.parse()?), cut.parse::<u64>()?);
+    let mode = if mode == "random" { Mode::Random } else { Mode::Write };
+    let (machine, limit) = machine(&[Load::new(mode, 8192 * PAGE)], &Config::new().ring_entries(4096))?;
+    let mut vcpu = vcpu(&machine, &limit, 0)?;
+    let mut copy = Copy::new(machine.memory());
+    let storm = (signalled == "signalled").then(signals::Storm::new);
+    println!("\nready");
+    let start = Instant::now();
+    let mut takes = 0;
+    let is_over = |suspects| start.elapsed() >= if suspects < cut { least + PATIENCE } else { least };
+    while !is_over(limit.stats().suspect_resets) {
+        run_a_while(&mut vcpu)?;
+        copy.take(&limit.take_dirty_log(SLOT)?)?;
+        takes += 1;
+        if copy.lost() > 0 {
+            break;
+        }
+    }
+    let (lost, stats) = (copy.lost(), limit.stats());
+    if let Some(storm) = storm {
+        ensure!(storm.delivered() > takes, "{} signals in {takes} takes are no storm", storm.delivered());
+    }
+    // As a VMM does that wants no page twice.
+    machine.plug_memory(false)?;
+    machine.plug_memory(true)?;
+    copy.take(&limit.take_dirty_log(SLOT)?)?;
+    limit.trust_slot(SLOT)?;
+    let left = limit.take_dirty_log(SLOT)?.iter().map(|word| word.count_ones()).sum::<u32>();
+    println!("\nended {lost} {} {} {left} {takes}", stats.suspect_resets, stats.suspect_pages);
+    Ok(())
+}
+
+/// Starts a child and throws `storm` at it until it says how it went.
+fn weather(guest: &str, signalled: bool, cut: u32, mut storm: impl FnMut(&Halted) -> Result<()>) -> Result<()> {
+    let signals = if signalled { "signalled" } else { "calm" };
+    let seconds = seconds();
+    let (child, says) = Halted::start((ROLE, &format!("{guest} {signals} {seconds} {cut}")))?;
+    let (said, heard) = mpsc::channel();
+    thread::spawn(move || says.lines().map_while(Result::ok).try_for_each(|line| said.send(line)));
+    let _watchdog = Watchdog::new(Duration::from_secs(seconds) + 2 * PATIENCE);
+    while heard.recv().context("the child ended at once")? != "ready" {}
+    let mut blows = 0;
+    let end = loop {
+        match heard.try_recv() {
+            Ok(line) if line.starts_with("ended ") => break line,
+            Ok(_) => {}
+            Err(mpsc::TryRecvError::Disconnected) => bail!("the child ended without a word, after {blows} blows"),
+            // It may have ended meanwhile.
+            Err(mpsc::TryRecvError::Empty) => blows += u32::from(storm(&child).is_ok()),
+        }
+    };
+    let numbers: Vec<u64> = end.split(' ').skip(1).map(str::parse).collect::<Result<_, _>>()?;
+    let [lost, resets, pages, left, takes] = numbers[..] else { bail!("{end}") };
+    eprintln!(
+        "{guest}: {blows} blows, {takes} takes, {resets} resets cut or disturbed, {pages} pages suspect, {lost} lost"
+    );
+    ensure!(lost == 0, "{lost} pages lost, in take {takes}, after {blows} blows");
+    ensure!(left == 0, "{left} pages are dirty of a guest that stands still, its slot armed again");
+    ensure!(resets >= u64::from(cut), "{blows} blows, and none cut a reset");
+    ensure!(pages <= 64 * resets);
+    Ok(())
+}
+
+fn storm(signalled: bool, cut: u32, mut storm: impl FnMut(&Halted) -> Result<()>) {
+    if let Ok(role) = std::env::var(ROLE) {
+        return be_stormed(&role).unwrap();
+    }
+    let _alone = alone();
+    for guest in ["write", "random"] {
+        weather(guest, signalled, cut, &mut storm).unwrap_or_else(|error| panic!("{guest}: {error:#}"));
+    }
+}
+
+/// Short of what a sleep can measure.
+fn spin(time: Duration) {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        std::hint::spin_loop();
+    }
+}
+
+#[test]
+fn a_storm_of_all_signals() {
+    if kvm_or_skip() {
+        // None of them reaches a reset.
+        storm(true, 0, |_| {
+            thread::sleep(Duration::from_millis(50));
+            Ok(())
+        });
+    }
+}
+
+#[test]
+fn a_storm_of_stops() {
+    if kvm_or_skip() {
+        storm(false, 1, |child| {
+            thread::sleep(Duration::from_micros(fastrand::u64(..3000)));
+            child.halt(&Halt::Stop, Duration::from_micros(fastrand::u64(..2000)))
+        });
+    }
+}
+
+#[test]
+fn a_storm_of_stops_that_last_for_microseconds() {
+    if kvm_or_skip() {
+        storm(false, 1, |child| {
+            spin(Duration::from_micros(fastrand::u64(..200)));
+            child.stop_and_continue(|| spin(Duration::from_micros(fastrand::u64(..20))))
+        });
+    }
+}
+
+#[test]
+fn a_storm_of_tracers() {
+    if kvm_or_skip() {
+        storm(false, 1, |child| {
+            thread::sleep(Duration::from_micros(fastrand::u64(..2000)));
+            child.halt(&Halt::Trace, Duration::from_micros(fastrand::u64(..500)))
+        });
+    }
+}
+
+#[test]
+fn a_storm_of_freezers() {
+    if kvm_or_skip() {
+        for freezer in Freezer::all().unwrap() {
+            let (halt, mut is_ready) = (Halt::Freeze(freezer.clone()), None);
+            storm(false, 1, |child| {
+                if is_ready != Some(child.id()) {
+                    child.prepare(&halt)?;
+                    is_ready = Some(child.id());
+                }
+                thread::sleep(Duration::from_micros(fastrand::u64(..3000)));
+                child.halt(&halt, Duration::from_micros(fastrand::u64(..2000)))
+            });
+            freezer.remove().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_storm_of_slots_and_vcpus_that_come_and_go() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let loads = [Load::new(Mode::Write, 16 << 20), Load::new(Mode::Random, 16 << 20), Load::new(Mode::Random, 4 << 20)];
+    let end = Instant::now() + Duration::from_secs(seconds());
+    let mut rounds = 0;
+    while rounds == 0 || Instant::now() < end {
+        rounds += 1;
+        let mut rig = Rig::running(&loads, &Config::new().ring_entries(1024), Copying::Right).unwrap();
+        for step in 0..20 {
+            let index = 1 + step % 2;
+            rig.stop(index).unwrap();
+            if step % 3 == 0 {
+                rig.remove_slot(index).unwrap();
+                rig.run_for(Duration::from_millis(5)).unwrap();
+                rig.add_slot(index).unwrap();
+            }
+            rig.start(index).unwrap();
+            rig.run_for(Duration::from_millis(20)).unwrap();
+        }
+        // While a slot changes, a reset waits for it, and cannot tell that from being stopped.
+        let stats = rig.limit.stats();
+        assert!(stats.suspect_pages <= 64 * 3 * stats.suspect_resets, "{stats:?}");
+        rig.rearm().unwrap();
+        assert_eq!(rig.limit.stats().suspect_pages, 0);
+        assert_eq!(rig.finish().unwrap(), 0, "round {rounds}");
+    }
+}
