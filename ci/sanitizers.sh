@@ -26,7 +26,7 @@ if [[ ! -d $archives ]]; then
 fi
 
 # Not these: they are slow, and run no code that the others do not run.
-tests=(--skip soak:: --skip stopped:: --skip disturbed:: --skip garbage_is_answered)
+tests=(--skip soak:: --skip storms:: --skip disturbed:: --skip garbage_is_answered)
 
 for kind in "${kinds[@]}"; do
     case $kind in

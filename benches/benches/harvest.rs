@@ -15,7 +15,7 @@ use dirtylimit_kvm::Error;
 #[expect(dead_code, reason = "not all of it is measured")]
 #[path = "../../kvm-adapter/src/slots.rs"]
 mod slots;
-use slots::Slots;
+use slots::{Slot, Slots};
 
 const SIZE: usize = 4096;
 const LOGGED: u32 = 4032;
@@ -59,8 +59,17 @@ fn offset(i: u32) -> u64 {
 
 fn slots() -> Slots {
     let mut slots = Slots::default();
-    slots.add(SLOT, PAGES).expect("a new slot");
+    let slot = Slot::new(SLOT, PAGES).expect("a good size");
+    slots.add(SLOT, slot).expect("a new slot");
     slots
+}
+
+/// The dirty log of [`SLOT`], taken at once.
+fn taken(slots: &mut Slots) -> Vec<u64> {
+    let found = slots.find(SLOT).expect("there is one");
+    let mut words = vec![0; found.words];
+    slots.take(found, 0, &mut words).expect("the same");
+    words
 }
 
 /// A full ring: metered, collected, reset, reclaimed, published. By hand: each entry is copied, marked, emptied, its bit
@@ -74,7 +83,7 @@ fn harvest(criterion: &mut Criterion) {
     let ours = |entries: &Vec<Entry>, slots: &mut Slots, batch: &mut Vec<Page>| {
         let mut ring = Ring::new(entries.as_slice()).expect("a good size");
         let mut net = 0;
-        ring.meter(|page| net += u32::from(slots.meter(page)));
+        ring.meter(|page| net += u32::from(slots.meter(page) == slots::Metered::New));
         ring.collect(LOGGED, |page| batch.push(page));
         entries.iter().map_while(Entry::reset).for_each(drop); // the kernel's part
         ring.reclaim();
@@ -101,7 +110,7 @@ fn harvest(criterion: &mut Criterion) {
     let (mut dirty, mut bitmap) = (slots(), vec![0; PAGES as usize / 64]);
     let (mut batch, mut offsets) = (Vec::with_capacity(SIZE), Vec::with_capacity(SIZE));
     assert_eq!(ours(&full(), &mut dirty, &mut batch), (by_hand(&plain(), &mut bitmap, &mut offsets), 0));
-    assert_eq!(dirty.take(SLOT).expect("there is one"), bitmap);
+    assert_eq!(taken(&mut dirty), bitmap);
 
     let mut group = criterion.benchmark_group("harvest");
     group.throughput(Throughput::Elements(LOGGED.into()));
@@ -123,16 +132,16 @@ fn take(criterion: &mut Criterion) {
         }
         slots
     };
-    let plain = || dirty().take(SLOT).expect("there is one");
+    let plain = || taken(&mut dirty());
     let by_hand = |words: &mut Vec<u64>| -> Vec<u64> { words.iter_mut().map(std::mem::take).collect() };
-    assert_eq!(dirty().take(SLOT).expect("there is one"), by_hand(&mut plain()));
+    assert_eq!(taken(&mut dirty()), by_hand(&mut plain()));
     let mut group = criterion.benchmark_group("take");
     group.throughput(Throughput::Elements(PAGES));
     group.bench_function("move the words, by hand", |bencher| {
         bencher.iter_batched_ref(plain, by_hand, BatchSize::LargeInput);
     });
     group.bench_function("Slots::take", |bencher| {
-        bencher.iter_batched_ref(dirty, |slots| slots.take(SLOT), BatchSize::LargeInput);
+        bencher.iter_batched_ref(dirty, taken, BatchSize::LargeInput);
     });
     group.finish();
 }

@@ -14,7 +14,7 @@ use crate::sync::{Atomic, Ordering, const_fn};
 pub struct Report {
     /// Pages newly dirty since each was last published. Written by whoever owns the ring.
     net: Atomic<u32>,
-    /// Ring entries. Written by whoever owns the ring.
+    /// The guest's ring entries. Written by whoever owns the ring.
     gross: Atomic<u32>,
     /// Exits with a full ring. Written by the vCPU's thread.
     full_exits: Atomic<u32>,
@@ -31,7 +31,7 @@ pub struct Report {
 pub struct Counts {
     /// Pages newly dirty.
     pub net: u32,
-    /// Ring entries.
+    /// The guest's ring entries; KVM's own (see [`crate::own::OwnPages`]) are in the net pages alone, where they are new.
     pub gross: u32,
     /// Exits with a full ring.
     pub full_exits: u32,
@@ -72,7 +72,7 @@ impl Report {
         }
     }
 
-    /// Counts metered entries. For the ring's owner alone.
+    /// Counts metered pages that are newly dirty, and the guest's entries. For the ring's owner alone.
     ///
     /// Wait-free: at most 7 instructions.
     pub fn add_pages(&self, net: u32, gross: u32) {
@@ -156,7 +156,7 @@ impl Default for Report {
 pub struct Totals {
     /// Pages newly dirty since each was last published: what a migration has to send.
     pub net_pages: u64,
-    /// Ring entries; more than the net pages by those re-protected and written again before they were published.
+    /// The guest's ring entries: net pages, and those re-protected and written again before they were published.
     pub gross_pages: u64,
     /// Exits with a full ring.
     pub full_exits: u64,

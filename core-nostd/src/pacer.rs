@@ -82,7 +82,7 @@ impl Pacer {
     ///
     /// Idempotent while nothing is metered. A pause that ended early is not lost: the rest is still due.
     ///
-    /// Wait-free: at most 650 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
+    /// Wait-free: at most 720 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
     pub fn settle(&mut self, now: Nanos, vm: &VmCell, penalty: &PenaltyCell, report: &Report) -> Turn {
         report.add_turn();
         let counts = report.counts();
@@ -168,7 +168,7 @@ impl Pacer {
         if nominal.abs_diff(before) > before / 4 {
             self.stretch = 0; // another limit
         } else if new.gross >= nominal {
-            let mostly_again = new.net < new.gross / 2;
+            let mostly_again = new.net < new.gross.div_ceil(2);
             self.stretch = if mostly_again { (self.stretch + 1).min(MAX_STRETCH) } else { 0 };
         }
         nominal.saturating_mul(1 << self.stretch)

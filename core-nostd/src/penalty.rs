@@ -101,7 +101,8 @@ pub struct VmCell {
 }
 
 impl VmCell {
-    /// Penalties lapse when no tick has come for so long: a dead controller cannot hold a guest.
+    /// Penalties lapse when no tick has come for this long: a dead controller cannot hold a guest. A vCPU whose own clock
+    /// jumped meanwhile (it was stopped, or idle) gives the controller a second more.
     pub const LEASE: Nanos = 5 * crate::rate::SECOND;
     /// A dirty log that was taken so long ago is one that nobody takes.
     const TAKEN: Nanos = 60 * crate::rate::SECOND;

@@ -11,6 +11,9 @@
 //! more pages it may dirty: see [`Ring::to_collect`]. A collected page is still writable: it may be published only after
 //! the reset that re-protects it (`kvm_dirty_ring_reset`, virt/kvm/dirty_ring.c).
 
+use core::mem::take;
+
+use crate::soft_limit::SoftLimit;
 pub use crate::sync::RESERVED;
 use crate::sync::{Atomic, Ordering, const_fn};
 
@@ -154,10 +157,24 @@ pub struct Ring<E> {
     collected: u32,
     /// The first entry not yet seen.
     metered: u32,
-    soft: u32,
-    /// Seen for certain.
-    has_no_pml: bool,
+    soft: SoftLimit,
+    /// Entries of the kernel's own that precede the last of the guest's in a slice, as in the last one.
+    own: u32,
+    run: Run,
 }
+
+/// What was metered since the last full exit.
+#[derive(Clone, Copy, Default, Debug)]
+struct Run {
+    /// The occupancy once the last of the guest's entries was in, if there was one.
+    level: Option<u32>,
+    /// The kernel's own entries: all of them, and those before that one.
+    own: u32,
+    own_before: u32,
+}
+
+/// Slices have room for so many entries of the kernel's own at most, or for as many as the guest's, if that is more.
+const OWN: u32 = 16;
 
 impl<E: AsRef<[Entry]>> Ring<E> {
     /// The consumer of a ring that the kernel has not written to yet.
@@ -181,8 +198,9 @@ impl<E: AsRef<[Entry]>> Ring<E> {
                 reset: start,
                 collected: start,
                 metered: start,
-                soft: size - RESERVED,
-                has_no_pml: false,
+                soft: SoftLimit::new(size - RESERVED),
+                own: 0,
+                run: Run::default(),
             }),
             _ => Err(BadRingSize { entries: count }),
         }
@@ -198,17 +216,37 @@ impl<E: AsRef<[Entry]>> Ring<E> {
         [late, early.get(..count - late.len()).unwrap_or(early)]
     }
 
-    /// Peeks at every entry logged since the last call and passes its page to `each`; returns how many. Marks nothing.
+    /// Peeks at every entry logged since the last call and passes its page to `each`; returns how many. Marks nothing. Counts
+    /// all of them as the guest's.
     pub fn meter(&mut self, mut each: impl FnMut(Page)) -> u32 {
-        let room = self.size.saturating_sub(self.occupied());
-        let mut seen = 0;
+        self.meter_guest(|page| {
+            each(page);
+            true
+        })
+    }
+
+    /// As [`Ring::meter`], but `each` says whether the entry is the guest's: those that the kernel pushed itself (see
+    /// [`crate::OwnPages`]) use up no slice.
+    pub fn meter_guest(&mut self, mut each: impl FnMut(Page) -> bool) -> u32 {
+        let occupied = self.occupied();
+        let room = self.size.saturating_sub(occupied);
+        let (mut seen, mut last, mut own, mut own_before) = (0, 0, 0, 0);
         'runs: for run in self.span(self.metered, room) {
             for entry in run {
                 let Some(page) = entry.peek() else { break 'runs };
-                each(page);
                 seen += 1;
+                if each(page) {
+                    (last, own_before) = (seen, own);
+                } else {
+                    own += 1;
+                }
             }
         }
+        if last > 0 {
+            self.run.level = Some(occupied + last);
+            self.run.own_before = self.run.own.saturating_add(own_before);
+        }
+        self.run.own = self.run.own.saturating_add(own);
         self.metered = self.metered.wrapping_add(seen);
         seen
     }
@@ -265,9 +303,9 @@ impl<E: AsRef<[Entry]>> Ring<E> {
         self.collected.wrapping_sub(self.reset)
     }
 
-    /// How many pages the vCPU may dirty before it exits, once all that was collected is reset.
+    /// How many entries it takes until the vCPU exits, once all that was collected is reset.
     pub fn room(&self) -> u32 {
-        self.soft.saturating_sub(self.held_back())
+        self.soft.get().saturating_sub(self.held_back())
     }
 
     /// The number of entries.
@@ -275,38 +313,48 @@ impl<E: AsRef<[Entry]>> Ring<E> {
         self.size
     }
 
-    /// The occupancy at which the vCPU exits, as far as known: the size less [`RESERVED`] until
-    /// [`Ring::learn_soft_limit`].
+    /// The occupancy at which the vCPU exits, as far as known: the size less [`RESERVED`] until [`Ring::full_exit`].
     pub fn soft_limit(&self) -> u32 {
-        self.soft
+        self.soft.get()
     }
 
-    /// After a full exit, everything metered: the kernel does not tell its soft limit, but it is the size less
-    /// [`RESERVED`], or less [`PML`] too; and a lump of PML, which may overshoot the latter, never reaches the former. An
-    /// occupancy that no kernel calls full (a stale exit reason) teaches nothing.
-    pub fn learn_soft_limit(&mut self) {
-        let highest = self.size - RESERVED;
-        let lowest = highest.saturating_sub(PML).max(1);
-        match self.occupied() {
-            occupied if occupied >= highest => (self.soft, self.has_no_pml) = (highest, true),
-            // Or somebody has collected since the exit.
-            occupied if occupied >= lowest && !self.has_no_pml => self.soft = lowest,
-            _ => {}
+    /// After a full exit, everything metered: learns the soft limit, and how many entries of its own the kernel pushes in a
+    /// slice. Where it brought no entry of the guest's, the next slice has more room. A call too many does no harm.
+    pub fn full_exit(&mut self) {
+        let run = take(&mut self.run);
+        let occupied = self.occupied();
+        match run.level {
+            Some(level) => {
+                self.own = run.own_before;
+                self.soft.reached(level);
+            }
+            // It had no room to begin with: nobody has freed its slice yet.
+            None if occupied.saturating_sub(run.own) >= self.soft.get() => {}
+            // No soft limit is 0: the ring is wedged.
+            None if occupied == 0 => {}
+            None if occupied >= self.soft.get() && self.own < OWN => self.own = run.own.max(self.own + 1),
+            None => self.soft.barren(occupied),
         }
     }
 
-    /// Whether the ring, once all that was collected is reset, ends a slice of so many pages, give or take a quarter. With
-    /// PML it does so to [`PML`] pages.
+    /// Entries of the kernel's own that a slice has room for.
+    fn own(&self, slice: u32) -> u32 {
+        self.own.min(slice.max(OWN))
+    }
+
+    /// Whether the ring, once all that was collected is reset, ends a slice of so many pages, give or take a quarter: not
+    /// where it has more room, nor where pages come in lumps of half a slice or more.
     pub fn ends(&self, slice: u32) -> bool {
-        let has_pml = self.soft < self.size - RESERVED;
-        self.room() <= slice.saturating_add(slice / 4) && (!has_pml || slice >= 2 * PML)
+        let most = slice.saturating_add(slice / 4).saturating_add(self.own(slice));
+        self.room() <= most && slice / 2 >= self.soft.lump()
     }
 
     /// How many of the held-back entries to collect so that, after the reset, the vCPU exits again when it has dirtied
-    /// `slice` more pages (at least one; all of the ring for more than that). With PML exact to ±512 pages.
+    /// `slice` more pages (at least one; all of the ring for more than that). Where pages come in lumps it is exact to a lump.
     pub fn to_collect(&self, slice: u32) -> u32 {
-        let held = self.held_back();
-        (slice.min(self.soft).max(1) + held).saturating_sub(self.soft).min(held)
+        let (held, soft) = (self.held_back(), self.soft.get());
+        let room = slice.max(1).saturating_add(self.own(slice)).min(soft);
+        (room + held).saturating_sub(soft).min(held)
     }
 }
 

@@ -212,7 +212,7 @@ fuzz_target!(|input: Input| {
                 oracle.take(collect, count as usize);
             }
             Step::Reclaim => assert_eq!(ring.reclaim() as usize, oracle.reclaim()),
-            Step::Learn => ring.learn_soft_limit(),
+            Step::Learn => ring.full_exit(),
             Step::Slice { pages } => {
                 let count = ring.to_collect(pages);
                 assert!(count <= ring.held_back());

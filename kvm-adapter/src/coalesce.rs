@@ -45,7 +45,8 @@ mod tests {
         }
         let mut run = LastRun::default();
         let mut said: Vec<_> = pages.iter().rev().copied().take_while(|page| run.reaches(*page)).collect();
-        (said.sort_unstable(), said.dedup());
+        said.sort_unstable();
+        said.dedup();
         (gathered.pages(), said)
     }
 

@@ -28,7 +28,7 @@ pub struct Pass {
 
 impl DirtyLimit {
     /// Makes a memory slot known (`address space << 16 | slot`), **before** it is created in KVM or its logging switched
-    /// on: entries of unknown slots are dropped. One region may have many slots.
+    /// on: entries of unknown slots are in no dirty log ([`Error::UnknownPages`]). One region may have many slots.
     ///
     /// Switches `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` off once more, as [`DirtyLimit::enable`] does: a VMM must not enable it
     /// between this call and the moment when it switches the slot's logging on, nor before it switches it on again later.
@@ -98,7 +98,8 @@ impl DirtyLimit {
     /// [`DirtyLimit::trust_slot`]) are in every answer.
     ///
     /// # Errors
-    /// [`Error::NoSlot`], [`Error::SlotTooShort`], and what a reset or `KVM_GET_DIRTY_LOG` may answer.
+    /// [`Error::NoSlot`], [`Error::SlotTooShort`], [`Error::UnknownPages`] (once), and what a reset or `KVM_GET_DIRTY_LOG` may
+    /// answer.
     pub fn take_dirty_log(&self, slot: u32) -> Result<Vec<u64>, Error> {
         self.sync()?;
         let found = self.0.lock().slots.find(slot)?;

@@ -309,7 +309,8 @@ impl Kernel for Fake {
                 state.reset(None, false);
                 (answer, false)
             }
-            Some(Goes::Short(count)) => (state.reset(Some(count), false), false),
+            // Where it stops at the very end, that the thread was switched out is the only sign.
+            Some(Goes::Short(count)) => (state.reset(Some(count), false), true),
             Some(Goes::ShortFails(count, errno)) => {
                 state.reset(Some(count), false);
                 return Err(io::Error::from_raw_os_error(errno));

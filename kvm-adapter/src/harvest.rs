@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use dirtylimit_core::{Nanos, Penalty, Ring, kicked};
+use dirtylimit_core::{Nanos, OwnPages, Penalty, Ring, kicked};
 
 use crate::Error;
 pub(crate) use crate::batch::BATCH;
@@ -16,7 +16,7 @@ use crate::batch::Batch;
 use crate::error::system;
 use crate::events::State;
 use crate::seat::{Seat, VmLimiter};
-use crate::slots::Slots;
+use crate::slots::{Metered, Slots};
 use crate::sys::{self, Kernel, Reset, RingPages};
 
 /// Resets in a row that gave nothing back, with entries waiting, before it is an error.
@@ -46,6 +46,8 @@ pub struct Stats {
 #[derive(Debug)]
 pub(crate) struct Place {
     pub(crate) ring: Ring<RingPages>,
+    /// What KVM logs of itself in it.
+    own: OwnPages,
     /// The slice that the vCPU was last given and that the ring ends; `None` while it is not limited, or kicked.
     pub(crate) slice: Option<u32>,
     /// The vCPU's thread has noticed that it is limited.
@@ -63,7 +65,17 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new(ring: Ring<RingPages>, seat: Arc<Seat>) -> Self {
-        Self { ring, slice: None, limited: false, stretched: false, merged: 0, given: 0, unnoticed: None, seat }
+        Self {
+            ring,
+            own: OwnPages::new(),
+            slice: None,
+            limited: false,
+            stretched: false,
+            merged: 0,
+            given: 0,
+            unnoticed: None,
+            seat,
+        }
     }
 
     /// How much of a ring a pass collects whose vCPU has not noticed its limit: what the limit has allowed since the last
@@ -131,7 +143,7 @@ impl Harvest {
         State { suspect_resets: self.stats.suspect_resets, soft_limit: self.soft_limit(), ..self.news }
     }
 
-    /// Meters the ring of `id` and passes its place on, with the number of new entries; `None` if there is none.
+    /// Meters the ring of `id` and passes its place on, with the number of new entries of the guest's; `None` if there is none.
     pub(crate) fn meter(&mut self, id: u32, limiter: &VmLimiter) -> Option<(&mut Place, u32)> {
         let place = self.places.get_mut(&id)?;
         let entries = meter(place, &mut self.slots, limiter);
@@ -311,14 +323,21 @@ impl Harvest {
 }
 
 /// Counts what is new in a ring. A page that is to be sent once more than before is net at once; if it is published before
-/// the one before was taken, both are sent as one, and another is free for it.
+/// the one before was taken, both are sent as one, and another is free for it. Returns how many entries are the guest's.
 fn meter(place: &mut Place, slots: &mut Slots, limiter: &VmLimiter) -> u32 {
-    let mut net = 0;
-    let gross = place.ring.meter(|page| net += u32::from(slots.meter(page)));
-    if gross > 0 {
+    let Place { ring, own, .. } = place;
+    let (mut net, mut guest) = (0, 0);
+    let entries = ring.meter_guest(|page| {
+        let metered = slots.meter(page);
+        net += u32::from(metered == Metered::New);
+        let is_guest = !own.is_own(page, metered == Metered::Again);
+        guest += u32::from(is_guest);
+        is_guest
+    });
+    if entries > 0 {
         let free = net.min(place.merged);
         place.merged -= free;
-        place.seat.cell(limiter).report.add_pages(net - free, gross);
+        place.seat.cell(limiter).report.add_pages(net - free, guest);
     }
-    gross
+    guest
 }

@@ -21,23 +21,28 @@
 //!
 //! # How it keeps its promises
 //! - **No dirty page is lost.** An entry leaves a ring by one path, under one lock: *collect → reset → publish*
-//!   (`harvest.rs`). Resets run with every signal blocked; the pages of one that was disturbed all the same (the process
-//!   was stopped, traced, frozen) stay dirty until they are known to be protected again. When a call fails, what was
+//!   (`harvest.rs`). Resets run with all 64 signals blocked; one that was interrupted all the same (the process was stopped,
+//!   traced or frozen; the completions of an `io_uring` that the thread owns cannot be blocked either, so own none there) leaves
+//!   at most 64 pages of a vCPU that stay dirty until they are known to be protected again. When a call fails, what was
 //!   collected stays for the next.
-//! - **No stall above `max_pause`.** A limited vCPU runs in slices of pages: entries are held back in its ring so that it
+//! - **No pause above `max_pause`**, but for the wait for a reset, 2.1 ms at most. A limited vCPU runs in slices of pages: entries are held back in its ring so that it
 //!   exits when the slice is used up, pauses for its price, and gets the next. No timer, no signal; a [`Kick`] is an option
 //!   for rings that never fill. What one pause does not cover stays owed.
 //! - **A pause ends at once** when the limit is lifted or changed, when a signal reaches the thread, or when the
 //!   [`Interrupter`] is called; within 10 ms when `immediate_exit` is set or `stop` returns true. Penalties lapse 5 s after
-//!   the last tick, so that a dead control plane cannot hold a guest.
+//!   the last tick (a second later where the vCPU stood still meanwhile), so that a dead control plane cannot hold a guest.
+//! - **A limit that is not held says so**: [`Status::unenforced`], in the log and the metrics too.
 //! - **vCPU threads never wait for a lock**, allocate nothing, and run their critical sections with signals blocked: the
 //!   pause may sit in a signal handler.
 //!
 //! # Seccomp
 //! vCPU threads need `ioctl` 0xaec7 (`KVM_RESET_DIRTY_RINGS`), `futex` (WAIT_BITSET and WAKE, private), `rt_sigprocmask`,
-//! `getrusage`, and `clock_gettime` where there is no vDSO; whoever takes the dirty log needs the same. With
-//! [`Kick::Signal`] also `ioctl` 0x4004ae8b (`KVM_SET_SIGNAL_MASK`), `timer_create`, `timer_settime` and
-//! `rt_sigtimedwait` on vCPU threads, and `tgkill` where limits are set and ticks come from; with
+//! `getrusage`, and `clock_gettime` where there is no vDSO; threads that take the dirty log need the same (on arm64 also
+//! `ioctl` 0x4010ae42, `KVM_GET_DIRTY_LOG`, with `mmap`, `mprotect` and `munmap`), and [`DirtyLimit::add_slot`] `ioctl`
+//! 0x4068aea3 (`KVM_ENABLE_CAP`). Where `getrusage` is refused with an error each reset counts as interrupted. With
+//! [`Kick::Signal`] also `ioctl` 0x4004ae8b (`KVM_SET_SIGNAL_MASK`), `timer_create`, `timer_settime`, `timer_delete`,
+//! `rt_sigtimedwait`, `rt_sigaction`, `gettid` and `tgkill` on vCPU threads, and `tgkill` where limits are set and ticks
+//! come from; with
 //! [`Config::prompt`] `sched_getattr` and `sched_setattr`. The throttle thread, which
 //! starts with a `clone`, is not required: [`DirtyLimit::tick`] serves an event loop.
 

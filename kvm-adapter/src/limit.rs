@@ -180,7 +180,7 @@ impl DirtyLimit {
         info!("policy: {policy:?}");
     }
 
-    /// The longest single pause of a vCPU.
+    /// The longest single pause of a vCPU; the wait for a reset may come on top, 2.1 ms at most.
     pub fn max_pause(&self) -> Duration {
         Duration::from_nanos(self.0.limiter.vm().max_pause())
     }

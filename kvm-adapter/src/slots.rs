@@ -61,6 +61,17 @@ fn put(words: &mut [u64], bit: u64, value: bool) -> bool {
     old & mask != 0
 }
 
+/// What a metered entry says of its page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Metered {
+    /// It is to be sent once more than before.
+    New,
+    /// It was metered already, and not published since.
+    Again,
+    /// It lies in no slot.
+    Nowhere,
+}
+
 /// The slots of a VM. Entries that name another, or a page beyond a slot's end, are counted and dropped (KVM.md, rule 4).
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
@@ -121,9 +132,13 @@ impl Slots {
         self.slots.get_mut(&page.slot).filter(|slot| page.offset < slot.pages)
     }
 
-    /// Notes that a page was metered; whether it is to be sent once more than before.
-    pub(crate) fn meter(&mut self, page: Page) -> bool {
-        self.of(page).is_some_and(|slot| !put(&mut slot.logged, page.offset, true))
+    /// Notes that a page was metered: what that makes of it.
+    pub(crate) fn meter(&mut self, page: Page) -> Metered {
+        match self.of(page).map(|slot| put(&mut slot.logged, page.offset, true)) {
+            Some(false) => Metered::New,
+            Some(true) => Metered::Again,
+            None => Metered::Nowhere,
+        }
     }
 
     /// Makes a collected page known as dirty, after its reset; a `suspect` one for good, or until it comes by again.
@@ -220,16 +235,16 @@ mod tests {
     #[test]
     fn what_is_counted_less_what_is_counted_back_is_what_is_sent() {
         let (mut slots, page) = (slots(), page(1, 99));
-        assert!(slots.meter(page));
-        assert!(!slots.meter(page), "two mappings of one page");
+        assert_eq!(slots.meter(page), Metered::New);
+        assert_eq!(slots.meter(page), Metered::Again, "two mappings of one page");
         assert_eq!(take(&mut slots), [0, 0], "not published");
         assert!(!slots.publish(page, false));
         assert!(!slots.publish(page, false), "the other mapping was not counted");
-        assert!(slots.meter(page), "again, after its publish");
+        assert_eq!(slots.meter(page), Metered::New, "again, after its publish");
         assert!(slots.publish(page, false), "before it was taken");
-        assert!(slots.meter(page));
+        assert_eq!(slots.meter(page), Metered::New);
         assert_eq!(take(&mut slots), [0, 1 << 35]);
-        assert!(!slots.meter(page), "still in the ring");
+        assert_eq!(slots.meter(page), Metered::Again, "still in the ring");
         assert!(!slots.publish(page, false), "after it was taken");
         assert_eq!(take(&mut slots), [0, 1 << 35]);
     }
@@ -238,7 +253,7 @@ mod tests {
     fn what_lies_in_no_slot_is_dropped_and_counted() {
         let mut slots = slots();
         for outside in [page(1, 100), page(1, u64::MAX), page(2, 0), page(0x0001_0001, 0)] {
-            assert!(!slots.meter(outside));
+            assert_eq!(slots.meter(outside), Metered::Nowhere);
             assert!(!slots.publish(outside, true));
         }
         assert_eq!((slots.dropped, slots.suspects()), (4, 0));

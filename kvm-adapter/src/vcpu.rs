@@ -20,8 +20,6 @@ const RESET_GAP: Nanos = 2_100_000;
 const RETRY: Nanos = 50_000;
 /// So many full exits in a row that moved nothing are a wedged ring.
 const WEDGED: u32 = 64;
-/// Such exits are in a row while no more than this lies between them; each waits up to a millisecond.
-const IN_A_ROW: Nanos = 10_000_000;
 
 /// What [`Vcpu::before_run`] did.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -65,8 +63,6 @@ pub struct Vcpu {
 #[derive(Debug)]
 struct Idle {
     exits: u32,
-    /// When the last one was.
-    at: Nanos,
     /// Ring entries counted at the last full exit of either kind.
     gross: u32,
 }
@@ -88,7 +84,7 @@ impl Vcpu {
             rested: 0,
             answered,
             exited: false,
-            idle: Idle { exits: 0, at: 0, gross },
+            idle: Idle { exits: 0, gross },
         }
     }
 
@@ -216,7 +212,7 @@ impl Vcpu {
         let Some(mut harvest) = vm.try_lock() else { return Ok(None) };
         let (place, _) = harvest.meter(seat.id, &vm.limiter).ok_or(Error::NoVcpu(seat.id))?;
         if self.full {
-            place.ring.learn_soft_limit();
+            place.ring.full_exit();
         }
         if !place.stretched {
             pacer.forget_stretch();
@@ -249,21 +245,14 @@ impl Vcpu {
         if replace(&mut self.exited, false) {
             // What others took from the ring since the last full exit was counted, too.
             let moved = gross != replace(&mut self.idle.gross, gross) || occupied > 0;
-            turn.until = turn.until.max(now + self.idle_exit(now, moved)?);
+            turn.until = turn.until.max(now + self.idle_exit(moved)?);
         }
         Ok(Some(turn))
     }
 
     /// Counts a full exit, if it `moved` nothing; how long to wait before the next.
-    fn idle_exit(&mut self, now: Nanos, moved: bool) -> Result<Nanos, Error> {
-        let in_a_row = now.saturating_sub(replace(&mut self.idle.at, now)) < IN_A_ROW;
-        self.idle.exits = if moved {
-            0
-        } else if in_a_row {
-            self.idle.exits + 1
-        } else {
-            1
-        };
+    fn idle_exit(&mut self, moved: bool) -> Result<Nanos, Error> {
+        self.idle.exits = if moved { 0 } else { self.idle.exits.saturating_add(1) };
         match self.idle.exits {
             0 => Ok(0),
             exits if exits < WEDGED => Ok(1000 << exits.min(10)),

@@ -21,6 +21,9 @@ pub mod kicked;
 #[path = "../../core-nostd/src/meter.rs"]
 pub mod meter;
 #[rustfmt::skip]
+#[path = "../../core-nostd/src/own.rs"]
+pub mod own;
+#[rustfmt::skip]
 #[path = "../../core-nostd/src/pacer.rs"]
 pub mod pacer;
 #[rustfmt::skip]
@@ -38,6 +41,9 @@ pub mod ring;
 #[rustfmt::skip]
 #[path = "../../core-nostd/src/share.rs"]
 pub mod share;
+#[rustfmt::skip]
+#[path = "../../core-nostd/src/soft_limit.rs"]
+mod soft_limit;
 
 #[rustfmt::skip]
 #[expect(dead_code, unreachable_pub, reason = "public in the adapter, and only in part used here")]

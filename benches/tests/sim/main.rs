@@ -65,6 +65,7 @@ fn sections() -> Vec<Section> {
         let plan = plan(&format!("write:224MiB@{limit}"), ring, Paced);
         Job::new(Machine { pml: true, kick, ..Machine::default() }, plan)
     };
+    let stolen = Machine { steal_time: true, ..Machine::default() };
     let never_full = |(vcpu, ring, kick): (&str, u32, bool)| {
         Job::new(Machine { kick, ..Machine::default() }, rewritten(vcpu, ring, Paced))
     };
@@ -89,6 +90,12 @@ fn sections() -> Vec<Section> {
         section(
             "less memory than entries: the ring never fills, a kick ends the slices",
             [("write:224MiB@20", 65_536, true), ("write:224MiB@100", 65_536, true)].map(never_full).to_vec(),
+        ),
+        section(
+            "steal time: the kernel logs a page of its own at each entry and exit",
+            ["write:1GiB@2", "write:1GiB@20", "write:1GiB@100", "random:1GiB@5", "slow:1GiB@20", "burst:1GiB@20"]
+                .map(|vcpus| both(|policy| Job::new(stolen, plan(vcpus, 4096, policy))))
+                .concat(),
         ),
         section("pages in lumps of up to 512, and a kick", [(100, 1024, true), (100, 4096, true)].map(lumps).to_vec()),
         Section {

@@ -9,8 +9,8 @@ use core::hint::black_box as any;
 
 use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause};
 use dirtylimit_core::{
-    BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, Paced, Pacer, Page, PageRate, Penalty, PenaltyCell,
-    Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn, Unenforced,
+    BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, OwnPages, Paced, Pacer, Page, PageRate, Penalty,
+    PenaltyCell, Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn, Unenforced,
     VcpuCell, VcpuIndex, VmCell, level, share,
 };
 
@@ -132,6 +132,8 @@ fn rings() {
     let ring = any(&mut ring);
     let each = |page: Page| _ = any(page);
     any(Ring::meter(ring, each));
+    let own = any(&mut OwnPages::new());
+    any(Ring::meter_guest(ring, |page| OwnPages::is_own(own, any(page), any(false))));
     any(Ring::collect(ring, any(0), each));
     Ring::for_each_held_back(ring, each);
     any(Ring::reclaim(ring));
@@ -142,7 +144,7 @@ fn rings() {
     any(Ring::size(ring));
     any(Ring::is_new(ring));
     any(Ring::soft_limit(ring));
-    Ring::learn_soft_limit(any(ring));
+    Ring::full_exit(any(ring));
     any(Ring::ends(any(ring), any(0)));
     any(Ring::to_collect(ring, any(0)));
 }

@@ -68,21 +68,49 @@ fn the_soft_limit_is_learned_from_full_exits_alone() {
             memory[ring.occupied() as usize].push(Page { slot: 0, offset: 0 });
             ring.meter(|_| ());
         }
-        ring.learn_soft_limit();
+        ring.full_exit();
         ring.soft_limit()
     };
-    assert_eq!(fill(&mut ring, 300), 960, "a stale exit reason");
-    assert_eq!(fill(&mut ring, 448), 448, "PML");
-    assert_eq!(fill(&mut ring, 959), 448, "a lump beyond");
-    assert!(!ring.ends(100), "not with lumps");
-    assert_eq!(fill(&mut ring, 960), 960);
-    assert!(ring.ends(100), "there is no room at all");
-    assert_eq!(fill(&mut ring, 1024), 960, "never above");
-    ring.collect(80, |_| ());
-    memory.iter().filter_map(Entry::reset).count();
-    ring.reclaim();
-    ring.learn_soft_limit();
-    assert_eq!((ring.occupied(), ring.soft_limit()), (944, 960), "collected since the exit");
+    assert_eq!(fill(&mut ring, 448), 448, "the first is all there is");
+    assert!(!ring.ends(100), "it may be lumps");
+    assert_eq!(fill(&mut ring, 959), 448, "a lump beyond, or a stale exit reason before");
+    assert_eq!(fill(&mut ring, 960), 448, "two that differ");
+    ring.full_exit();
+    assert_eq!(ring.soft_limit(), 448, "nothing new, as nobody has freed a slice");
+    for (run, expected) in [(0, 448), (1, 501)] {
+        ring.collect(ring.occupied() - 500, |_| ());
+        memory.iter().filter_map(Entry::reset).count();
+        ring.reclaim();
+        memory[960 + run].push(Page { slot: 0, offset: 0 });
+        ring.meter(|_| ());
+        ring.full_exit();
+        assert_eq!(ring.soft_limit(), expected, "two that agree");
+    }
+}
+
+#[test]
+fn entries_of_the_kernels_own_use_up_no_slice() {
+    let memory = entries(1024);
+    let mut ring = Ring::new(memory.as_slice()).unwrap();
+    let mut next = 0;
+    let mut exit = |ring: &mut Ring<&[Entry]>, whose: &str| {
+        for _ in whose.bytes() {
+            memory[next & 1023].push(Page { slot: 0, offset: 0 });
+            next += 1;
+        }
+        let mut whose = whose.bytes();
+        ring.meter_guest(|_| whose.next() == Some(b'g'));
+        ring.full_exit();
+        let collected = ring.collect(ring.to_collect(1), |_| ());
+        memory.iter().filter_map(Entry::reset).count();
+        ring.reclaim();
+        (collected, ring.room(), ring.soft_limit())
+    };
+    assert_eq!(exit(&mut ring, &"g".repeat(960)), (1, 1, 960));
+    assert_eq!(exit(&mut ring, "kk"), (4, 3, 960), "used up: room for both the next time");
+    assert_eq!(exit(&mut ring, "kggk"), (3, 2, 960), "what follows the guest's last one took nothing from it");
+    assert_eq!(exit(&mut ring, "kgk"), (3, 2, 960));
+    assert!(ring.ends(1) && !ring.ends(0));
 }
 
 #[test]
@@ -93,7 +121,7 @@ fn a_ring_ends_slices_that_its_room_fits() {
     assert_eq!([3225, 3226].map(|slice| ring.ends(slice)), [false, true], "give or take a quarter");
     memory[..3520].iter().for_each(|entry| entry.push(Page { slot: 0, offset: 0 }));
     ring.meter(|_| ());
-    ring.learn_soft_limit();
+    ring.full_exit();
     assert_eq!(ring.room(), 0, "PML");
     assert_eq!([1023, 1024].map(|slice| ring.ends(slice)), [false, true], "not what lumps may overshoot");
 }
@@ -236,7 +264,7 @@ proptest! {
                     prop_assert!(given <= waiting);
                     waiting -= given;
                 }
-                _ => ring.learn_soft_limit(),
+                _ => ring.full_exit(),
             }
             prop_assert!(seen <= 128);
             prop_assert_eq!((ring.held_back(), ring.awaiting_reset()), (held, waiting));

@@ -117,7 +117,7 @@ fn a_slot_that_is_larger_in_kvm_is_told_and_dirty_as_a_whole() {
     let error = limit.take_dirty_log(SLOT).unwrap_err();
     assert!(matches!(error, Error::SlotTooShort { slot: SLOT, pages: PAGES }), "{error}");
     assert_eq!(pages(&limit.take_published(SLOT).unwrap()), (0..PAGES).collect::<Vec<_>>());
-    assert_eq!(limit.take_published(SLOT).unwrap(), [0; PAGES.div_ceil(64) as usize]);
+    assert_eq!(pages(&limit.take_published(SLOT).unwrap()), [0; 0]);
 }
 
 /// The kernel writes as many bits as its slot has pages, whatever it is given room for. Without a dirty ring the ioctl is

@@ -166,7 +166,7 @@ fn a_soft_limit_that_is_not_as_assumed_is_told() {
     vcpu.before_run().unwrap();
     assert_eq!(told(), []);
     limit.tick();
-    assert_eq!(told(), info("a ring is full at 448 entries, not 960"));
+    assert_eq!(told(), info("a ring is full at 500 entries, not 960"));
 }
 
 #[test]

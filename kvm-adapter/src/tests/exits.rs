@@ -86,15 +86,17 @@ fn a_pause_is_no_longer_however_often_its_limit_changes() {
     fake.write_all(0, 0..PAGES);
     vcpu.before_run().unwrap();
     fake.write_all(0, 2000..PAGES);
-    let (start, mut limits) = (Instant::now(), [2, 1].into_iter().cycle());
-    // Called at each look. The last change comes late in the pause, and is not to begin another.
+    let (start, mut limits, mut late) = (Instant::now(), [2, 1].into_iter().cycle(), 0);
+    // Called at each look, 10 ms apart or more. The last change comes late in the pause, and is not to begin another.
     let toggle = || {
-        if start.elapsed() > MAX * 3 / 4 && start.elapsed() < MAX {
-            limit.set_limit(0, PageRate::from_pages_per_sec(limits.next().unwrap())).unwrap();
+        match start.elapsed() {
+            early if early < MAX * 3 / 4 => {}
+            time if time < MAX => limit.set_limit(0, PageRate::from_pages_per_sec(limits.next().unwrap())).unwrap(),
+            _ => late += 1,
         }
         false
     };
     let paid = vcpu.before_run_unless(toggle).unwrap();
-    assert!(paid.paused >= MAX * 9 / 10, "{paid:?}");
-    assert!(paid.paused < MAX * 3 / 2, "{paid:?}");
+    assert!(paid.paused >= MAX * 3 / 4, "{paid:?}");
+    assert!(late < 10, "{late} looks after its end: {paid:?}");
 }

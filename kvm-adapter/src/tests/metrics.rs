@@ -213,8 +213,12 @@ fn the_manual_names_all_of_them_and_the_dashboard_none_but_them() {
     let (manual, dashboard) =
         (include_str!("../../../docs/METRICS.md"), include_str!("../../../docs/grafana-dashboard.json"));
     let (_fake, limit, _vcpus) = vm();
+    // One that is told only of a limit that is not enforced.
+    limit.set_limit(70, PageRate::from_pages_per_sec(1)).unwrap();
     let text = limit.metrics().prometheus();
     let samples = samples(&text);
+    assert_eq!(samples["dirtylimit_vcpu_unenforced{vcpu=\"70\",reason=\"needs-pause\"}"], 1.0);
+    assert_eq!(samples.keys().filter(|name| name.contains("unenforced")).count(), 1, "vCPU 7's is held");
     let ours: Vec<&str> = samples.keys().map(|name| name.split('{').next().unwrap()).collect();
     for name in &ours {
         assert!(manual.contains(&format!("| `{name}` |")), "METRICS.md has no row for {name}");

@@ -27,7 +27,10 @@ fn rings(fake: &Fake, count: u32) -> (crate::DirtyLimit, Vec<(File, Vcpu)>) {
 /// The guest fills the ring of `vcpu`, with pages of its own; how many entries that took.
 fn fill(fake: &Fake, vcpu: u32) -> u32 {
     let page = |offset| Page { slot: 100 + vcpu, offset };
-    (0..).take_while(|offset| fake.write(vcpu as usize, page(*offset))).count() as u32
+    (0..)
+        .take_while(|offset| fake.write(vcpu as usize, page(u64::from(*offset))))
+        .last()
+        .map_or(0, |last: u32| last + 1)
 }
 
 #[test]

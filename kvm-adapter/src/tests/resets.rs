@@ -110,15 +110,14 @@ fn interrupted_at_random_it_loses_nothing() {
     for _ in 0..15 {
         let fake = Fake::new();
         let limit = fake.small();
-        let vcpus = random.usize(1..4);
-        let _vcpus: Vec<_> = (0..vcpus)
-            .map(|index| limit.add_vcpu(random.u32(0..100) * 4 + index as u32, &fake.vcpu(1024)).unwrap())
-            .collect();
+        let vcpus = random.u32(1..4);
+        let _vcpus: Vec<_> =
+            (0..vcpus).map(|index| limit.add_vcpu(random.u32(0..100) * 4 + index, &fake.vcpu(1024)).unwrap()).collect();
         let mut copy = Copy::default();
         for round in 0..20 {
             for vcpu in 0..vcpus {
                 let (from, step) = (random.u64(0..PAGES), random.choice([1, 1, 7, 63, 64, 1009]).unwrap());
-                fake.write_all(vcpu, (0..random.u64(0..300)).map(|page| (from + page * step) % PAGES));
+                fake.write_all(vcpu as usize, (0..random.u64(0..300)).map(|page| (from + page * step) % PAGES));
             }
             let goes = (0..random.usize(0..4)).map(|_| match random.u8(0..5) {
                 0 => Goes::Disturbed,

@@ -68,7 +68,8 @@ fn lock_and_signal() -> (MutexGuard<'static, ()>, &'static Vm, i32) {
     }
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (vm, signal) = (VM.get_or_init(|| Fake::new().small().vm().clone()), libc::SIGRTMIN() + 9);
-    (HANDLED.store(0, Relaxed), FOUND_TAKEN.store(0, Relaxed));
+    HANDLED.store(0, Relaxed);
+    FOUND_TAKEN.store(0, Relaxed);
     // SAFETY: the action is zeroed, then filled as sigaction(2) wants it; the handler tries a lock and adds to atomics.
     unsafe {
         let mut action: libc::sigaction = zeroed();

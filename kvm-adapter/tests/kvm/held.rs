@@ -4,10 +4,11 @@ use std::io::BufRead;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use dirtylimit_bench::guest::kvm::{Load, kvm_or_skip};
+use dirtylimit_bench::guest::kvm::{Load, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PageRate, Unenforced};
 
+use crate::common::{drive, machine, vcpu};
 use crate::rig::{Copying, Rig, Watchdog};
 use crate::stopped::{Halt, Halted, PAGE, alone};
 
@@ -71,6 +72,22 @@ fn a_vcpu_whose_ring_somebody_empties_again_and_again_is_told_to_be_unlimited() 
     assert_eq!(rig.finish().unwrap(), 0);
 }
 
+#[test]
+fn a_log_that_nobody_takes_is_told_until_somebody_does() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let _watchdog = Watchdog::new(Duration::from_secs(120));
+    let (machine, limit) = machine(&[Load::new(Mode::Write, 8192 * PAGE)], &Config::new()).unwrap();
+    let mut vcpu = vcpu(&machine, &limit, 0).unwrap();
+    let _throttle = limit.throttle_thread(Duration::from_millis(10)).unwrap();
+    limit.set_limit(0, PageRate::from_pages_per_sec(2560)).unwrap();
+    let why = || limit.query(0).unwrap().unenforced;
+    drive(&mut vcpu, |_| why() == Some(Unenforced::LogNotTaken)).unwrap();
+    limit.take_published(SLOT).unwrap();
+    drive(&mut vcpu, |_| why().is_none()).unwrap();
+}
+
 /// How the child is told that it is one.
 const ROLE: &str = "DIRTYLIMIT_TEST_STOOD_STILL";
 
@@ -84,11 +101,15 @@ fn stand_still() -> Result<()> {
     rig.throttle(false)?;
     println!("\nrunning");
     let (mut written, mut seen) = (rig.accesses(0), Instant::now());
-    while seen.elapsed() < Duration::from_secs(3) {
-        (written, seen) = (rig.accesses(0), Instant::now());
+    // From each look to the next, so that no moment is left out.
+    let awake = loop {
         rig.run_for(Duration::from_millis(1))?;
-    }
-    let awake = Instant::now();
+        let now = Instant::now();
+        if now - seen > Duration::from_secs(3) {
+            break now;
+        }
+        (written, seen) = (rig.accesses(0), now);
+    };
     rig.run_for(Duration::from_millis(200))?;
     println!("\nwrote {} {}", rig.accesses(0) - written, awake.elapsed().as_millis());
     rig.limit.tick();

@@ -224,7 +224,7 @@ fn kicks_from_everywhere_end_no_more_than_runs() {
                 limit.set_limit(0, PageRate::from_pages_per_sec(rates.next().unwrap())).unwrap();
             }
         });
-        let goal = machine.stats(0).accesses() + 10_000;
+        let goal = machine.stats(0).accesses() + 500;
         drive(&mut limited, |_| machine.stats(0).accesses() >= goal).unwrap();
         over.store(true, Relaxed);
     });

@@ -11,5 +11,6 @@ mod overrun;
 mod rig;
 mod rounds;
 mod soak;
+mod steal;
 mod stopped;
 mod storms;

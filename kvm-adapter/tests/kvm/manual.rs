@@ -10,25 +10,25 @@ use crate::common::{Copy, drive};
 
 /// When a VMM enables it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum When {
-    BeforeTheRing,
-    BeforeTheSlotIsAdded,
+enum Before {
+    TheRing,
+    AddSlot,
     /// Against the rules.
-    BeforeItsLogging,
+    Logging,
 }
 
 /// How many pages are lost of a guest whose logging begins while it is at work; `None` where KVM has no such protection.
-fn lost(when: When, argument: u64) -> Result<Option<usize>> {
+fn lost(when: Before, argument: u64) -> Result<Option<usize>> {
     let machine = Machine::new(&[Load::new(Mode::Write, 2048 * 4096)], payload::image())?;
     let enable = |now| -> Result<bool> {
         let cap =
             kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, args: [argument, 0, 0, 0], ..Default::default() };
         Ok(now != when || machine.vm().enable_cap(&cap).is_ok())
     };
-    let mut offered = enable(When::BeforeTheRing)?;
+    let mut offered = enable(Before::TheRing)?;
     let limit = DirtyLimit::enable(machine.vm(), &Config::new().ring_entries(1024))?;
-    ensure!(limit.caps().manual_protect || !offered || when != When::BeforeTheRing);
-    offered &= enable(When::BeforeTheSlotIsAdded)?;
+    ensure!(limit.caps().manual_protect || !offered || when != Before::TheRing);
+    offered &= enable(Before::AddSlot)?;
     limit.add_slot(SLOT, machine.memory().pages() as u64)?;
     machine.plug_memory(false)?;
     let cpu = machine.vcpu(0)?;
@@ -50,7 +50,7 @@ fn lost(when: When, argument: u64) -> Result<Option<usize>> {
         Ok(())
     };
     run(4096)?;
-    offered &= enable(When::BeforeItsLogging)?;
+    offered &= enable(Before::Logging)?;
     machine.plug_memory(true)?;
     let mut copy = Copy::new(machine.memory());
     for _ in 0..3 {
@@ -66,14 +66,14 @@ fn manual_protection_is_switched_off() {
         return;
     }
     for argument in [1, 3] {
-        for when in [When::BeforeTheRing, When::BeforeTheSlotIsAdded] {
+        for when in [Before::TheRing, Before::AddSlot] {
             if let Some(lost) = lost(when, argument).unwrap() {
                 assert_eq!(lost, 0, "{argument}, {when:?}");
             }
         }
     }
     // What happens where nobody switches it off: so this test would notice.
-    if let Some(lost) = lost(When::BeforeItsLogging, 3).unwrap() {
+    if let Some(lost) = lost(Before::Logging, 3).unwrap() {
         assert!(lost > 1000, "{lost}: no harm is done, so this test shows nothing");
     }
 }

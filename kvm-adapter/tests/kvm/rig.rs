@@ -135,7 +135,7 @@ impl<T: Send + 'static> Worker<T> {
 impl Rig {
     /// A machine with these vCPUs, none of which runs yet, under ticks and copied all the time.
     pub(crate) fn new(loads: &[Load], config: &Config, copying: Copying) -> Result<Self> {
-        let watchdog = Watchdog::new(3 * PATIENCE);
+        let watchdog = Watchdog::new(15 * PATIENCE);
         let machine = Machine::new(loads, payload::image())?;
         let limit = DirtyLimit::enable(machine.vm(), config)?;
         let copies = Copies { copy: Copy::new(machine.memory()), copying, slots: BTreeMap::new() };

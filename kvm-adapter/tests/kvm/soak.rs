@@ -125,7 +125,7 @@ fn act(rig: &mut Rig, random: &mut Rng, running: &mut [bool]) -> Result<()> {
         }
         7 => {
             say(&format!("signals for {time:?}"));
-            storm_everywhere(rig, time)
+            storm_everywhere(rig, time, 0)
         }
         8 => {
             say(&format!("no CPU for {time:?}"));
@@ -266,6 +266,6 @@ fn a_soak_notices_lost_pages() {
         return;
     }
     let _alone = alone();
-    let error = soak(fastrand::u64(..), 60, "wrong").expect_err("a copy that is wrong passes").to_string();
+    let error = soak(fastrand::u64(..), 600, "wrong").expect_err("a copy that is wrong passes").to_string();
     assert!(error.contains("pages lost") && error.contains("--seed 0x"), "{error}");
 }

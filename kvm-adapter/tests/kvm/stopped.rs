@@ -1,21 +1,15 @@
-//! The process stopped, traced and frozen again and again, in the middle of resets: no mask prevents that. Suspect pages
-//! are what saves them: where they are trusted, pages are lost.
+//! How tests keep a process from running: stopped, traced, frozen. No mask prevents that in the middle of a reset; see
+//! `storms.rs`.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{fs, thread};
 
-use anyhow::{Context, Result, bail, ensure};
-use dirtylimit_bench::guest::kvm::{Exit, Load, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
-use dirtylimit_kvm::{Config, PlantedBug};
-
-use crate::common::{Copy, drive, machine, vcpu};
-use crate::rig::Watchdog;
+use anyhow::{Context, Result, ensure};
 
 pub(crate) const PAGE: u64 = 4096;
 
@@ -186,100 +180,4 @@ fn stopped(thread: libc::pid_t) -> Result<Option<i32>> {
     // The stop that was asked for is an event, in the bits above the signal.
     let signal = if status >> 16 == 0 { libc::WSTOPSIG(status) } else { 0 };
     Ok(libc::WIFSTOPPED(status).then_some(signal))
-}
-
-/// How the child is told what to do: `honest` or `trusting`, and how many rounds at most.
-const ROLE: &str = "DIRTYLIMIT_TEST_STOPPED";
-
-/// The process that is halted: each round fills a large ring and takes the log, which is four resets in a row, and says
-/// when it begins and how long the last one took (µs). Ends at the first lost page, or after the last round.
-fn be_halted(role: &str) -> Result<()> {
-    let (bug, rounds) = role.split_once(' ').context(ROLE)?;
-    let config = Config::new().ring_entries(16_384);
-    let config = if bug == "trusting" { config.planted_bug(PlantedBug::TrustSuspects) } else { config };
-    let (machine, limit) = machine(&[Load::new(Mode::Write, 20_000 * PAGE)], &config)?;
-    let mut vcpu = vcpu(&machine, &limit, 0)?;
-    let mut copy = Copy::new(machine.memory());
-    let mut took = Duration::from_millis(50);
-    for _ in 0..rounds.parse()? {
-        drive(&mut vcpu, |exit| exit == Exit::RingFull)?;
-        limit.meter(); // so that little but resets is left to do
-        println!("\ntaking {}", took.as_micros());
-        let start = Instant::now();
-        let log = limit.take_dirty_log(SLOT)?;
-        // A take that was halted is no measure of one.
-        took = took.min(start.elapsed());
-        copy.take(&log)?;
-        if copy.lost() > 0 {
-            break;
-        }
-    }
-    println!("\nended {} {}", copy.lost(), limit.stats().suspect_resets);
-    Ok(())
-}
-
-/// Halts a child for a while in each of its takes, at random times. Returns how many halts there were, how many pages
-/// were lost, and how many resets were suspect.
-fn halt_again_and_again(role: &str, halt: &Halt, rounds: u32) -> Result<(u32, u64, u64)> {
-    let (child, says) = Halted::start((ROLE, &format!("{role} {rounds}")))?;
-    child.prepare(halt)?;
-    let mut random = fastrand::Rng::new();
-    let mut halts = 0;
-    for line in says.lines() {
-        let line = line?;
-        if let Some(took) = line.strip_prefix("taking ") {
-            let (said, delay) = (Instant::now(), Duration::from_micros(random.u64(..took.parse::<u64>()?.max(1))));
-            // Short of what a sleep can measure.
-            while said.elapsed() < delay {
-                std::hint::spin_loop();
-            }
-            child.halt(halt, Duration::from_millis(20))?;
-            halts += 1;
-        } else if let Some((lost, suspect)) = line.strip_prefix("ended ").and_then(|end| end.split_once(' ')) {
-            return Ok((halts, lost.parse()?, suspect.parse()?));
-        }
-    }
-    bail!("the child ended without a word, after {halts} halts")
-}
-
-/// The test for one kind of halt, whose child comes here too.
-fn loses_pages_only_where_suspects_are_trusted(halts: impl FnOnce() -> Result<Vec<Halt>>) {
-    if let Ok(role) = std::env::var(ROLE) {
-        return be_halted(&role).unwrap();
-    }
-    let _alone = alone();
-    let _watchdog = Watchdog::new(Duration::from_secs(120));
-    for halt in halts().unwrap() {
-        // One stop in ten to one in thirty was seen to lose pages; 600 that all miss have a chance below one in 10^8.
-        let (halts, lost, _) = halt_again_and_again("trusting", &halt, 600).unwrap();
-        assert!(lost > 0, "{halt:?}: {halts} halts do no harm, so this test shows nothing");
-        eprintln!("{halt:?}, suspects trusted: {lost} pages lost at halt {halts}");
-        let (halts, lost, suspect) = halt_again_and_again("honest", &halt, (halts * 3).clamp(50, 150)).unwrap();
-        assert_eq!(lost, 0, "{halt:?}: after {halts} halts");
-        assert!(suspect > 0, "{halt:?}: {halts} halts, and none in a reset");
-        if let Halt::Freeze(freezer) = halt {
-            freezer.remove().unwrap();
-        }
-    }
-}
-
-#[test]
-fn being_stopped_in_resets() {
-    if kvm_or_skip() {
-        loses_pages_only_where_suspects_are_trusted(|| Ok(vec![Halt::Stop]));
-    }
-}
-
-#[test]
-fn being_traced_in_resets() {
-    if kvm_or_skip() {
-        loses_pages_only_where_suspects_are_trusted(|| Ok(vec![Halt::Trace]));
-    }
-}
-
-#[test]
-fn being_frozen_in_resets() {
-    if kvm_or_skip() {
-        loses_pages_only_where_suspects_are_trusted(|| Ok(Freezer::all()?.into_iter().map(Halt::Freeze).collect()));
-    }
 }

@@ -4,7 +4,7 @@
 use std::rc::Rc;
 
 use anyhow::Result;
-use dirtylimit_core::{Entry, Limiter, Nanos, Page, Penalty, Policy, Ring, VcpuCell, VcpuIndex, kicked};
+use dirtylimit_core::{Entry, Limiter, Nanos, OwnPages, Page, Penalty, Policy, Ring, VcpuCell, VcpuIndex, kicked};
 
 use super::kernel::{KernelRing, Memory, Published};
 use super::{Fault, Machine, costs};
@@ -20,6 +20,8 @@ pub(super) const RESET_GAP: Nanos = 2_100_000;
 #[derive(Debug)]
 pub(super) struct Place {
     pub(super) ring: Ring<Rc<[Entry]>>,
+    /// What the kernel logs of itself in it.
+    own: OwnPages,
     /// The slice that the vCPU was last given and that the ring ends; `None` while it is not limited, or kicked.
     pub(super) slice: Option<u32>,
     /// The vCPU's thread has noticed that it is limited.
@@ -74,11 +76,12 @@ impl<P: Policy> Adapter<P> {
 
     /// # Errors
     /// A ring that the core or the kernel refuses, too many vCPUs.
-    pub(super) fn add_vcpu(&mut self, ring: u32) -> Result<VcpuIndex> {
-        let kernel = KernelRing::new(ring, self.machine.pml)?;
+    pub(super) fn add_vcpu(&mut self, ring: u32, steal: Option<usize>) -> Result<VcpuIndex> {
+        let kernel = KernelRing::new(ring, self.machine.pml, steal)?;
         let index = self.limiter.register()?;
         self.places.push(Place {
             ring: Ring::new(kernel.entries())?,
+            own: OwnPages::new(),
             slice: None,
             limited: false,
             stretched: false,
@@ -101,16 +104,22 @@ impl<P: Policy> Adapter<P> {
         self.machine.kick
     }
 
-    /// Meters a vCPU's ring; returns the number of new entries.
+    /// Meters a vCPU's ring; returns the number of new entries of the guest's.
     pub(super) fn meter(&mut self, vcpu: usize) -> u32 {
         let Self { places, memory, limiter, .. } = self;
-        let place = &mut places[vcpu];
-        let mut net = 0;
-        let gross = place.ring.meter(|page| net += u32::from(memory.meter(page)));
-        let free = net.min(place.merged);
-        place.merged -= free;
-        limiter.cell(place.index).expect("the index is the limiter's own").report.add_pages(net - free, gross);
-        gross
+        let Place { ring, own, merged, index, .. } = &mut places[vcpu];
+        let (mut net, mut guest) = (0, 0);
+        ring.meter_guest(|page| {
+            let is_new = memory.meter(page);
+            net += u32::from(is_new);
+            let is_guest = !own.is_own(page, !is_new);
+            guest += u32::from(is_guest);
+            is_guest
+        });
+        let free = net.min(*merged);
+        *merged -= free;
+        limiter.cell(*index).expect("the index is the limiter's own").report.add_pages(net - free, guest);
+        guest
     }
 
     /// Meters every ring.

@@ -113,19 +113,21 @@ pub(super) struct KernelRing {
     soft: u32,
     /// The CPU's page modification log, where it has one.
     log: Option<Vec<Page>>,
+    /// The vCPU's steal-time page, where the guest has turned that on.
+    steal: Option<usize>,
 }
 
 impl KernelRing {
     /// # Errors
     /// A size that the kernel refuses.
-    pub(super) fn new(size: u32, pml: bool) -> Result<Self> {
+    pub(super) fn new(size: u32, pml: bool, steal: Option<usize>) -> Result<Self> {
         let reserved = RESERVED + if pml { PML } else { 0 };
         ensure!(
             size.is_power_of_two() && size > reserved && size <= MAX_RING,
             "a dirty ring of {size} entries: the number must be a power of two above {reserved}, at most {MAX_RING}"
         );
         let entries = (0..size).map(|_| Entry::new()).collect();
-        Ok(Self { entries, pushed: 0, reset: 0, soft: size - reserved, log: pml.then(Vec::new) })
+        Ok(Self { entries, pushed: 0, reset: 0, soft: size - reserved, log: pml.then(Vec::new), steal })
     }
 
     /// The entries, as the adapter maps them.
@@ -174,6 +176,16 @@ impl KernelRing {
                 Access::Fault
             }
         }
+    }
+
+    /// The vCPU is about to enter the guest, or has left it for the VMM: KVM writes its steal-time page, and logs that
+    /// whether or not it is protected.
+    pub(super) fn account(&mut self, memory: &mut Memory) {
+        let Some(page) = self.steal else { return };
+        let state = &mut memory.0[page];
+        state.version = state.version.wrapping_add(1);
+        state.flags |= MAPPED | WRITABLE;
+        self.push(Page { slot: SLOT, offset: page as u64 });
     }
 
     /// Empties the CPU's modification log into the ring, as at every exit.

@@ -42,14 +42,16 @@ pub struct Machine {
     pub pml: bool,
     /// Whether a signal ends the slices that a ring cannot, as in `dirtylimit-bench`'s real guest.
     pub kick: bool,
+    /// Each vCPU has a steal-time page, as under every Linux guest: KVM logs it at each entry and exit.
+    pub steal_time: bool,
     /// What is broken in it.
     pub fault: Option<Fault>,
 }
 
 impl Default for Machine {
-    /// Seed 1, no lumps, kicks, nothing broken.
+    /// Seed 1, no lumps, kicks, no steal time, nothing broken.
     fn default() -> Self {
-        Self { seed: 1, pml: false, kick: true, fault: None }
+        Self { seed: 1, pml: false, kick: true, steal_time: false, fault: None }
     }
 }
 

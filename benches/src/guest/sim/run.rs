@@ -75,11 +75,14 @@ impl<'a, P: Policy> Run<'a, P> {
             pages >> 8,
             MAX_PAGES >> 8
         );
-        let mut adapter = Adapter::new(policy, Memory::new(usize::try_from(pages)?), machine);
+        let pages_of_all = pages;
+        let mut adapter = Adapter::new(policy, Memory::new(usize::try_from(pages)? + plan.vcpus.len()), machine);
         adapter.limiter.vm().set_max_pause(nanos(plan.max_pause));
         let (mut vcpus, mut indices, mut first) = (Vec::new(), Vec::new(), 0);
         for (id, (vcpu, pages)) in plan.vcpus.iter().zip(sizes).enumerate() {
-            indices.push(adapter.add_vcpu(plan.ring).with_context(|| format!("cannot add vCPU {id}"))?);
+            // Behind the workloads' memory.
+            let steal = machine.steal_time.then_some(usize::try_from(pages_of_all)? + id);
+            indices.push(adapter.add_vcpu(plan.ring, steal).with_context(|| format!("cannot add vCPU {id}"))?);
             let end = first + usize::try_from(pages)?;
             let cpu = Cpu::new(vcpu.workload, first..end, machine.seed, id, START);
             vcpus.push(Vcpu::new(id, cpu, &adapter, START));

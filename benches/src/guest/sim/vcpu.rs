@@ -111,6 +111,7 @@ impl Vcpu {
                 let full = ring.is_full();
                 if full || self.at >= self.kicker.at {
                     ring.flush();
+                    ring.account(memory);
                     self.at += costs::EXIT;
                     self.state = State::Exit { full };
                 }
@@ -152,10 +153,15 @@ impl Vcpu {
         }
     }
 
-    fn enter<P: Policy>(&mut self, now: Nanos, adapter: &Adapter<P>) {
+    fn enter<P: Policy>(&mut self, now: Nanos, adapter: &mut Adapter<P>) {
         if self.kicked_slice.is_some() {
             let gross = adapter.cell(self.id).report.counts().gross;
             self.kicker.arm(now, gross, &mut self.cpu.dice);
+        }
+        let Adapter { kernel, memory, .. } = adapter;
+        let ring = &mut kernel[self.id];
+        if !ring.is_full() {
+            ring.account(memory);
         }
         (self.state, self.at) = (State::Guest, now);
     }
@@ -178,7 +184,7 @@ impl Vcpu {
     fn harvest<P: Policy>(&mut self, now: Nanos, adapter: &mut Adapter<P>) -> Turn {
         adapter.meter(self.id);
         if self.full {
-            adapter.places[self.id].ring.learn_soft_limit();
+            adapter.places[self.id].ring.full_exit();
         }
         if !adapter.places[self.id].stretched {
             self.pacer.forget_stretch();
