@@ -8,6 +8,7 @@ use clap::{ArgMatches, Args, Parser, Subcommand};
 use dirtylimit_core::PageRate;
 
 use crate::compare::Compare;
+use crate::lab::Lab;
 use crate::plan::{MetricsTo, Plan, Step, VcpuPlan};
 use crate::record::{GuestKind, PolicyKind};
 use crate::scenario::Scenarios;
@@ -59,6 +60,8 @@ pub enum Command {
     /// Exit status: 0 done, 1 a run failed, 2 bad usage, 3 pages were lost.
     #[command(verbatim_doc_comment)]
     Compare(Box<Compare>),
+    /// Run a command of this program in an emulated machine with a KVM of its own, in virtual time
+    Lab(Lab),
 }
 
 /// The options of `run`.
@@ -279,7 +282,9 @@ mod tests {
         let line = ["dirtylimit-bench", "run"].into_iter().chain(line.split_whitespace());
         match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
             Command::Run(run) => run.plan(),
-            Command::Probe | Command::Scenario(_) | Command::Compare(_) => unreachable!("`run` was given"),
+            Command::Probe | Command::Scenario(_) | Command::Compare(_) | Command::Lab(_) => {
+                unreachable!("`run` was given")
+            }
         }
     }
 

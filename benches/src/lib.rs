@@ -5,6 +5,7 @@
 pub mod cli;
 pub mod compare;
 pub mod guest;
+pub mod lab;
 pub mod measure;
 pub mod output;
 pub mod payload;

@@ -47,6 +47,10 @@ fn main() -> ExitCode {
             Ok(cases) => side_by_side(&asked, &cases),
             Err(message) => bad_usage("compare", message),
         },
+        Command::Lab(lab) => match lab.check() {
+            Ok(()) => lab.execute(),
+            Err(message) => bad_usage("lab", message),
+        },
         Command::Probe => print(probe::probe()).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {

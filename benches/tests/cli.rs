@@ -51,6 +51,17 @@ fn bad_usage_exits_2_and_says_what_is_allowed() {
         ("run --limit 1MiB/s --limit 2MiB/s", "once for all, or once per vCPU"),
         ("run --steps 1MiB/s@9s", "before the end"),
         ("run --seconds 1e9", "seconds"),
+        ("lab", "Usage"),
+        ("lab xen -- probe", "unrecognized subcommand"),
+        ("lab setup", "<MACHINE>"),
+        ("lab setup xen", "[possible values: svm, vmx, arm64]"),
+        ("lab svm", "as in lab svm -- probe"),
+        ("lab svm --kernel 5.10 -- probe", "[possible values: 6.1, 6.12, newest]"),
+        ("lab svm --cpus 0 -- probe", "1 to 16"),
+        ("lab vmx --cpus 2 -- probe", "1 to 1"),
+        ("lab svm --memory 1MiB -- probe", "256MiB to 32GiB"),
+        ("lab svm --silence soon -- probe", "duration"),
+        ("lab svm probe", "unexpected argument"),
     ] {
         let output = bench(arguments);
         let told_all = text(&output.stderr);
@@ -135,4 +146,32 @@ fn the_simulated_guest_runs_no_payload() {
     let output = bench("run --guest sim --payload Cargo.toml");
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("--payload needs the KVM guest"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn the_lab_lists_what_there_is_and_says_what_it_cannot_run() {
+    let cache = std::env::temp_dir().join(format!("dirtylimit-cli-lab-{}", std::process::id()));
+    let lab = |arguments: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dirtylimit-bench"));
+        // Neither a cache nor an apt: nothing is fetched in a test.
+        command.env("XDG_CACHE_HOME", &cache).env("PATH", "/nonexistent").arg("lab");
+        command.args(arguments.split_whitespace()).output().unwrap()
+    };
+    let listed = lab("--list");
+    assert!(listed.status.success() && listed.stderr.is_empty());
+    for told in ["svm ", "vmx ", "arm64 ", "6.1, 6.12, newest", cache.to_str().unwrap()] {
+        assert!(text(&listed.stdout).contains(told), "{told} is missing:\n{}", text(&listed.stdout));
+    }
+    for (arguments, told) in [
+        ("svm --program /etc/passwd -- x", "/etc/passwd cannot run in the lab"),
+        ("arm64 --program /proc/self/exe -- x", "is not a program for arm64"),
+        ("setup svm", "takes apt-get and dpkg-deb"),
+        ("svm -- probe", "takes apt-get and dpkg-deb"),
+    ] {
+        let output = lab(arguments);
+        assert_eq!(output.status.code(), Some(1), "`{arguments}`: {}", text(&output.stderr));
+        assert!(text(&output.stderr).contains(told), "`{arguments}`: {}", text(&output.stderr));
+        assert!(output.stdout.is_empty(), "`{arguments}` wrote to stdout");
+    }
+    let _ = std::fs::remove_dir_all(cache);
 }

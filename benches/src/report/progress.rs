@@ -51,6 +51,12 @@ impl Interrupt {
         Ok(wish)
     }
 
+    /// A wish that nobody has.
+    #[cfg(test)]
+    pub(crate) fn never() -> Self {
+        Self(Arc::new(AtomicBool::new(false)))
+    }
+
     /// Whether the user wants the run to end.
     pub fn requested(&self) -> bool {
         // Relaxed: as above; the guest asks again within 100 ms.
