@@ -421,3 +421,12 @@ fn a_lease_that_lapses_while_the_vcpu_runs_lapses_at_once_and_its_grace_is_given
     let turn = vcpu.pacer.settle(start + 60 * SECOND, &vcpu.vm, &vcpu.cell, &vcpu.report);
     assert!(turn.slice.is_some(), "and a tick holds it again");
 }
+
+#[test]
+fn each_settlement_is_counted() {
+    let mut vcpu = Vcpu::new(pace(1000));
+    for turns in (2..20).step_by(2) {
+        vcpu.settle();
+        assert_eq!(vcpu.report.turns(), turns, "each is asked twice");
+    }
+}
