@@ -46,7 +46,7 @@ pub enum Command {
     ///
     /// Each case runs several times, and the median of each measure is judged. What is missed on a busy host is missed: run
     /// it on a quiet one. How late the host ended the sleeps of a thread that does nothing else is told beside it. A guest
-    /// that is slower than its limit while nothing pauses it is below it whoever limits it, so rates are judged against what
+    /// that is slower than its limit while nothing pauses it is below it under any limiter, so rates are judged against what
     /// was in its reach; how many figures would be missed without that is told too.
     ///
     /// Exit status: 0 all figures met, 1 a figure missed or a run failed, 2 bad usage, 3 pages were lost.

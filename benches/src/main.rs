@@ -124,7 +124,7 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
     let mut drawing = run.svg.as_deref().map(|path| Output::prepare("--svg", path)).transpose()?;
     let mut page = run.report.as_deref().map(page::prepare).transpose()?;
     let metrics = match &plan.metrics {
-        // Whoever reads from a pipe would take this for its end.
+        // A reader of a pipe would take this for its end.
         Some(MetricsTo::File(file)) if file.metadata().map_or(true, |found| found.is_file()) => {
             Some(Output::prepare("--metrics", file)?)
         }

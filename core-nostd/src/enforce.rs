@@ -86,9 +86,9 @@ pub(crate) struct Watch {
 
 /// The least that a window is long, in µs.
 const WINDOW: u32 = 1_000_000;
-/// In a window, so many pages beyond a limit and a quarter of it are no fault: a lump, a page of KVM's own.
+/// This number of pages beyond a limit and a quarter of it is no fault in a window: a lump, a page of KVM's own.
 const SLACK: u64 = 16;
-/// And so many entries beyond twice a limit: KVM pushes some of its own at each entry to the guest.
+/// Nor is this number of entries beyond twice a limit: KVM pushes some of its own at each entry to the guest.
 const GROSS_SLACK: u64 = 1024;
 
 impl Watch {
@@ -156,7 +156,7 @@ mod tests {
     }
 
     impl Vcpu {
-        /// Limited to 1,000 pages a second; whoever takes the log does.
+        /// Limited to 1,000 pages a second, with a log that is taken.
         fn new() -> Self {
             let seen = Seen { net: u32::MAX - 5000, gross: u32::MAX - 9000, turns: u32::MAX - 3 };
             let limit = Some(PageRate::from_pages_per_sec(1000));

@@ -14,7 +14,7 @@ use crate::sync::{Atomic, Ordering, const_fn};
 pub struct Report {
     /// Pages newly dirty since each was last published. Written by whoever owns the ring.
     net: Atomic<u32>,
-    /// The guest's ring entries. Written by whoever owns the ring.
+    /// The guest's ring entries. Written by the ring's owner.
     gross: Atomic<u32>,
     /// Exits with a full ring. Written by the vCPU's thread.
     full_exits: Atomic<u32>,

@@ -96,7 +96,7 @@ pub struct VmCell {
     renewed: Atomic<u32>,
     /// The longest pause, in µs; 1 and up. Written by the control plane.
     max_pause: Atomic<u32>,
-    /// When the dirty log was last taken, in the unit of `renewed`; 0: never. Written by whoever takes it.
+    /// When the dirty log was last taken, in the unit of `renewed`; 0: never. Written by the thread that takes it.
     taken: Atomic<u32>,
 }
 
@@ -104,7 +104,7 @@ impl VmCell {
     /// Penalties lapse when no tick has come for this long: a dead controller cannot hold a guest. A vCPU whose own clock
     /// jumped meanwhile (it was stopped, or idle) gives the controller a second more.
     pub const LEASE: Nanos = 5 * crate::rate::SECOND;
-    /// A dirty log that was taken so long ago is one that nobody takes.
+    /// A dirty log that was last taken this long ago counts as one that nobody takes.
     const TAKEN: Nanos = 60 * crate::rate::SECOND;
     const UNIT_BITS: u32 = 26;
     /// 10 ms, in µs.

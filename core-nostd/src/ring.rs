@@ -173,7 +173,7 @@ struct Run {
     own_before: u32,
 }
 
-/// Slices have room for so many entries of the kernel's own at most, or for as many as the guest's, if that is more.
+/// The most entries of the kernel's own that a slice has room for; a larger slice has room for as many as the guest's.
 const OWN: u32 = 16;
 
 impl<E: AsRef<[Entry]>> Ring<E> {

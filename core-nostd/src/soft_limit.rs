@@ -8,9 +8,9 @@
 //!
 //! Believing too little makes slices longer, which the guest pays for; believing too much makes full exits without a page.
 
-/// So many full exits in a row at the same occupancy are believed …
+/// The number of full exits in a row at the same occupancy that is believed …
 const AGREE: u32 = 2;
-/// … and so many where it was refuted before.
+/// … and the number where it was refuted before.
 const AGREE_AGAIN: u32 = 64;
 /// The first full exit without a page of the guest's may be a stale exit reason; from the second on, what is believed falls by
 /// so much, and by twice as much each time.

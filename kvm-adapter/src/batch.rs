@@ -5,7 +5,7 @@ use dirtylimit_core::Page;
 use crate::coalesce::LastRun;
 use crate::slots::Slots;
 
-/// At most so many entries are collected for one reset, so that nobody waits for longer than a fraction of a
+/// The most entries that are collected for one reset, so that nobody waits for longer than a fraction of a
 /// millisecond; the largest ring of today's kernels takes sixteen.
 pub(crate) const BATCH: u32 = 4096;
 

@@ -22,7 +22,7 @@ pub(crate) const PAGES: u64 = 10_000;
 pub(crate) enum Goes {
     /// Well, but it returns so many.
     WellAnd(u32),
-    /// It is interrupted after so many entries, forgets what it has gathered, and returns the number.
+    /// It is interrupted after this number of entries, forgets what it has gathered, and returns the number.
     Short(u32),
     /// The same, but it fails with this error.
     ShortFails(u32, i32),

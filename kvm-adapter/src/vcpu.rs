@@ -18,7 +18,7 @@ use crate::vm::Vm;
 const RESET_GAP: Nanos = 2_100_000;
 /// How soon a thread that did not get the lock tries again.
 const RETRY: Nanos = 50_000;
-/// So many full exits in a row that moved nothing are a wedged ring.
+/// A ring is wedged after this number of full exits in a row that moved nothing.
 const WEDGED: u32 = 64;
 
 /// What [`Vcpu::before_run`] did.

@@ -11,7 +11,7 @@ use crate::seat::VmLimiter;
 use crate::sync::{AtomicU32, Ordering};
 use crate::sys::{self, Kernel, SignalsBlocked, new_limiter};
 
-/// Who waits for the lock lets one who only tries go first for so long: a vCPU's thread tries again within a quarter of it.
+/// How long a thread that waits for the lock lets a vCPU's thread go first, which tries again within a quarter of it.
 /// (For tests of the order longer than any thread waits for a CPU.)
 const COURTESY: Nanos = if cfg!(test) { 2 * SECOND } else { 200_000 };
 

@@ -1,4 +1,4 @@
-//! How each machine's emulator is started. All run in virtual time: a guest's second is so many instructions, and the host's
+//! How each machine's emulator is started. All run in virtual time: a guest's second is a number of instructions, and the host's
 //! clock, its load and its random numbers do not matter.
 
 use std::ffi::OsStr;

@@ -93,7 +93,7 @@ pub struct Run {
     #[arg(long)]
     pub console: bool,
 
-    /// End a machine that says nothing for so long, in the host's time
+    /// End a machine that says nothing for this time, the host's
     #[arg(long, value_name = "T", value_parser = parse_duration, default_value = "300s")]
     pub silence: Duration,
 

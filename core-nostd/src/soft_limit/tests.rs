@@ -80,7 +80,7 @@ fn drive(size: u32, mut kernel: Kernel, slices: &[u32], disturbed: bool) -> (Vec
     (wrote, ring.soft_limit())
 }
 
-/// So many runs in a row may end without a page of the guest's, while what is believed is far too high.
+/// The most runs in a row without a page of the guest's, while what is believed is far too high.
 const BARREN: usize = 12;
 
 fn kernel(soft: u32, lump: u32, at_entry: u32, at_exit: u32) -> Kernel {

@@ -186,7 +186,7 @@ fn a_tick_that_comes_too_late_says_so() {
     let lapsed = (Warn, "no tick has come for over 5 s: limits have lapsed".to_owned());
     let holds = (Info, "limits hold again".to_owned());
     assert_eq!(late(), [lapsed.clone(), holds.clone()]);
-    // Where no tick ever comes, whoever takes the log tells.
+    // Where no tick ever comes, the thread that takes the log tells.
     limit.vm().limiter.tick(sys::now() - 2 * VmCell::LEASE);
     limit.pass().unwrap();
     limit.pass().unwrap();

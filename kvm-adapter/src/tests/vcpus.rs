@@ -124,7 +124,7 @@ fn enabling_takes_little_stack() {
     thread::Builder::new().stack_size(128 << 10).spawn(enable).unwrap().join().unwrap();
 }
 
-/// Whoever pauses looks again: by a word of the seat's, which each call changes.
+/// A pausing thread looks again: by a word of the seat's, which each call changes.
 #[test]
 fn everything_that_changes_a_penalty_wakes_who_pauses() {
     let (_fake, limit, _file, _vcpu) = vm();

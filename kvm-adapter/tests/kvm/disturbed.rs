@@ -145,7 +145,7 @@ fn threads_called(name: &str) -> Result<Vec<i32>> {
     Ok(threads)
 }
 
-/// Signals every thread of a rig: of vCPUs, of passes and takes, of ticks; for a time, and until at least so many signals
+/// Signals every thread of a rig: of vCPUs, of passes and takes, of ticks; for a time, and until at least `signals`
 /// were delivered.
 pub(crate) fn storm_everywhere(rig: &mut Rig, time: Duration, signals: u64) -> Result<()> {
     let mut threads = rig.threads();

@@ -69,7 +69,7 @@ fn a_kick_left_pending_does_not_freeze_the_next_handle() {
     }
 }
 
-/// Runs until kicks have ended so many runs; fails where one goes on for 20 s.
+/// Runs until kicks have ended that number of runs; fails where one goes on for 20 s.
 fn kicked(limited: &mut Limited, limit: &DirtyLimit, times: u32) -> Result<()> {
     let (mut kicks, mut armed) = (0, false);
     limited.0.bind_to_this_thread();

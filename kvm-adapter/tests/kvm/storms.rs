@@ -191,7 +191,7 @@ fn weather(guest: &str, kind: &str, cut: u64, storm: &mut dyn FnMut(&Halted) -> 
     Ok(end)
 }
 
-/// A storm that may not do harm, and must cut so many resets.
+/// A storm that may not do harm, and must cut that number of resets.
 fn storm(kind: &str, cut: u64, storm: &mut dyn FnMut(&Halted) -> Result<()>) {
     let _alone = alone();
     for guest in ["write", "random"] {
