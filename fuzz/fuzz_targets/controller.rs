@@ -57,9 +57,9 @@ struct Vcpu {
     index: VcpuIndex,
     limit: Option<PageRate>,
     weight: u32,
-    /// As of the last tick, and since; the latter wraps, as the report's words do.
+    /// As of the last tick, and since.
     totals: Totals,
-    since: [u32; 4],
+    since: [u64; 4],
     pacer: Pacer,
     /// What its pacer last said that it would need, in ns.
     needed_pause: u64,
@@ -159,8 +159,9 @@ impl Model {
                 report.add_pages(net, gross);
                 report.add_full_exit();
                 report.add_pause(paused);
+                // No counter wraps between two looks: each step is followed by a query, which folds.
                 for (sum, more) in vcpu.since.iter_mut().zip([net, gross, 1, (paused / 1000) as u32]) {
-                    *sum = sum.wrapping_add(more);
+                    *sum += u64::from(more);
                 }
             }
             Step::Settle { vcpu, time } => self.settle(vm, vcpu, time),
@@ -255,7 +256,7 @@ impl Model {
 
 impl Vcpu {
     fn totals_now(&self) -> Totals {
-        let [net, gross, full_exits, paused] = self.since.map(u64::from);
+        let [net, gross, full_exits, paused] = self.since;
         Totals {
             net_pages: self.totals.net_pages + net,
             gross_pages: self.totals.gross_pages + gross,

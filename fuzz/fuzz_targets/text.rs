@@ -14,7 +14,9 @@ mod units;
 #[expect(dead_code, unreachable_pub, reason = "as above")]
 mod workload;
 
-use units::{Limit, PAGE_SIZE, Rate, Size, parse_duration, parse_limit, parse_rate, parse_seconds, parse_size};
+use units::{
+    Limit, PAGE_SIZE, Rate, Size, is_plain_rate, parse_duration, parse_limit, parse_rate, parse_seconds, parse_size,
+};
 use workload::Workload;
 
 /// A number and its unit, as exact as a fraction: so many 10^-places. `None` for those too long to tell.
@@ -41,12 +43,17 @@ fn scale_of(text: &str) -> f64 {
         "KiB" => 1024.0,
         "MiB" => 1_048_576.0,
         "GiB" => 1_073_741_824.0,
+        "kB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "Mbit" => 1e6 / 8.0,
+        "Gbit" => 1e9 / 8.0,
         _ => f64::from(PAGE_SIZE),
     }
 }
 
 fn assert_told(text: &str, error: &str) {
-    assert!(!error.is_empty() && error.len() < text.len() + 200, "{text:?}: {error}");
+    assert!(!error.is_empty() && error.len() < text.len() + 240, "{text:?}: {error}");
 }
 
 fn check_rate(text: &str, rate: PageRate) {
@@ -72,7 +79,12 @@ fuzz_target!(|text: &str| {
         Err(error) => assert_told(text, &error),
     }
     match parse_rate(text) {
-        Ok(rate) => check_rate(text, rate),
+        Ok(rate) => {
+            check_rate(text, rate);
+            let plain =
+                text.trim_end().trim_end_matches("/s").trim_end().ends_with(|c: char| c.is_ascii_digit() || c == '.');
+            assert_eq!(is_plain_rate(text), plain, "{text:?}");
+        }
         Err(error) => assert_told(text, &error),
     }
     match parse_limit(text) {
