@@ -100,16 +100,16 @@ fn kvm_logs_the_steal_time_page_and_its_copy_is_right() {
     if !kvm_or_skip() {
         return;
     }
-    // Who touches no memory but its own stats page: what comes beside that is KVM's own.
-    let entries = |steal_time| {
+    // A vCPU that touches no memory but its own stats page: what is dirty beside that is KVM's.
+    let pages = |steal_time| {
         let plan =
             Plan { steal_time, pass: Duration::from_millis(10), ..plan(&[Workload::Idle, Workload::Steady(8 * MIB)]) };
         let recording = watched(&plan, None).0.unwrap();
         assert_eq!((recording.lost_pages, recording.steal_time), (Some(0), steal_time));
-        recording.vcpus[0].gross_pages
+        recording.vcpus[0].net_pages
     };
-    let (without, with) = (entries(false), entries(true));
-    assert!(with > without + 10, "{with} entries with steal time, {without} without");
+    let (without, with) = (pages(false), pages(true));
+    assert!(with > without + 10, "{with} pages with steal time, {without} without");
 }
 
 #[test]
