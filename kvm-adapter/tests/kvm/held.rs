@@ -99,9 +99,9 @@ fn stand_still() -> Result<()> {
     accesses_to_the_first_pause(&mut rig, u64::MAX)?;
     // The next tick is ours.
     rig.throttle(false)?;
-    println!("\nrunning");
+    // From each look to the next, and from before the word that brings the stop, so that no moment is left out.
     let (mut written, mut seen) = (rig.accesses(0), Instant::now());
-    // From each look to the next, so that no moment is left out.
+    println!("\nrunning");
     let awake = loop {
         rig.run_for(Duration::from_millis(1))?;
         let now = Instant::now();

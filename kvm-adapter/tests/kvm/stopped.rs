@@ -2,6 +2,7 @@
 //! `storms.rs`.
 
 use std::io::{BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -10,6 +11,7 @@ use std::time::Duration;
 use std::{fs, thread};
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::{Signal, set_parent_process_death_signal};
 
 pub(crate) const PAGE: u64 = 4096;
 
@@ -99,12 +101,17 @@ impl Halted {
     /// Starts the test of the calling thread with `role` in its environment.
     pub(crate) fn start((name, role): (&str, &str)) -> Result<(Self, BufReader<ChildStdout>)> {
         let test = thread::current().name().context("a test has a name")?.to_owned();
-        let mut child = Command::new(std::env::current_exe()?)
+        let mut command = Command::new(std::env::current_exe()?);
+        command
             .args([&test, "--exact", "--nocapture", "--test-threads=1"])
             .env(name, role)
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()?;
+            .stdout(Stdio::piped());
+        // A watchdog ends this process without a word to its children.
+        let die_with_the_test = || Ok(set_parent_process_death_signal(Some(Signal::KILL))?);
+        // SAFETY: a system call and no more, as is allowed between fork and exec.
+        unsafe { command.pre_exec(die_with_the_test) };
+        let mut child = command.spawn()?;
         let says = BufReader::new(child.stdout.take().context("piped")?);
         Ok((Self(child), says))
     }
