@@ -91,7 +91,7 @@ struct Row<S> {
 impl<S: Default> Row<S> {
     fn new(cell: &VcpuCell, limit: Option<PageRate>) -> Self {
         let meter = Meter::starting_at(cell.report.counts());
-        let watch = Watch::starting_at(seen(&cell.report));
+        let watch = Watch::starting_at(seen(meter.counts(), &cell.report));
         Self { meter, limit, effective: None, weight: 1, penalty: Penalty::NONE, watch, state: S::default() }
     }
 
@@ -299,8 +299,8 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
             if let Some(row) = row {
                 let needs_pause = row.needs_pause(&self.vm, &cell.report).is_some();
                 let facts = Facts { limit: row.effective, needs_pause, taken: self.vm.is_taken(now) };
-                row.watch.look(elapsed, seen(&cell.report), facts);
                 let reading = row.meter.read(&cell.report, elapsed);
+                row.watch.look(elapsed, seen(row.meter.counts(), &cell.report), facts);
                 row.calculate(&table.policy, &reading, cell);
             }
         }
@@ -339,8 +339,8 @@ impl<P: Policy, const N: usize> Table<P, N> {
     }
 }
 
-fn seen(report: &Report) -> Seen {
-    let Counts { net, gross, .. } = report.counts();
+fn seen(counts: Counts, report: &Report) -> Seen {
+    let Counts { net, gross, .. } = counts;
     Seen { net, gross, turns: report.turns() }
 }
 

@@ -239,6 +239,11 @@ impl Meter {
         Reading { pages: new.net, elapsed, paused }
     }
 
+    /// The report's counters as last read.
+    pub(crate) fn counts(&self) -> Counts {
+        self.seen
+    }
+
     /// The smoothed dirty page rate.
     pub fn rate(&self) -> PageRate {
         self.rate
