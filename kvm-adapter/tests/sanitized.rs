@@ -14,8 +14,9 @@ fn two_threads_write_without_a_lock() {
     let shared = &Unlocked(UnsafeCell::new(0));
     thread::scope(|scope| {
         for _ in 0..2 {
+            // Volatile, or the compiler may see that nobody reads it.
             // SAFETY: none, which is the bug.
-            scope.spawn(|| (0..1000).for_each(|_| unsafe { *{ shared }.0.get() += 1 }));
+            scope.spawn(|| (0..1000).for_each(|_| unsafe { { shared }.0.get().write_volatile(1) }));
         }
     });
 }
