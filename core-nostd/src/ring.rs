@@ -342,7 +342,7 @@ impl<E: AsRef<[Entry]>> Ring<E> {
         self.own.min(slice.max(OWN))
     }
 
-    /// Whether the ring, once all that was collected is reset, ends a slice of so many pages, give or take a quarter: not
+    /// Whether the ring, once all that was collected is reset, ends a slice of `slice` pages, give or take a quarter: not
     /// where it has more room, nor where pages come in lumps of half a slice or more.
     pub fn ends(&self, slice: u32) -> bool {
         let most = slice.saturating_add(slice / 4).saturating_add(self.own(slice));

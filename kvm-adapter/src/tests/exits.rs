@@ -1,19 +1,11 @@
 //! What a full exit is, and what only looks like one: stale exit reasons, exits that the VMM forgets to tell of, rings that
 //! somebody else empties first.
 
-use std::fs::File;
 use std::time::{Duration, Instant};
 
+use super::vm;
 use crate::fake::{Fake, PAGES, SLOT, immediate_exit};
-use crate::{Config, DirtyLimit, PageRate, Vcpu};
-
-fn vm() -> (Fake, DirtyLimit, File, Vcpu) {
-    let fake = Fake::new();
-    let limit = fake.small();
-    let file = fake.vcpu(1024);
-    let vcpu = limit.add_vcpu(0, &file).unwrap();
-    (fake, limit, file, vcpu)
-}
+use crate::{Config, DirtyLimit, PageRate};
 
 fn full_exits(limit: &DirtyLimit) -> u64 {
     limit.meter();

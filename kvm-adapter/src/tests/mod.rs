@@ -13,3 +13,17 @@ mod resets;
 mod signals;
 mod turns;
 mod vcpus;
+
+use std::fs::File;
+
+use crate::fake::Fake;
+use crate::{DirtyLimit, Vcpu};
+
+/// A VM with one vCPU.
+fn vm() -> (Fake, DirtyLimit, File, Vcpu) {
+    let fake = Fake::new();
+    let limit = fake.small();
+    let file = fake.vcpu(1024);
+    let vcpu = limit.add_vcpu(0, &file).unwrap();
+    (fake, limit, file, vcpu)
+}

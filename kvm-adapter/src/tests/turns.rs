@@ -4,18 +4,11 @@ use std::fs::File;
 use std::thread;
 use std::time::Duration;
 
+use super::vm;
 use crate::fake::{Fake, Goes, PAGES, SLOT, immediate_exit, pages};
 use crate::{DirtyLimit, Error, Interrupter, PageRate, Vcpu};
 
 const SOFT: u32 = 960;
-
-fn vm() -> (Fake, DirtyLimit, File, Vcpu) {
-    let fake = Fake::new();
-    let limit = fake.small();
-    let file = fake.vcpu(1024);
-    let vcpu = limit.add_vcpu(0, &file).unwrap();
-    (fake, limit, file, vcpu)
-}
 
 fn slice(limit: &DirtyLimit) -> Option<u32> {
     limit.vm().lock().places[&0].slice

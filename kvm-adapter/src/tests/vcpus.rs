@@ -1,19 +1,11 @@
 //! vCPUs that are added, removed, and added where they do not belong.
 
-use std::fs::File;
 use std::thread;
 use std::time::Duration;
 
+use super::vm;
 use crate::fake::{Copy, Fake, Goes, SLOT, pages};
-use crate::{DirtyLimit, Error, PageRate, Shipped, Stepped, Vcpu};
-
-fn vm() -> (Fake, DirtyLimit, File, Vcpu) {
-    let fake = Fake::new();
-    let limit = fake.small();
-    let file = fake.vcpu(1024);
-    let vcpu = limit.add_vcpu(0, &file).unwrap();
-    (fake, limit, file, vcpu)
-}
+use crate::{Error, PageRate, Shipped, Stepped};
 
 #[test]
 fn what_comes_while_a_vcpu_is_removed_is_not_lost() {
