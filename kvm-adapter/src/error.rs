@@ -138,6 +138,12 @@ pub enum Error {
         /// The size of this VM's rings.
         entries: u32,
     },
+    /// The vCPU is another VM's. KVM does not tell so when it is added: no reset gives its entries back.
+    #[error(
+        "the dirty ring of vCPU {0} is not of this VM: KVM_RESET_DIRTY_RINGS was not disturbed and gave none of its entries \
+         back, now or ever; remove it (remove_vcpu), and add it to its own VM's limiter; nothing is published until then"
+    )]
+    ForeignVcpu(u32),
     /// Somebody has consumed the vCPU's ring.
     #[error(
         "the dirty ring of vCPU {0} is not new: where KVM goes on in it is unknown; a vCPU that was removed, or whose ring \
@@ -204,6 +210,7 @@ impl Error {
             Self::VcpuBusy(_) | Self::KickSignalTaken(_) | Self::UsedRing(_) => libc::EBUSY,
             Self::SlotExists(_) | Self::SameVcpu { .. } => libc::EEXIST,
             Self::OtherVcpu(_) => libc::EBADF,
+            Self::ForeignVcpu(_) => libc::EXDEV,
             Self::NoRing { .. } => libc::ENXIO,
             Self::TooManyVcpus { .. } => libc::ENOSPC,
             Self::Wedged { .. } | Self::Overrun(_) | Self::ShortReset { .. } => libc::EIO,

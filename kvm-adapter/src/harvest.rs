@@ -58,6 +58,8 @@ pub(crate) struct Place {
     pub(crate) merged: u32,
     /// Entries that the last reset gave back.
     given: u32,
+    /// A reset has given some back, so the ring is one of this VM's.
+    is_ours: bool,
     /// When a pass last found that the vCPU's thread has not noticed its limit; `None` where it had.
     pub(crate) unnoticed: Option<Nanos>,
     pub(crate) seat: Arc<Seat>,
@@ -73,6 +75,7 @@ impl Place {
             stretched: false,
             merged: 0,
             given: 0,
+            is_ours: false,
             unnoticed: None,
             seat,
         }
@@ -205,10 +208,29 @@ impl Harvest {
                 return Err(Error::ShortReset { given: 0, expected, tries: 1 });
             }
         }
+        self.forget(id, limiter);
+        Ok(())
+    }
+
+    /// Forgets a vCPU of another VM, whose entries no reset gives back; those that were collected are published by the next
+    /// reset. Whether it is one, as far as resets have shown.
+    pub(crate) fn disown(&mut self, id: u32, limiter: &VmLimiter) -> bool {
+        let is_foreign = self.foreign().any(|foreign| foreign == id);
+        if is_foreign {
+            self.forget(id, limiter);
+        }
+        is_foreign
+    }
+
+    fn forget(&mut self, id: u32, limiter: &VmLimiter) {
         if let Some(place) = self.places.remove(&id) {
             limiter.unregister(place.seat.index);
         }
-        Ok(())
+    }
+
+    /// The vCPUs whose rings wait for a reset, and none has ever given an entry of theirs back.
+    fn foreign(&self) -> impl Iterator<Item = u32> {
+        self.places.iter().filter(|(_, place)| !place.is_ours && place.ring.awaiting_reset() > 0).map(|(&id, _)| id)
     }
 
     /// Frees the slices that vCPUs wait for, all by one reset.
@@ -273,12 +295,14 @@ impl Harvest {
             let mut given = 0;
             for place in self.places.values_mut() {
                 place.given = place.ring.reclaim();
+                place.is_ours |= place.given > 0;
                 given += place.given;
             }
             self.stats.resets += u64::from(given);
             left = self.waiting();
+            let undisturbed = matches!(reset, Ok(Reset { disturbed: false, .. }));
             // Even a call that failed may have taken entries and left their pages unprotected.
-            if left > 0 || !matches!(reset, Ok(Reset { disturbed: false, .. })) {
+            if left > 0 || !undisturbed {
                 self.suspect();
             }
             match reset {
@@ -289,6 +313,9 @@ impl Harvest {
             }
             idle = if given > 0 { 0 } else { idle + 1 };
             if idle == IDLE_RESETS {
+                if let Some(id) = self.foreign().next().filter(|_| undisturbed) {
+                    return Err(Error::ForeignVcpu(id));
+                }
                 return Err(Error::ShortReset { given: expected - left, expected, tries: idle });
             }
         }

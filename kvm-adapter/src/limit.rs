@@ -59,7 +59,8 @@ impl DirtyLimit {
     /// Maps a vCPU's ring and gives it a handle; at any time before its first KVM_RUN. `id` is the caller's. After the
     /// handle was dropped, the same `id` and the same `vcpu` attach to the same ring again.
     ///
-    /// What cannot be told here is a vCPU of another VM whose ring is as large: no reset of this VM gives its entries back.
+    /// What cannot be told here is a vCPU of another VM whose ring is as large: the first reset does
+    /// ([`Error::ForeignVcpu`]), and each until [`DirtyLimit::remove_vcpu`].
     ///
     /// # Errors
     /// [`Error::VcpuBusy`] while there is a handle; [`Error::SameVcpu`] and [`Error::OtherVcpu`] where id and descriptor do
@@ -115,11 +116,15 @@ impl DirtyLimit {
         if !seat.take() {
             return Err(Error::VcpuBusy(id));
         }
+        let (kernel, limiter) = (&*self.0.kernel, &*self.0.limiter);
         // Most of it in batches, between which others get the lock.
-        let removed = self.collect_all().and_then(|()| self.0.lock().remove(id, &*self.0.kernel, &self.0.limiter));
-        if let Err(error) = removed {
-            seat.leave();
-            return Err(error);
+        match self.collect_all().and_then(|()| self.0.lock().remove(id, kernel, limiter)) {
+            Ok(()) => {}
+            Err(Error::ForeignVcpu(_)) if self.0.lock().disown(id, limiter) => {}
+            Err(error) => {
+                seat.leave();
+                return Err(error);
+            }
         }
         info!("vCPU {id} is removed");
         Ok(())

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::vm;
-use crate::fake::{Copy, Fake, Goes, SLOT, pages};
+use crate::fake::{Copy, Fake, Goes, PAGES, SLOT, pages};
 use crate::{Error, PageRate, Shipped, Stepped};
 
 #[test]
@@ -90,6 +90,37 @@ fn a_vcpu_without_a_ring_of_the_vms_size_is_refused() {
         assert!(matches!(error, Error::NoRing { id: 1, entries: 1024 }), "{entries}: {error}");
     }
     assert_eq!(limit.vcpus(), [0]);
+}
+
+/// KVM does not tell it; the first reset that should have given its entries back does.
+#[test]
+fn a_vcpu_of_another_vm_is_told_until_it_is_removed_and_costs_no_page() {
+    let (fake, limit, _file, mut vcpu) = vm();
+    let other = Fake::new();
+    let mut foreign = limit.add_vcpu(1, &other.vcpu(1024)).unwrap();
+    fake.write_all(0, 0..100);
+    other.write_all(0, 5000..PAGES);
+    foreign.ring_full();
+    let mut copy = Copy::default();
+    for _ in 0..2 {
+        assert!(matches!(foreign.before_run(), Err(Error::ForeignVcpu(1))));
+        assert!(matches!(limit.take_dirty_log(SLOT), Err(Error::ForeignVcpu(1))));
+        assert!(matches!(limit.remove_vcpu(0), Err(Error::VcpuBusy(0))));
+    }
+    // The others wait until then, and are told why; a reset that was disturbed proves nothing.
+    fake.write_all(0, 100..2000);
+    vcpu.ring_full();
+    assert!(matches!(vcpu.before_run(), Err(Error::ForeignVcpu(1))));
+    fake.always(Some(Goes::FalseAlarm));
+    assert!(matches!(limit.sync(), Err(Error::ShortReset { .. })));
+    fake.always(None);
+    drop((vcpu, foreign));
+    assert!(matches!(limit.remove_vcpu(0), Err(Error::ForeignVcpu(1))));
+    assert_eq!(limit.vcpus(), [0, 1], "the VM's own stays");
+    limit.remove_vcpu(1).unwrap();
+    copy.take(&fake, &limit.take_dirty_log(SLOT).unwrap());
+    assert_eq!((copy.lost(&fake), limit.vcpus()), (0, vec![0]));
+    limit.remove_vcpu(0).unwrap();
 }
 
 #[test]

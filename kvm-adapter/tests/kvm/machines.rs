@@ -103,6 +103,34 @@ fn a_vcpu_that_is_not_the_vms_or_not_new_is_refused() {
     assert_eq!(limit.vcpus(), [1]);
 }
 
+/// Its ring is as large, so only a reset tells.
+#[test]
+fn a_vcpu_of_another_vm_is_told_by_the_first_reset_and_costs_no_page() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let config = Config::new().ring_entries(1024);
+    let (own, limit) = machine(&writer(), &config).unwrap();
+    let (other, _others) = machine(&writer(), &config).unwrap();
+    let mut first = vcpu(&own, &limit, 0).unwrap();
+    let mut copy = Copy::new(own.memory());
+    let cpu = other.vcpu(0).unwrap();
+    let mut foreign = (limit.add_vcpu(1, cpu.fd()).unwrap(), cpu);
+    while foreign.1.run().unwrap() != Exit::RingFull {}
+    drive(&mut first, |exit| exit == Exit::RingFull).unwrap();
+    let error = foreign.0.before_run().unwrap_err();
+    assert!(matches!(error, Error::ForeignVcpu(1)), "{error}");
+    assert!(matches!(limit.take_dirty_log(SLOT), Err(Error::ForeignVcpu(1))));
+    assert!(matches!(first.1.before_run(), Err(Error::ForeignVcpu(1))));
+    drop(foreign.0);
+    limit.remove_vcpu(1).unwrap();
+    for _ in 0..3 {
+        copy.take(&limit.take_dirty_log(SLOT).unwrap()).unwrap();
+        assert_eq!(copy.lost(), 0);
+        drive(&mut first, |exit| exit == Exit::RingFull).unwrap();
+    }
+}
+
 #[test]
 fn a_slot_removed_while_it_is_logged_comes_back_clean() {
     if !kvm_or_skip() {
