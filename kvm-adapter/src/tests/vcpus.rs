@@ -120,6 +120,11 @@ fn a_vcpu_of_another_vm_is_told_until_it_is_removed_and_costs_no_page() {
     limit.remove_vcpu(1).unwrap();
     copy.take(&fake, &limit.take_dirty_log(SLOT).unwrap());
     assert_eq!((copy.lost(&fake), limit.vcpus()), (0, vec![0]));
+    // One of which entries were given back is the VM's, whatever resets do later.
+    fake.write_all(0, 0..10);
+    fake.always(Some(Goes::Nothing));
+    assert!(matches!(limit.remove_vcpu(0), Err(Error::ShortReset { .. })));
+    fake.always(None);
     limit.remove_vcpu(0).unwrap();
 }
 
