@@ -32,6 +32,8 @@ pub(crate) enum Goes {
     FalseAlarm,
     /// Well, and then the guest of the first vCPU writes a page.
     ThenWrites(u64),
+    /// It does nothing, and says so.
+    Nothing,
     /// It does nothing but fail.
     Fails(i32),
 }
@@ -53,6 +55,8 @@ struct State {
     rings: Vec<FakeRing>,
     /// For each page that was ever written: its number of writes, and whether the next one is logged.
     memory: HashMap<Page, (u64, bool)>,
+    /// The guest's pages come to the ring in lumps of so many, as with Intel's PML; 0: one by one.
+    lump: u32,
     script: VecDeque<Goes>,
     /// When the script is over.
     always: Option<Goes>,
@@ -80,6 +84,12 @@ impl Fake {
 
     pub(crate) fn refusing(self, capability: u32, errno: i32) -> Self {
         self.state().refuses.insert(capability, errno);
+        self
+    }
+
+    /// A CPU that hands pages over in lumps, for which the ring keeps more in reserve.
+    pub(crate) fn with_lumps(self, lump: u32) -> Self {
+        self.state().lump = lump;
         self
     }
 
@@ -155,6 +165,27 @@ impl Fake {
     pub(crate) fn write_all(&self, vcpu: usize, offsets: impl IntoIterator<Item = u64>) -> u32 {
         let written = offsets.into_iter().take_while(|&offset| self.write(vcpu, Page { slot: SLOT, offset })).count();
         u32::try_from(written).unwrap()
+    }
+
+    /// `KVM_RUN` up to a full exit: before the guest's first instruction and after its last KVM logs its own page of [`SLOT`],
+    /// if there is one, whether it is logged already or not. Returns how many pages of [`SLOT`] the guest wrote.
+    pub(crate) fn run(&self, vcpu: usize, own: Option<u64>, offsets: &mut impl Iterator<Item = u64>) -> u32 {
+        let state = &mut *self.state();
+        if state.is_full(vcpu) {
+            state.exit_full(vcpu);
+            return 0;
+        }
+        let mut written = 0;
+        state.push_own(vcpu, own);
+        while !state.is_full(vcpu) {
+            for offset in offsets.take(state.lump.max(1) as usize) {
+                state.store(vcpu, Page { slot: SLOT, offset }, false);
+                written += 1;
+            }
+        }
+        state.push_own(vcpu, own);
+        state.exit_full(vcpu);
+        written
     }
 
     /// The ring says full and holds nothing for us, as after KVM wrote past its reserved entries.
@@ -237,20 +268,39 @@ impl Gathered {
 impl State {
     /// As [`Fake::write`].
     fn write(&mut self, vcpu: usize, page: Page) -> bool {
-        let ring = &mut self.rings[vcpu];
-        if ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED {
-            ring.file
-                .write_all_at(&KVM_EXIT_DIRTY_RING_FULL.to_ne_bytes(), offset_of!(kvm_run, exit_reason) as u64)
-                .unwrap();
+        if self.is_full(vcpu) {
+            self.exit_full(vcpu);
             return false;
         }
+        self.store(vcpu, page, false);
+        true
+    }
+
+    fn is_full(&self, vcpu: usize) -> bool {
+        let ring = &self.rings[vcpu];
+        ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED - self.lump
+    }
+
+    fn exit_full(&self, vcpu: usize) {
+        let reason = KVM_EXIT_DIRTY_RING_FULL.to_ne_bytes();
+        self.rings[vcpu].file.write_all_at(&reason, offset_of!(kvm_run, exit_reason) as u64).unwrap();
+    }
+
+    fn push_own(&mut self, vcpu: usize, own: Option<u64>) {
+        if let Some(offset) = own {
+            self.store(vcpu, Page { slot: SLOT, offset }, true);
+        }
+    }
+
+    /// Writes a page, and logs it if it is armed, or `always`.
+    fn store(&mut self, vcpu: usize, page: Page, always: bool) {
+        let ring = &mut self.rings[vcpu];
         let (writes, armed) = self.memory.entry(page).or_insert((0, true));
         *writes += 1;
-        if std::mem::take(armed) {
+        if std::mem::take(armed) || always {
             ring.pages.as_ref()[(ring.dirty_index % ring.entries) as usize].push(page);
             ring.dirty_index = ring.dirty_index.wrapping_add(1);
         }
-        true
     }
 
     /// Resets ring by ring, until all is done or, before the next entry, as many were given back as `interrupted` says: then
@@ -322,6 +372,7 @@ impl Kernel for Fake {
                 state.write(0, Page { slot: SLOT, offset });
                 (entries, false)
             }
+            Some(Goes::Nothing) => (0, false),
             Some(Goes::Fails(errno)) => return Err(io::Error::from_raw_os_error(errno)),
         };
         Ok(Reset { entries, disturbed })
