@@ -6,7 +6,7 @@
 use std::mem::replace;
 use std::{fmt, iter};
 
-use dirtylimit_core::{Nanos, PageRate, Unenforced};
+use dirtylimit_core::{Nanos, PageRate, Report, SECOND, Unenforced};
 
 use crate::harvest::Place;
 use crate::sys;
@@ -34,6 +34,31 @@ pub(crate) struct State {
     pub(crate) wedged: Option<u32>,
     /// There are limits, and no ticks.
     pub(crate) lapsed: bool,
+    /// The first vCPU with a full exit that nobody serves.
+    pub(crate) unserved: Option<u32>,
+}
+
+/// When a vCPU last showed that it goes on, and by which counts.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Life {
+    at: Nanos,
+    gross: u32,
+    turns: u32,
+    /// A full exit was seen since, of which its thread has taken no note.
+    full: bool,
+}
+
+impl Life {
+    /// Whether the vCPU has left KVM_RUN with a full ring, and for a second neither dirtied a page nor come to pay.
+    fn is_unserved(&mut self, report: &Report, is_full: bool, now: Nanos) -> bool {
+        let (gross, turns) = (report.counts().gross, report.turns());
+        if self.at == 0 || (self.gross, self.turns) != (gross, turns) {
+            *self = Self { at: now, gross, turns, full: false };
+        }
+        // KVM changes the exit's reason now and then, where KVM_RUN is called again and again.
+        self.full |= is_full;
+        self.full && now.saturating_sub(self.at) >= SECOND
+    }
 }
 
 /// Tells what has changed since it was last told.
@@ -51,7 +76,13 @@ fn tell_changes(vm: &Vm, mut harvest: Locked<'_>, now: Nanos) {
         status.is_some_and(|status| status.unenforced == Some(Unenforced::Lapsed))
     };
     let lapsed = !vm.limiter.vm().is_leased(now) && harvest.places.values().any(is_lapsed);
-    let is = State { lapsed, ..harvest.state() };
+    let mut unserved = None;
+    for (id, place) in &mut harvest.places {
+        if place.life.is_unserved(&place.seat.cell(&vm.limiter).report, place.seat.is_full(), now) {
+            unserved = unserved.or(Some(*id));
+        }
+    }
+    let is = State { lapsed, unserved, ..harvest.state() };
     let was = replace(&mut harvest.told, is);
     let verdicts: Vec<_> = iter::from_fn(|| vm.limiter.news())
         .filter_map(|(index, why)| {
@@ -63,6 +94,12 @@ fn tell_changes(vm: &Vm, mut harvest: Locked<'_>, now: Nanos) {
         (false, true) => warn!("no tick has come for over 5 s: limits have lapsed"),
         (true, false) => info!("limits hold again"),
         _ => {}
+    }
+    if let (true, Some(id)) = (was.unserved != is.unserved, is.unserved) {
+        warn!(
+            "vCPU {id} left KVM_RUN with a full ring over a second ago, and its thread has not called before_run since: it \
+             is stopped, or the VMM forgets to"
+        );
     }
     for (id, why) in verdicts {
         match why {

@@ -14,7 +14,7 @@ use crate::Error;
 pub(crate) use crate::batch::BATCH;
 use crate::batch::Batch;
 use crate::error::system;
-use crate::events::State;
+use crate::events::{Life, State};
 use crate::seat::{Seat, VmLimiter};
 use crate::slots::{Metered, Slots};
 use crate::sys::{self, Kernel, Reset, RingPages};
@@ -62,6 +62,8 @@ pub(crate) struct Place {
     is_ours: bool,
     /// When a pass last found that the vCPU's thread has not noticed its limit; `None` where it had.
     pub(crate) unnoticed: Option<Nanos>,
+    /// For the log.
+    pub(crate) life: Life,
     pub(crate) seat: Arc<Seat>,
 }
 
@@ -77,6 +79,7 @@ impl Place {
             given: 0,
             is_ours: false,
             unnoticed: None,
+            life: Life::default(),
             seat,
         }
     }

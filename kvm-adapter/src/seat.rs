@@ -151,7 +151,8 @@ impl Seat {
         self.kicks.load(Ordering::Relaxed)
     }
 
-    /// Whether the last KVM_RUN returned with a full ring, which was not noted yet. For the vCPU's thread.
+    /// Whether the last KVM_RUN returned with a full ring, which was not noted yet. For the vCPU's thread, which
+    /// alone can rely on it; others may look.
     #[inline]
     pub(crate) fn is_full(&self) -> bool {
         self.run.is_full()

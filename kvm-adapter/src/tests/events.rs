@@ -9,6 +9,7 @@ use dirtylimit_core::{SECOND, Stepped, VmCell};
 use log::Level::{self, Error, Info, Warn};
 use log::{LevelFilter, Log, Metadata, Record};
 
+use crate::events::tell;
 use crate::fake::{Fake, Goes, PAGES, SLOT};
 use crate::{DirtyLimit, PageRate, Shipped, sys};
 
@@ -220,6 +221,40 @@ fn a_limit_that_is_not_enforced_is_told_once_and_when_it_is_again() {
     assert_eq!(seconds(900), [(Warn, unpaid.to_owned())]);
     assert_eq!(seconds(900), []);
     assert_eq!(seconds(100), info("the limit of vCPU 7 is enforced again, or lifted"));
+}
+
+/// Without a limit there is nothing else that shows it.
+#[test]
+fn a_vcpu_whose_full_exits_nobody_serves_is_told_once() {
+    let (fake, limit) = vm();
+    let files = [fake.vcpu(1024), fake.vcpu(1024)];
+    let [mut first, _second] = [3, 7].map(|id| limit.add_vcpu(id, &files[id as usize / 7]).unwrap());
+    let start = sys::now();
+    let mut tenths = 0;
+    let mut seconds = |tenths_more: u64| {
+        for _ in 0..tenths_more {
+            tenths += 1;
+            limit.meter();
+            tell(limit.vm(), start + tenths * SECOND / 10);
+        }
+        told()
+    };
+    told();
+    seconds(30);
+    assert_eq!(told(), [], "vCPUs that stand still");
+    fake.write_all(0, 0..PAGES);
+    fake.write_all(1, 0..900);
+    assert_eq!(seconds(10), [], "not yet");
+    let unserved = "vCPU 3 left KVM_RUN with a full ring over a second ago, and its thread has not called before_run since: it \
+                    is stopped, or the VMM forgets to";
+    assert_eq!(seconds(30), [(Warn, unserved.to_owned())], "once, and not of one that was not full");
+    first.before_run().unwrap();
+    fake.write_all(0, 0..PAGES);
+    assert_eq!(seconds(9), [], "it goes on");
+    first.before_run().unwrap();
+    assert_eq!(seconds(30), [], "served");
+    fake.write_all(0, 2000..PAGES);
+    assert_eq!(seconds(30), [(Warn, unserved.to_owned())], "again");
 }
 
 #[test]
