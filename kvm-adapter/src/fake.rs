@@ -24,6 +24,8 @@ pub(crate) enum Goes {
     WellAnd(u32),
     /// It is interrupted after this number of entries, forgets what it has gathered, and returns the number.
     Short(u32),
+    /// The same, and the thread stays on its CPU meanwhile.
+    ShortUntold(u32),
     /// The same, but it fails with this error.
     ShortFails(u32, i32),
     /// It gives back all, but is interrupted before it has protected what it has gathered last.
@@ -361,6 +363,7 @@ impl Kernel for Fake {
             }
             // Where it stops at the very end, that the thread was switched out is the only sign.
             Some(Goes::Short(count)) => (state.reset(Some(count), false), true),
+            Some(Goes::ShortUntold(count)) => (state.reset(Some(count), false), false),
             Some(Goes::ShortFails(count, errno)) => {
                 state.reset(Some(count), false);
                 return Err(io::Error::from_raw_os_error(errno));

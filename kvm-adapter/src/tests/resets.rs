@@ -52,6 +52,15 @@ fn of_a_short_reset_the_last_run_is_dirty_until_it_is_armed() {
     assert_eq!((take(&limit).len(), limit.stats().suspect_pages), (0, 0));
 }
 
+/// As where completions of the thread's own `io_uring` interrupt it.
+#[test]
+fn a_short_reset_is_suspect_although_nothing_else_shows_it() {
+    let (fake, limit, _file, _vcpu) = super::vm();
+    fake.write_all(0, 0..200);
+    fake.script([Goes::ShortUntold(90)]);
+    assert_eq!((take(&limit).len(), limit.stats().suspect_pages), (200, 64));
+}
+
 #[test]
 fn a_disturbed_reset_is_suspect_although_complete() {
     for goes in [Goes::Disturbed, Goes::FalseAlarm] {
