@@ -13,7 +13,7 @@ use crate::stopped::alone;
 
 /// From here on `getrusage` fails so in this thread.
 fn refuse_getrusage(errno: i32) -> Result<()> {
-    let statement = |code: u32, k, jt, jf| libc::sock_filter { code: code as u16, jt, jf, k };
+    let statement = |code: u32, k, jt, jf| libc::sock_filter { code: u16::try_from(code).expect("a code"), jt, jf, k };
     let answer = |k| statement(libc::BPF_RET | libc::BPF_K, k, 0, 0);
     let mut filter = [
         // The call's number is the first word of what a filter sees.
