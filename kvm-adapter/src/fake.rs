@@ -30,6 +30,8 @@ pub(crate) enum Goes {
     ShortFails(u32, i32),
     /// It gives back all, but is interrupted before it has protected what it has gathered last.
     Disturbed,
+    /// The same, by a stop that was taken back at once: nothing shows it.
+    Unseen,
     /// It goes well, but looks disturbed.
     FalseAlarm,
     /// Well, and then the guest of the first vCPU writes a page.
@@ -369,6 +371,7 @@ impl Kernel for Fake {
                 return Err(io::Error::from_raw_os_error(errno));
             }
             Some(Goes::Disturbed) => (state.reset(None, true), true),
+            Some(Goes::Unseen) => (state.reset(None, true), false),
             Some(Goes::FalseAlarm) => (state.reset(None, false), true),
             Some(Goes::ThenWrites(offset)) => {
                 let entries = state.reset(None, false);

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use dirtylimit_core::{Nanos, OwnPages, Penalty, Ring, kicked};
+use dirtylimit_core::{Nanos, OwnPages, Penalty, Ring, SECOND, kicked};
 
 use crate::Error;
 pub(crate) use crate::batch::BATCH;
@@ -105,6 +105,28 @@ impl Place {
     }
 }
 
+/// When resets were last cut short, which only a stop, a tracer or a freezer does.
+///
+/// A stop that is taken back (SIGCONT) before the thread has got to it is no switch: where it comes after the last entry was
+/// given back, and before KVM has protected what it gathered last, nothing shows it. But one does not come alone: of several
+/// hundred, all others fall on an earlier entry and cut the reset short. So this number of cuts within this time is a storm, in
+/// which no reset is believed; a process that is halted now and then has none.
+#[derive(Default, Debug)]
+struct Cuts([Option<Nanos>; 3]);
+
+const STORM: Nanos = 10 * SECOND;
+
+impl Cuts {
+    /// Whether a reset that is over now, and that was cut short or not, is in a storm.
+    fn are_a_storm(&mut self, cut: bool, now: Nanos) -> bool {
+        if cut {
+            self.0.rotate_left(1);
+            self.0[2] = Some(now);
+        }
+        self.0[0].is_some_and(|first| now.saturating_sub(first) <= STORM)
+    }
+}
+
 /// Everything the lock owns.
 #[derive(Debug)]
 pub(crate) struct Harvest {
@@ -115,6 +137,7 @@ pub(crate) struct Harvest {
     first: u32,
     /// When slices were last freed.
     pub(crate) served: Nanos,
+    cuts: Cuts,
     stats: Stats,
     /// Of which the log is told, beside what is found in the rest; and what it was told.
     pub(crate) news: State,
@@ -129,6 +152,7 @@ impl Harvest {
             batch: Batch::new(),
             first: 0,
             served: 0,
+            cuts: Cuts::default(),
             stats: Stats::default(),
             news: State::default(),
             told: State::default(),
@@ -305,7 +329,7 @@ impl Harvest {
             left = self.waiting();
             let undisturbed = matches!(reset, Ok(Reset { disturbed: false, .. }));
             // Even a call that failed may have taken entries and left their pages unprotected.
-            if left > 0 || !undisturbed {
+            if self.cuts.are_a_storm(left > 0, sys::now()) || left > 0 || !undisturbed {
                 self.suspect();
             }
             match reset {

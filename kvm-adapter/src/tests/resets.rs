@@ -83,6 +83,22 @@ fn a_disturbed_reset_is_suspect_although_complete() {
 }
 
 #[test]
+fn after_three_short_resets_none_is_believed_for_a_while() {
+    for (short, lost) in [(2, 10), (3, 0)] {
+        let fake = Fake::new();
+        let limit = fake.small();
+        let _vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+        let mut copy = Copy::default();
+        fake.script((0..short).map(|_| Goes::Short(0)).chain([Goes::Unseen]));
+        fake.write_all(0, 0..10);
+        copy.take(&fake, &limit.take_dirty_log(SLOT).unwrap());
+        fake.write_all(0, 0..10);
+        copy.take(&fake, &limit.take_dirty_log(SLOT).unwrap());
+        assert_eq!(copy.lost(&fake), lost, "after {short}");
+    }
+}
+
+#[test]
 fn only_the_ring_at_which_a_reset_stopped_is_suspect() {
     // KVM goes by the order in which the vCPUs were created, not by our ids.
     for ids in [[0, 1, 2], [9, 5, 7]] {
