@@ -1,11 +1,12 @@
 //! What the tests on real KVM share: a guest under the limiter, and a copy of it that only the dirty log feeds.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dirtylimit_bench::guest::kvm::{Exit, GuestCpu, GuestMemory, Load, Machine, SLOT};
-use dirtylimit_bench::payload;
+use dirtylimit_bench::payload::{self, Mode};
 use dirtylimit_kvm::{Config, DirtyLimit, Vcpu};
 
 /// A vCPU with its limiter.
@@ -39,6 +40,36 @@ pub(crate) fn drive((cpu, vcpu): &mut Limited, mut enough: impl FnMut(Exit) -> b
             return Ok(());
         }
     }
+}
+
+/// How long `time` on a fast machine is on this one, and never less: the lab's take many times as long for everything.
+pub(crate) fn here(time: Duration) -> Duration {
+    /// What a fast machine takes at most for the work that is measured.
+    const FAST: Duration = Duration::from_millis(5);
+    static SLOWNESS: OnceLock<f64> = OnceLock::new();
+    time.mul_f64(*SLOWNESS.get_or_init(|| match unit() {
+        Ok(unit) => unit.div_duration_f64(FAST).max(1.0),
+        // The test, which does the same, tells why.
+        Err(_) => 1.0,
+    }))
+}
+
+/// How long a guest takes for 2,000 pages and KVM for their resets.
+fn unit() -> Result<Duration> {
+    let (machine, limit) = machine(&[Load::new(Mode::Write, 4 << 20)], &Config::new().ring_entries(1024))?;
+    let mut vcpu = vcpu(&machine, &limit, 0)?;
+    let start = Instant::now();
+    drive(&mut vcpu, |_| machine.stats(0).accesses() >= 2000)?;
+    Ok(start.elapsed())
+}
+
+/// The smallest ring that this KVM takes: it is to be larger than KVM's reserve, which Intel's PML makes one of 576.
+pub(crate) fn smallest_ring() -> u32 {
+    let taken = |&entries: &u32| {
+        let machine = Machine::new(&[Load::new(Mode::Idle, 0)], payload::image()).unwrap();
+        DirtyLimit::enable(machine.vm(), &Config::new().ring_entries(entries)).is_ok()
+    };
+    [256, 512, 1024].iter().copied().find(taken).expect("KVM takes a ring of 1,024 entries")
 }
 
 /// The first word of each page of a guest, kept as a migration's destination would be: copied when the dirty log names the

@@ -14,7 +14,7 @@ use dirtylimit_bench::guest::kvm::{Exit, Load, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PlantedBug};
 
-use crate::common::{Copy, Limited, drive, machine, vcpu};
+use crate::common::{Copy, Limited, drive, here, machine, vcpu};
 use crate::rig::{Copying, Rig, Watchdog};
 use crate::stopped::{Freezer, Halt, Halted, PAGE, alone};
 
@@ -123,6 +123,7 @@ fn run_a_while(vcpu: &mut Limited) -> Result<()> {
 fn be_stormed(role: &str) -> Result<()> {
     let [mode, kind, seconds, cut] = role.split(' ').collect::<Vec<_>>()[..] else { bail!("{role}") };
     let (least, cut) = (Duration::from_secs(seconds.parse()?), cut.parse::<u64>()?);
+    let most = least + here(PATIENCE);
     let mode = if mode == "random" { Mode::Random } else { Mode::Write };
     let config = Config::new().ring_entries(4096);
     let config = if kind == "trusting" { config.planted_bug(PlantedBug::TrustSuspects) } else { config };
@@ -133,7 +134,7 @@ fn be_stormed(role: &str) -> Result<()> {
     println!("\nready");
     let start = Instant::now();
     let mut takes = 0;
-    while start.elapsed() < least || (limit.stats().suspect_resets < cut && start.elapsed() < least + PATIENCE) {
+    while start.elapsed() < least || (limit.stats().suspect_resets < cut && start.elapsed() < most) {
         run_a_while(&mut vcpu)?;
         limit.meter(); // so that little but resets is left to do
         copy.take(&limit.take_dirty_log(SLOT)?)?;
