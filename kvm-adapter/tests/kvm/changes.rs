@@ -132,7 +132,7 @@ fn a_vcpu_is_either_removed_or_attached_to() {
     let loads: Vec<Load> = loads().into_iter().chain([Load::new(Mode::Idle, 4096)]).collect();
     let mut rig = Rig::new(&loads, &config(), Copying::Right).unwrap();
     // So that they leave the CPUs, of which there may be one, to the two that race.
-    rig.limit.set_limit_all(rate(1000));
+    rig.limit.set_limit_all(rate(100));
     (0..3).try_for_each(|index| rig.start(index)).unwrap();
     let cpu = rig.birth(3).unwrap();
     let id = 3;

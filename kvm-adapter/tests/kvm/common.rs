@@ -47,11 +47,13 @@ pub(crate) fn here(time: Duration) -> Duration {
     /// What a fast machine takes at most for the work that is measured.
     const FAST: Duration = Duration::from_millis(5);
     static SLOWNESS: OnceLock<f64> = OnceLock::new();
-    time.mul_f64(*SLOWNESS.get_or_init(|| match unit() {
-        Ok(unit) => unit.div_duration_f64(FAST).max(1.0),
-        // The test, which does the same, tells why.
-        Err(_) => 1.0,
-    }))
+    let slowness = SLOWNESS.get_or_init(|| {
+        // Where it fails, the test, which does the same, tells why.
+        let slowness = unit().map_or(1.0, |unit| unit.div_duration_f64(FAST).max(1.0));
+        eprintln!("this machine takes {slowness:.1} times as long as a fast one");
+        slowness
+    });
+    time.mul_f64(*slowness)
 }
 
 /// How long a guest takes for 2,000 pages and KVM for their resets.

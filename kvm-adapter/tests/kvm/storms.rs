@@ -35,6 +35,8 @@ mod signals {
     use std::thread;
     use std::time::Duration;
 
+    use crate::common::here;
+
     static DELIVERED: AtomicU64 = AtomicU64::new(0);
 
     /// glibc's own, by which `setresuid` reaches every thread.
@@ -84,7 +86,7 @@ mod signals {
                 for number in numbers.iter().cycle().take_while(|_| !is_over.load(Relaxed)) {
                     // SAFETY: numbers in; each has a handler.
                     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), target, *number) };
-                    thread::sleep(Duration::from_micros(20));
+                    thread::sleep(here(Duration::from_micros(20)));
                 }
             });
             let is_over = over.clone();
@@ -220,6 +222,11 @@ fn is_child() -> bool {
     })
 }
 
+/// A random time until the next blow, up to `most` µs of a fast machine: it gets as far meanwhile as that one does.
+fn before(most: u64) -> Duration {
+    here(Duration::from_micros(fastrand::u64(..most)))
+}
+
 /// Short of what a sleep can measure.
 fn spin(time: Duration) {
     let start = Instant::now();
@@ -243,7 +250,7 @@ fn a_storm_of_all_signals() {
 fn being_stopped_in_resets() {
     if kvm_or_skip() && !is_child() {
         halt(&mut |child| {
-            thread::sleep(Duration::from_micros(fastrand::u64(..3000)));
+            thread::sleep(before(3000));
             child.halt(&Halt::Stop, Duration::from_micros(fastrand::u64(..2000)))
         });
     }
@@ -253,7 +260,7 @@ fn being_stopped_in_resets() {
 fn being_stopped_for_microseconds_in_resets() {
     if kvm_or_skip() && !is_child() {
         halt(&mut |child| {
-            spin(Duration::from_micros(fastrand::u64(..200)));
+            spin(before(200));
             child.stop_and_continue(|| spin(Duration::from_micros(fastrand::u64(..20))))
         });
     }
@@ -263,7 +270,7 @@ fn being_stopped_for_microseconds_in_resets() {
 fn being_traced_in_resets() {
     if kvm_or_skip() && !is_child() {
         halt(&mut |child| {
-            thread::sleep(Duration::from_micros(fastrand::u64(..2000)));
+            thread::sleep(before(2000));
             child.halt(&Halt::Trace, Duration::from_micros(fastrand::u64(..500)))
         });
     }
@@ -279,7 +286,7 @@ fn being_frozen_in_resets() {
                     child.prepare(&freeze)?;
                     inside = Some(child.id());
                 }
-                thread::sleep(Duration::from_micros(fastrand::u64(..3000)));
+                thread::sleep(before(3000));
                 child.halt(&freeze, Duration::from_micros(fastrand::u64(..2000)))
             });
             freezer.remove().unwrap();
