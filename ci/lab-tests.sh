@@ -14,7 +14,7 @@ while (($#)); do
     if [[ $1 == -- ]]; then shift && filters=("$@") && break; fi
     machines+=("$1") && shift
 done
-((${#machines[@]} + ${#filters[@]})) || filters=(kicks:: machines:: tests::enabling::)
+((${#machines[@]} + ${#filters[@]})) || filters=(held:: kicks:: machines::a_ machines::ring_)
 ((${#machines[@]})) || machines=(svm/6.12)
 
 work=$(mktemp -d)
