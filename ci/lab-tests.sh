@@ -60,8 +60,8 @@ for built in map(json.loads, open(sys.argv[1])):
     mapfile -t tests <"$work/all"
     cpus=2 && [[ $machine != vmx ]] || cpus=1
     "$bench" lab "$machine" --kernel "$kernel" --cpus "$cpus" --silence 900s --prepare "$prepare" \
-        --program "$program" -- --test-threads 1 --nocapture --exact "${tests[@]}" >"$work/log" 2> >(tee "$work/err" >&2) ||
-        status=$?
+        --program "$program" -- --test-threads 1 --nocapture --exact "${tests[@]}" 2>&1 >"$work/log" |
+        tee "$work/err" >&2 || status=$?
     sed -n 's/^test \(.*\) \.\.\. \(ok\|FAILED\|ignored.*\)$/\2 \1/p' "$work/log" | sed "s|^|lab-tests: $machine/$kernel: |"
     ((status == 0)) || { cat "$work/log" >&2; complain "$machine/$kernel: $target: status $status"; }
     if grep -q SKIPPED "$work/err"; then complain "$machine/$kernel: a test skipped itself or a part"; fi
