@@ -14,7 +14,7 @@ while (($#)); do
     if [[ $1 == -- ]]; then shift && filters=("$@") && break; fi
     machines+=("$1") && shift
 done
-((${#machines[@]} + ${#filters[@]})) || filters=(held:: kicks:: machines::a_ machines::ring_)
+((${#machines[@]} + ${#filters[@]})) || filters=(held:: kicks:: machines:: manual:: overrun:: rounds:: steal::)
 ((${#machines[@]})) || machines=(svm/6.12)
 
 work=$(mktemp -d)
