@@ -73,7 +73,7 @@ fn libraries(listed: &str) -> Result<Vec<String>> {
     Ok(paths)
 }
 
-/// The archive that makes `machine` run `program` with `arguments`.
+/// The archive that makes `machine` run `program` with `arguments`, after its shell has done `prepare`.
 ///
 /// # Errors
 /// A module cannot be read, or an argument is not UTF-8.
@@ -83,6 +83,7 @@ pub fn build(
     busybox: &Path,
     program: &Program,
     arguments: &[OsString],
+    prepare: Option<&str>,
 ) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     archive.console();
@@ -109,15 +110,17 @@ pub fn build(
         .chain(arguments.iter().map(|word| word.to_str().with_context(|| format!("{word:?} is not UTF-8"))));
     let words = words.collect::<Result<Vec<_>>>()?;
     let modules: Vec<_> = loaded.iter().map(|(name, _)| name.as_str()).collect();
-    archive.file("init", script(machine, &modules, &words)?.as_bytes());
+    archive.file("init", script(machine, &modules, &words, prepare)?.as_bytes());
     Ok(archive.finish())
 }
 
 /// The first process: brings the machine up, runs the program, tells its exit status and turns the machine off.
-fn script(machine: Machine, modules: &[&str], words: &[&str]) -> Result<String> {
+fn script(machine: Machine, modules: &[&str], words: &[&str], prepare: Option<&str>) -> Result<String> {
     let [_, port] = machine.facts().ports;
     let command = shlex::try_join(words.iter().copied()).context("an argument has a zero byte")?;
     let modules = modules.join(" ");
+    // Without it, not a byte is another.
+    let prepare = prepare.map(|commands| format!("{commands}\n")).unwrap_or_default();
     Ok(format!(
         r#"#!/bin/busybox sh
 b=/bin/busybox
@@ -133,7 +136,7 @@ $b stty -F /dev/{port} 115200 raw -echo
 $b mkfifo /stdout
 $b cat /stdout >/dev/{port} &
 cd /
-echo "{STARTS}"
+{prepare}echo "{STARTS}"
 # Pipes for both: a terminal would be asked for its size.
 {{ /{command} 2>&1 >/stdout </dev/null; echo $? >/status; }} | $b cat
 wait
@@ -252,7 +255,8 @@ mod tests {
     #[test]
     fn arguments_reach_the_program_as_they_are() {
         let words = ["bench", "--limit", "10MiB/s", "it's", "$HOME `x`", ""];
-        let text = script(Machine::Svm, &[], &words).unwrap();
+        let text = script(Machine::Svm, &[], &words, Some("export A=1")).unwrap();
+        assert!(text.contains("\ncd /\nexport A=1\necho "), "{text}");
         let line = text.lines().find(|line| line.contains("/bench")).unwrap();
         let command = line.split_once("/bench ").unwrap().1.split_once(" 2>&1").unwrap().0;
         let shell = Command::new("sh").args(["-c", &format!("printf '%s|' {command}")]).output().unwrap();

@@ -89,6 +89,10 @@ pub struct Run {
     #[arg(long, value_name = "PATH")]
     pub program: Option<PathBuf>,
 
+    /// What the machine's shell (busybox) does before the program runs: `export NAME=VALUE`, `busybox mount …`
+    #[arg(long, value_name = "COMMANDS")]
+    pub prepare: Option<String>,
+
     /// Show what the machine's kernel says, too
     #[arg(long)]
     pub console: bool,
@@ -176,7 +180,8 @@ impl Run {
         let program = Program::read(&path, machine)?;
         let (root, busybox) = (store.root(&machine.emulator())?, store.root(&machine.busybox())?);
         let kernel = store.root(&machine.kernel(self.kernel))?;
-        let initramfs = initramfs::build(machine, &kernel, &busybox, &program, &self.arguments)?;
+        let initramfs =
+            initramfs::build(machine, &kernel, &busybox, &program, &self.arguments, self.prepare.as_deref())?;
         let place = Place::new(store)?;
         let setting = Setting {
             machine,

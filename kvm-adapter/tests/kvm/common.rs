@@ -1,11 +1,12 @@
 //! What the tests on real KVM share: a guest under the limiter, and a copy of it that only the dirty log feeds.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use dirtylimit_bench::guest::kvm::{Exit, GuestCpu, GuestMemory, Load, Machine, SLOT};
-use dirtylimit_bench::payload;
+use dirtylimit_bench::payload::{self, Mode};
 use dirtylimit_kvm::{Config, DirtyLimit, Vcpu};
 
 /// A vCPU with its limiter.
@@ -39,6 +40,46 @@ pub(crate) fn drive((cpu, vcpu): &mut Limited, mut enough: impl FnMut(Exit) -> b
             return Ok(());
         }
     }
+}
+
+/// How long `time` on a fast machine is on this one, and never less: the lab's take many times as long for everything.
+pub(crate) fn here(time: Duration) -> Duration {
+    /// What the machine that these times were chosen on takes for the work that is measured.
+    const FAST: Duration = Duration::from_millis(30);
+    static SLOWNESS: OnceLock<f64> = OnceLock::new();
+    let slowness = SLOWNESS.get_or_init(|| {
+        // Where it fails, the test, which does the same, tells why.
+        let slowness = unit().map_or(1.0, |unit| unit.div_duration_f64(FAST).max(1.0));
+        eprintln!("this machine takes {slowness:.1} times as long as a fast one");
+        slowness
+    });
+    time.mul_f64(*slowness)
+}
+
+/// The CPU time that 2,000 pages of a guest and their resets take: how busy the machine is does not matter.
+fn unit() -> Result<Duration> {
+    let (machine, limit) = machine(&[Load::new(Mode::Write, 4 << 20)], &Config::new().ring_entries(1024))?;
+    let mut vcpu = vcpu(&machine, &limit, 0)?;
+    let start = cpu_time();
+    drive(&mut vcpu, |_| machine.stats(0).accesses() >= 2000)?;
+    Ok(cpu_time() - start)
+}
+
+/// The calling thread's, its guest's included.
+fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes the time.
+    assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) }, 0);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).expect("less than a second"))
+}
+
+/// The smallest ring that this KVM takes: it is to be larger than KVM's reserve, which Intel's PML makes one of 576.
+pub(crate) fn smallest_ring() -> u32 {
+    let taken = |&entries: &u32| {
+        let machine = Machine::new(&[Load::new(Mode::Idle, 0)], payload::image()).unwrap();
+        DirtyLimit::enable(machine.vm(), &Config::new().ring_entries(entries)).is_ok()
+    };
+    [256, 512, 1024].iter().copied().find(taken).expect("KVM takes a ring of 1,024 entries")
 }
 
 /// The first word of each page of a guest, kept as a migration's destination would be: copied when the dirty log names the

@@ -5,7 +5,7 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use crate::common::{Copy, machine, vcpu};
+use crate::common::{Copy, here, machine, vcpu};
 use crate::rig::{Copying, Rig};
 use crate::stopped::{PAGE, alone};
 use anyhow::{Result, ensure};
@@ -87,7 +87,7 @@ impl Drop for Storm {
     }
 }
 
-/// Rewrites 8,192 pages each round, under a signal every 40 µs; one thread runs, resets and copies. Returns how many pages
+/// Rewrites 8,192 pages each round, under a signal every 40 µs of a fast machine; one thread runs, resets and copies. Returns how many pages
 /// were lost in the first round that lost any.
 fn storm(bug: Option<PlantedBug>, rounds: u32) -> Result<usize> {
     const PAGES: u64 = 8192;
@@ -95,7 +95,7 @@ fn storm(bug: Option<PlantedBug>, rounds: u32) -> Result<usize> {
     let mut vcpu = vcpu(&machine, &limit, 0)?;
     let mut copy = Copy::new(machine.memory());
     let delivered = DELIVERED.load(Relaxed);
-    let _storm = Storm::every(Duration::from_micros(40))?;
+    let _storm = Storm::every(here(Duration::from_micros(40)))?;
     for round in 1..=rounds {
         let goal = machine.stats(0).accesses() + PAGES;
         while machine.stats(0).accesses() < goal {
@@ -156,7 +156,7 @@ pub(crate) fn storm_everywhere(rig: &mut Rig, time: Duration, signals: u64) -> R
             // SAFETY: numbers in, a number out; the signal has a handler.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), *thread, signal()) };
         }
-        rig.run_for(Duration::from_micros(100))?;
+        rig.run_for(here(Duration::from_micros(100)))?;
     }
     Ok(())
 }

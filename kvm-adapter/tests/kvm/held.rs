@@ -8,7 +8,7 @@ use dirtylimit_bench::guest::kvm::{Load, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PageRate, Unenforced};
 
-use crate::common::{drive, machine, vcpu};
+use crate::common::{drive, here, machine, vcpu};
 use crate::rig::{Copying, Rig, Watchdog};
 use crate::stopped::{Halt, Halted, PAGE, alone};
 
@@ -26,7 +26,8 @@ fn accesses_to_the_first_pause(rig: &mut Rig, most: u64) -> Result<u64> {
     loop {
         rig.run_for(Duration::from_millis(1))?;
         let written = rig.accesses(0) - before;
-        if rig.limit.query(0)?.totals.paused_us > 0 || written > most || start.elapsed() > Duration::from_secs(40) {
+        if rig.limit.query(0)?.totals.paused_us > 0 || written > most || start.elapsed() > here(Duration::from_secs(40))
+        {
             return Ok(written);
         }
     }
@@ -62,7 +63,7 @@ fn a_vcpu_whose_ring_somebody_empties_again_and_again_is_told_to_be_unlimited() 
         rig.limit.sync().unwrap();
         rig.run_for(Duration::from_millis(3)).unwrap();
         let why = rig.limit.query(0).unwrap().unenforced;
-        if why.is_some() || start.elapsed() > Duration::from_secs(40) {
+        if why.is_some() || start.elapsed() > here(Duration::from_secs(40)) {
             break why;
         }
     };

@@ -12,7 +12,7 @@ use dirtylimit_bench::guest::kvm::{Exit, Load, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, DirtyLimit, Error, Kick, PageRate};
 
-use crate::common::{Limited, drive, machine, vcpu};
+use crate::common::{Limited, drive, here, machine, vcpu};
 use crate::rig::Watchdog;
 
 fn signal() -> i32 {
@@ -69,18 +69,18 @@ fn a_kick_left_pending_does_not_freeze_the_next_handle() {
     }
 }
 
-/// Runs until kicks have ended that number of runs; fails where one goes on for 20 s.
+/// Runs until kicks have ended that number of runs; fails where one goes on for 20 s (of a fast machine).
 fn kicked(limited: &mut Limited, limit: &DirtyLimit, times: u32) -> Result<()> {
     let (mut kicks, mut armed) = (0, false);
     limited.0.bind_to_this_thread();
     let kicker = limited.0.kicker();
-    let late = AtomicBool::new(false);
+    let (late, patience) = (AtomicBool::new(false), here(Duration::from_secs(20)));
     thread::scope(|scope| {
         let (alive, watched) = mpsc::channel::<()>();
         scope.spawn({
             let late = &late;
             move || {
-                if watched.recv_timeout(Duration::from_secs(20)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                if watched.recv_timeout(patience) == Err(mpsc::RecvTimeoutError::Timeout) {
                     late.store(true, Relaxed);
                     kicker.kick();
                 }

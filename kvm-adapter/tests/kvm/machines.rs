@@ -7,10 +7,9 @@ use std::time::Duration;
 
 use dirtylimit_bench::guest::kvm::{Exit, Load, Machine, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::{self, Mode};
-use dirtylimit_bench::shadow::Shadow;
 use dirtylimit_kvm::{Config, DirtyLimit, Error, Kick, PageRate};
 
-use crate::common::{Copy, Limited, drive, machine, vcpu};
+use crate::common::{Copy, Limited, drive, machine, smallest_ring, vcpu};
 use crate::rig::Watchdog;
 
 const MIB: u64 = 1 << 20;
@@ -75,14 +74,14 @@ fn a_vcpu_that_is_not_the_vms_or_not_new_is_refused() {
     if !kvm_or_skip() {
         return;
     }
-    let (machine, limit) = machine(&writer(), &Config::new().ring_entries(1024)).unwrap();
+    let (machine, limit) = machine(&writer(), &Config::new().ring_entries(2048)).unwrap();
     let (mut cpu, handle) = vcpu(&machine, &limit, 0).unwrap();
     // Without a ring, and with a smaller one: to read it is a SIGBUS.
     let (without, smaller) = (bare(), bare());
-    let _smaller = DirtyLimit::enable(smaller.vm(), &Config::new().ring_entries(512)).unwrap();
+    let _smaller = DirtyLimit::enable(smaller.vm(), &Config::new().ring_entries(smallest_ring())).unwrap();
     for other in [&without, &smaller] {
         let error = limit.add_vcpu(1, &other.vm().create_vcpu(0).unwrap()).unwrap_err();
-        assert!(matches!(error, Error::NoRing { id: 1, entries: 1024 }), "{error}");
+        assert!(matches!(error, Error::NoRing { id: 1, entries: 2048 }), "{error}");
     }
     let error = limit.add_vcpu(1, cpu.fd()).unwrap_err();
     assert!(matches!(error, Error::SameVcpu { id: 1, known: 0 }), "{error}");
@@ -196,7 +195,7 @@ fn the_guest_counts_each_pause_by_itself() {
     }
     let load = Load { stall: Duration::from_millis(1), ..writer()[0] };
     // A page at a time: two would be one pause of more than 2 ms.
-    let config = Config::new().ring_entries(256).max_pause(Duration::from_millis(2)).kick(Kick::Off);
+    let config = Config::new().ring_entries(smallest_ring()).max_pause(Duration::from_millis(2)).kick(Kick::Off);
     let (machine, limit) = machine(&[load], &config).unwrap();
     let (mut cpu, mut vcpu) = vcpu(&machine, &limit, 0).unwrap();
     limit.set_limit(0, PageRate::from_pages_per_sec(512)).unwrap();
@@ -234,7 +233,7 @@ fn several_limited_vcpus_passed_and_taken_in_a_loop_lose_nothing() {
     let config = Config::new().ring_entries(1024).max_pause(Duration::from_millis(2));
     let (machine, limit) = machine(&loads, &config).unwrap();
     let vcpus: Vec<Limited> = (0..loads.len()).map(|index| vcpu(&machine, &limit, index).unwrap()).collect();
-    let mut shadow = Shadow::new(machine.memory().clone()).unwrap();
+    let mut copy = Copy::new(machine.memory());
     let kickers: Vec<_> = vcpus.iter().map(|(cpu, _)| cpu.kicker()).collect();
     let stop = AtomicBool::new(false);
     let _throttle = limit.throttle_thread(Duration::from_millis(10)).unwrap();
@@ -268,7 +267,7 @@ fn several_limited_vcpus_passed_and_taken_in_a_loop_lose_nothing() {
                 limit.pass().unwrap();
                 limit.take_published(SLOT).unwrap()
             };
-            shadow.copy(&log).unwrap();
+            copy.take(&log).unwrap();
         }
         // On a busy host it may have had no more than a glimpse of the CPU by now.
         while (0..loads.len()).any(|index| machine.stats(index).accesses() <= 100) {
@@ -281,8 +280,8 @@ fn several_limited_vcpus_passed_and_taken_in_a_loop_lose_nothing() {
         }
         // Handed back, not dropped: the vCPUs' descriptors are open until the last take is done.
         let _stopped: Vec<Limited> = running.into_iter().map(|thread| thread.join().unwrap()).collect();
-        shadow.copy(&limit.take_dirty_log(SLOT).unwrap()).unwrap();
+        copy.take(&limit.take_dirty_log(SLOT).unwrap()).unwrap();
     });
-    assert_eq!(shadow.lost(), [0; 0]);
+    assert_eq!(copy.lost(), 0);
     assert_eq!(limit.stats().dropped, 0);
 }

@@ -10,7 +10,7 @@ use dirtylimit_bench::guest::kvm::{Exit, Load, Machine, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, DirtyLimit, Error};
 
-use crate::common::{Copy, Limited, drive, machine, vcpu};
+use crate::common::{Copy, Limited, drive, machine, smallest_ring, vcpu};
 use crate::rig::Watchdog;
 
 const RING: u32 = 1024;
@@ -121,7 +121,7 @@ fn a_kernel_that_writes_past_its_reserve_is_told_or_loses_nothing() {
     }
     let _watchdog = Watchdog::new(Duration::from_secs(60));
     let machine = Machine::new(&[Load::new(Mode::Write, 16 * MIB)], TIGHT).unwrap();
-    let limit = DirtyLimit::enable(machine.vm(), &Config::new().ring_entries(256)).unwrap();
+    let limit = DirtyLimit::enable(machine.vm(), &Config::new().ring_entries(smallest_ring())).unwrap();
     limit.add_slot(SLOT, machine.memory().pages() as u64).unwrap();
     machine.plug_memory(true).unwrap();
     let mut vcpu = vcpu(&machine, &limit, 0).unwrap();

@@ -15,9 +15,9 @@ use dirtylimit_bench::payload;
 use dirtylimit_kvm::{Config, DirtyLimit, ThrottleThread};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 
-use crate::common::{Copy, Limited, drive};
+use crate::common::{Copy, Limited, drive, here};
 
-/// What does not end within that time hangs.
+/// What does not end within that time hangs, on a fast machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 const TICK: Duration = Duration::from_millis(10);
 
@@ -38,7 +38,9 @@ pub(crate) enum Copying {
 pub(crate) struct Watchdog(#[expect(dead_code, reason = "dropping it is what ends the watch")] Sender<()>);
 
 impl Watchdog {
+    /// `time` is a fast machine's.
     pub(crate) fn new(time: Duration) -> Self {
+        let time = here(time);
         let (alive, watched) = mpsc::channel::<()>();
         let test = thread::current().name().unwrap_or("unnamed").to_owned();
         thread::spawn(move || {
@@ -118,11 +120,12 @@ impl<T: Send + 'static> Worker<T> {
 
     /// Stops it, `again` and again nudging it.
     fn stop(self, again: impl Fn()) -> Result<T> {
-        let deadline = Instant::now() + PATIENCE;
+        let patience = here(PATIENCE);
+        let deadline = Instant::now() + patience;
         self.stop.store(true, Relaxed);
         while !self.thread.is_finished() {
             if Instant::now() > deadline {
-                bail!("{} hangs: it was told to stop {PATIENCE:?} ago", self.name);
+                bail!("{} hangs: it was told to stop {patience:?} ago", self.name);
             }
             again();
             thread::sleep(Duration::from_millis(1));

@@ -17,6 +17,7 @@ use dirtylimit_kvm::{Config, Kick};
 use fastrand::Rng;
 
 use crate::changes::{change_a_limit, starve};
+use crate::common::here;
 use crate::disturbed::storm_everywhere;
 use crate::rig::{Copying, Rig};
 use crate::stopped::{Freezer, Halt, Halted, alone};
@@ -186,7 +187,7 @@ fn be_soaked(role: &str) -> Result<()> {
 
 /// Soaks a child, and returns how many rounds, actions and halts there were; or what went wrong, and how to repeat it.
 fn soak(seed: u64, seconds: u64, copying: &str) -> Result<[u32; 3]> {
-    let freezers = Freezer::all()?;
+    let (freezers, silence) = (Freezer::all()?, here(SILENCE));
     let (child, says) = Halted::start((ROLE, &format!("{seed} {seconds} {copying}")))?;
     let halts: Vec<Halt> =
         [Halt::Stop, Halt::Trace].into_iter().chain(freezers.into_iter().map(Halt::Freeze)).collect();
@@ -195,7 +196,7 @@ fn soak(seed: u64, seconds: u64, copying: &str) -> Result<[u32; 3]> {
     thread::spawn(move || says.lines().map_while(Result::ok).try_for_each(|line| said.send(line)));
     let (mut counts, mut log) = ([0; 3], Vec::new());
     let outcome = loop {
-        let line = match heard.recv_timeout(SILENCE) {
+        let line = match heard.recv_timeout(silence) {
             Ok(line) => line,
             Err(RecvTimeoutError::Timeout) => break Err("hangs".to_owned()),
             Err(RecvTimeoutError::Disconnected) => break Err("ended without a word".to_owned()),

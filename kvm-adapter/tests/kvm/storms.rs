@@ -14,7 +14,7 @@ use dirtylimit_bench::guest::kvm::{Exit, Load, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PlantedBug};
 
-use crate::common::{Copy, Limited, drive, machine, vcpu};
+use crate::common::{Copy, Limited, drive, here, machine, vcpu};
 use crate::rig::{Copying, Rig, Watchdog};
 use crate::stopped::{Freezer, Halt, Halted, PAGE, alone};
 
@@ -34,6 +34,8 @@ mod signals {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
     use std::thread;
     use std::time::Duration;
+
+    use crate::common::here;
 
     static DELIVERED: AtomicU64 = AtomicU64::new(0);
 
@@ -84,7 +86,7 @@ mod signals {
                 for number in numbers.iter().cycle().take_while(|_| !is_over.load(Relaxed)) {
                     // SAFETY: numbers in; each has a handler.
                     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), target, *number) };
-                    thread::sleep(Duration::from_micros(20));
+                    thread::sleep(here(Duration::from_micros(20)));
                 }
             });
             let is_over = over.clone();
@@ -123,6 +125,7 @@ fn run_a_while(vcpu: &mut Limited) -> Result<()> {
 fn be_stormed(role: &str) -> Result<()> {
     let [mode, kind, seconds, cut] = role.split(' ').collect::<Vec<_>>()[..] else { bail!("{role}") };
     let (least, cut) = (Duration::from_secs(seconds.parse()?), cut.parse::<u64>()?);
+    let most = least + here(PATIENCE);
     let mode = if mode == "random" { Mode::Random } else { Mode::Write };
     let config = Config::new().ring_entries(4096);
     let config = if kind == "trusting" { config.planted_bug(PlantedBug::TrustSuspects) } else { config };
@@ -133,7 +136,7 @@ fn be_stormed(role: &str) -> Result<()> {
     println!("\nready");
     let start = Instant::now();
     let mut takes = 0;
-    while start.elapsed() < least || (limit.stats().suspect_resets < cut && start.elapsed() < least + PATIENCE) {
+    while start.elapsed() < least || (limit.stats().suspect_resets < cut && start.elapsed() < most) {
         run_a_while(&mut vcpu)?;
         limit.meter(); // so that little but resets is left to do
         copy.take(&limit.take_dirty_log(SLOT)?)?;
@@ -219,6 +222,11 @@ fn is_child() -> bool {
     })
 }
 
+/// A random time until the next blow, up to `most` µs of a fast machine: it gets as far meanwhile as that one does.
+fn before(most: u64) -> Duration {
+    here(Duration::from_micros(fastrand::u64(..most)))
+}
+
 /// Short of what a sleep can measure.
 fn spin(time: Duration) {
     let start = Instant::now();
@@ -242,7 +250,7 @@ fn a_storm_of_all_signals() {
 fn being_stopped_in_resets() {
     if kvm_or_skip() && !is_child() {
         halt(&mut |child| {
-            thread::sleep(Duration::from_micros(fastrand::u64(..3000)));
+            thread::sleep(before(3000));
             child.halt(&Halt::Stop, Duration::from_micros(fastrand::u64(..2000)))
         });
     }
@@ -252,7 +260,7 @@ fn being_stopped_in_resets() {
 fn being_stopped_for_microseconds_in_resets() {
     if kvm_or_skip() && !is_child() {
         halt(&mut |child| {
-            spin(Duration::from_micros(fastrand::u64(..200)));
+            spin(before(200));
             child.stop_and_continue(|| spin(Duration::from_micros(fastrand::u64(..20))))
         });
     }
@@ -262,7 +270,7 @@ fn being_stopped_for_microseconds_in_resets() {
 fn being_traced_in_resets() {
     if kvm_or_skip() && !is_child() {
         halt(&mut |child| {
-            thread::sleep(Duration::from_micros(fastrand::u64(..2000)));
+            thread::sleep(before(2000));
             child.halt(&Halt::Trace, Duration::from_micros(fastrand::u64(..500)))
         });
     }
@@ -278,7 +286,7 @@ fn being_frozen_in_resets() {
                     child.prepare(&freeze)?;
                     inside = Some(child.id());
                 }
-                thread::sleep(Duration::from_micros(fastrand::u64(..3000)));
+                thread::sleep(before(3000));
                 child.halt(&freeze, Duration::from_micros(fastrand::u64(..2000)))
             });
             freezer.remove().unwrap();
