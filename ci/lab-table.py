@@ -37,7 +37,7 @@ BOOTS = [
 def run(bench, boot):
     """The rows of a boot, and whether it came to its end."""
     machine, kernel, scenario, cpus = boot
-    command = [bench, "lab", machine, "--kernel", kernel, "--cpus", str(cpus), "--silence", "1h"]
+    command = [bench, "lab", machine, "--kernel", kernel, "--cpus", str(cpus), "--silence", "3600s"]
     with subprocess.Popen(
         [*command, "--", "scenario", scenario, "--rows"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as lab, ThreadPoolExecutor(1) as reader:
