@@ -96,7 +96,7 @@ fn beside() -> Vec<Case> {
     vec![
         Case { name: "20 MiB/s each".into(), trial: Trial::run_of(writers(vcpus())), bounds: exactly(10) },
         Case {
-            name: "beside writers held by hand".into(),
+            name: "writers held by turns".into(),
             trial: Trial::Run(Plan { limited: long, ..writers(vcpus()) }, Script { holds, ..Script::default() }),
             bounds: bounds([(ReaderKept, AtLeast(99.0))]),
         },
