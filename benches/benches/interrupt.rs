@@ -15,7 +15,7 @@ fn main() {
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(2))
         .configure_from_args();
-    let mut paused = Paused::new(false).expect("a vCPU can be limited and paused");
+    let mut paused = Paused::new().expect("a vCPU can be limited and paused");
     criterion.bench_function("interrupt a paused vCPU", |bench| {
         // Only the time from the call until the thread is back counts, not that until it is asleep again.
         bench.iter_custom(|times| (0..times).map(|_| paused.interrupt().expect("it comes back")).sum());

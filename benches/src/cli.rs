@@ -44,12 +44,12 @@ pub enum Command {
     Probe,
     /// Measure the figures that the limiter must reach, on this host, under KVM
     ///
-    /// Each case runs several times, and the median of each measure is judged. What is missed on a busy host is missed: run
-    /// it on a quiet one. How late the host ended the sleeps of a thread that does nothing else is told beside it. A guest
-    /// that is slower than its limit while nothing pauses it is below it under any limiter, so rates are judged against what
-    /// was in its reach; how many figures would be missed without that is told too.
+    /// Each case runs once and is judged against its bounds alone. A thread that only sleeps is beside it: where p99.9 of its
+    /// sleeps ended more than 0.5 ms late, the host cannot show what a case is about, and the case is invalid. The lab judges
+    /// them all (docs/LAB.md).
     ///
-    /// Exit status: 0 all figures met, 1 a figure missed or a run failed, 2 bad usage, 3 pages were lost.
+    /// Exit status: 0 all figures met, 1 a figure missed or a run failed, 2 bad usage, 3 pages were lost, 4 cases were invalid
+    /// and no figure missed.
     #[command(verbatim_doc_comment)]
     Scenario(Scenarios),
     /// Run the same guest under QEMU's dirty limit and under this one, by turns

@@ -6,6 +6,7 @@ pub mod cli;
 pub mod compare;
 pub mod guest;
 pub mod lab;
+pub mod late;
 pub mod measure;
 pub mod output;
 pub mod payload;

@@ -13,6 +13,7 @@ use clap::{CommandFactory, FromArgMatches};
 use dirtylimit_bench::cli::{self, Cli, Command, Run};
 use dirtylimit_bench::compare::{self, Compare, cases::Case};
 use dirtylimit_bench::guest::{self, Progress};
+use dirtylimit_bench::late;
 use dirtylimit_bench::output::{Output, distinct, print, tell};
 use dirtylimit_bench::plan::{MetricsTo, Plan};
 use dirtylimit_bench::probe;
@@ -20,8 +21,7 @@ use dirtylimit_bench::record::{GuestKind, Recording};
 use dirtylimit_bench::report::json::Report;
 use dirtylimit_bench::report::progress::{Interrupt, Live};
 use dirtylimit_bench::report::{self, page, svg, table::Table};
-use dirtylimit_bench::scenario::verdict::Results;
-use dirtylimit_bench::scenario::yardstick::{self, HostLate};
+use dirtylimit_bench::scenario::verdict::{Judged, Results};
 use dirtylimit_bench::scenario::{self, Scenarios};
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL};
 use serde::Serialize;
@@ -30,6 +30,8 @@ use serde::Serialize;
 const FAILED: u8 = 1;
 /// Pages were lost. Bad usage is 2, which clap returns by itself.
 const LOST: u8 = 3;
+/// No figure was missed, but on this host some could not be judged.
+const INVALID: u8 = 4;
 /// Sleeps of the thread that only sleeps, beside a run.
 const SLEEP: Duration = Duration::from_millis(1);
 
@@ -133,11 +135,11 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
     distinct(&[json.as_ref(), drawing.as_ref(), page.as_ref(), metrics.as_ref()])?;
     let guest = choose(run)?;
     let mut live = Live::new(plan, Interrupt::install()?);
-    let (recording, late) = yardstick::beside(SLEEP, || start(guest, plan, &mut live));
+    let (recording, late) = late::beside(SLEEP, || start(guest, plan, &mut live));
     live.finish();
     let mut recording = recording?;
     if guest == GuestKind::Kvm {
-        recording.host.sleep_late_p999_ms = HostLate::of(&[late]).map(|late| late.p999_ms);
+        recording.host.sleep_late_p999_ms = late;
     }
 
     let mut outcome = Outcome(if recording.lost_pages > Some(0) { LOST } else { 0 });
@@ -162,18 +164,23 @@ fn scenario(asked: &Scenarios) -> Result<ExitCode> {
     let mut outcome = Outcome(0);
     let mut all = Vec::new();
     for chosen in asked.chosen() {
-        let tried = scenario::run(chosen, asked.runs, &interrupt)?;
-        outcome.show(format_args!("{}\n", tried.verdict), json.as_ref());
+        let tried = scenario::run(chosen, asked.rows, &interrupt)?;
+        if !asked.rows {
+            outcome.show(format_args!("{}\n", tried.verdict), json.as_ref());
+        }
         all.push(tried);
     }
     let host = probe::host(true, None);
     let verdicts: Vec<_> = all.iter().map(|tried| &tried.verdict).collect();
+    let any = |judged| verdicts.iter().any(|verdict| verdict.count(judged) > 0);
     outcome.0 = match verdicts.iter().any(|verdict| verdict.lost_pages > 0) {
+        _ if asked.rows => outcome.0,
         true => LOST,
-        false if verdicts.iter().all(|verdict| verdict.met()) => outcome.0,
-        false => FAILED,
+        false if any(Judged::Missed) => FAILED,
+        false if any(Judged::Invalid) && outcome.0 == 0 => INVALID,
+        false => outcome.0,
     };
-    outcome.document(&Results { host: &host, scenarios: verdicts, steal_time: asked.steal_time }, json.as_mut());
+    outcome.document(&Results { host: &host, scenarios: verdicts }, json.as_mut());
     outcome.page(|| report::scenario::page(&all, &host), page.as_mut());
     Ok(outcome.status())
 }

@@ -190,8 +190,7 @@ impl<'a> Series<'a> {
         let settled_mib_s = self.mean_mib_s(middle(from, to), to);
         let judged = limit_mib_s.filter(|_| writes);
         let error_pct = judged.zip(settled_mib_s).and_then(|(limit, settled)| error_pct(settled, limit));
-        let off = |limit| move |from, to| self.error_pct(from, to, limit).map(f64::abs);
-        let settled = judged.and_then(|limit| self.settle(from, to, off(limit)));
+        let settled = judged.and_then(|limit| self.settle(from, to, limit));
         let (settle_ms, worst_window_error_pct) = settled.unzip();
         let overshoot_pct = judged.and_then(|limit| self.over_pct(from, to, WINDOW, limit));
         StepMeasures {
@@ -229,29 +228,18 @@ impl<'a> Series<'a> {
         error_pct(self.mean_mib_s(from, to)?, limit)
     }
 
-    /// How far the worst window is off in percent, as `off` tells from its start and end; `None` where there is none.
-    pub fn worst_pct(
-        &self,
-        from: Duration,
-        to: Duration,
-        off: impl Fn(Duration, Duration) -> Option<f64>,
-    ) -> Option<f64> {
-        let errors = self.windows(from, to, WINDOW)?.map(|start| off(start, start + WINDOW));
-        errors.collect::<Option<Vec<_>>>()?.into_iter().reduce(f64::max)
+    /// How far the worst window is from `limit` (MiB/s), in percent and without its sign; `None` where there is none.
+    pub fn worst_pct(&self, from: Duration, to: Duration, limit: f64) -> Option<f64> {
+        let errors = self.windows(from, to, WINDOW)?.map(|start| self.error_pct(start, start + WINDOW, limit));
+        errors.collect::<Option<Vec<_>>>()?.into_iter().map(f64::abs).reduce(f64::max)
     }
 
-    /// Settle time in ms and the worst window's error after it, as `off` tells from its start and end; `None` where the
-    /// rate never settled.
-    pub fn settle(
-        &self,
-        from: Duration,
-        to: Duration,
-        off: impl Fn(Duration, Duration) -> Option<f64>,
-    ) -> Option<(f64, f64)> {
+    /// Settle time in ms and the worst window's error after it; `None` where the rate never settled.
+    fn settle(&self, from: Duration, to: Duration, limit: f64) -> Option<(f64, f64)> {
         let mut settled: Option<(Duration, f64)> = None;
         for start in self.windows(from, to, WINDOW)? {
             // A millionth of a percent, so that rounding does not decide over a window on the boundary.
-            let error = off(start, start + WINDOW)?;
+            let error = self.error_pct(start, start + WINDOW, limit)?.abs();
             settled = match settled {
                 _ if error > TOLERANCE_PCT + 1e-6 => None,
                 Some((since, worst)) => Some((since, worst.max(error))),
@@ -337,17 +325,8 @@ impl Stalls {
     pub fn add(&mut self, other: &Self) {
         self.longest_ticks = self.longest_ticks.max(other.longest_ticks);
         std::iter::zip(&mut self.histogram, other.histogram).for_each(|(sum, gaps)| *sum += gaps);
-        for (sum, gaps) in [(&mut self.fine, &other.fine), (&mut self.slow, &other.slow)] {
-            sum.resize(sum.len().max(gaps.len()), 0);
-            iter::zip(sum, gaps).for_each(|(sum, gaps)| *sum += gaps);
-        }
-    }
-
-    /// Without those that ended while the host's clock had fallen, as far as there is a fine histogram.
-    #[must_use]
-    pub fn steady(mut self) -> Self {
-        iter::zip(&mut self.fine, &self.slow).for_each(|(all, slow)| *all = all.saturating_sub(*slow));
-        self
+        self.fine.resize(self.fine.len().max(other.fine.len()), 0);
+        iter::zip(&mut self.fine, &other.fine).for_each(|(sum, gaps)| *sum += gaps);
     }
 
     /// All of them together; `None` without any.
@@ -364,7 +343,7 @@ impl Stalls {
 }
 
 /// Half-way between two instants.
-pub(crate) fn middle(from: Duration, to: Duration) -> Duration {
+fn middle(from: Duration, to: Duration) -> Duration {
     from + to.saturating_sub(from) / 2
 }
 

@@ -177,8 +177,6 @@ pub struct Stalls {
     pub fine: Vec<u64>,
     /// Ticks of a step of `fine`.
     pub fine_ticks: u64,
-    /// Those of `fine` that ended while the host's clock had fallen; empty where nobody looked.
-    pub slow: Vec<u64>,
 }
 
 impl Default for Stalls {
@@ -191,7 +189,6 @@ impl Default for Stalls {
             histogram: [0; 64],
             fine: Vec::new(),
             fine_ticks: 1,
-            slow: Vec::new(),
         }
     }
 }

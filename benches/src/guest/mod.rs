@@ -60,9 +60,4 @@ pub trait Progress {
 
     /// Whether the user wants the run to end now; asked at least every 100 ms.
     fn interrupted(&self) -> bool;
-
-    /// Whether the host's clock had fallen at the last sample or the one before; asked after each.
-    fn is_slow(&self) -> bool {
-        false
-    }
 }

@@ -10,8 +10,8 @@ use super::plot::{Axis, Chart, Look, Series};
 use super::run;
 use crate::record::{Host, Recording, Stalls};
 use crate::scenario::measure::Evidence;
-use crate::scenario::verdict::{Figure, Verdict, number};
-use crate::scenario::{Case, Scenario, Tried};
+use crate::scenario::verdict::{Figure, Judged, Verdict, number};
+use crate::scenario::{Case, Scenario, Tried, Try};
 use crate::units::{mib_per_sec, significant};
 
 /// The page of what was tried on `host`.
@@ -19,25 +19,25 @@ use crate::units::{mib_per_sec, significant};
 /// # Errors
 /// What the drawing library reports is passed on.
 pub fn page(all: &[Tried], host: &Host) -> Result<Page> {
-    let figures = all.iter().flat_map(|tried| &tried.verdict.figures);
-    let (met, count) = figures.fold((0, 0), |(met, count), figure| (met + usize::from(figure.met), count + 1));
+    let count = |judged| all.iter().map(|tried| tried.verdict.count(judged)).sum::<usize>();
+    let [met, missed, invalid] = [Judged::Met, Judged::Missed, Judged::Invalid].map(count);
     let lost: u64 = all.iter().map(|tried| tried.verdict.lost_pages).sum();
-    let lede = format!("{met} of {count} figures met on this host, {lost} pages lost.");
+    let lede = format!("{met} figures met on this host, {missed} missed, {invalid} invalid, {lost} pages lost.");
     let mut page = Page::new("What the limiter must reach", lede);
-    for Tried { scenario, evidence, verdict } in all {
+    for Tried { scenario, tries, verdict } in all {
         let section = page.section(format!("{}: {}", scenario.name, scenario.what));
         section.table(&figure_table(verdict));
         let over_limit = over_limit(scenario, verdict);
         if !over_limit.is_empty() {
             section.picture("Each figure over limit and ring.", &over_limit)?;
         }
-        let rates: Vec<_> = scenario.cases.iter().zip(evidence).filter_map(rates).collect();
+        let rates: Vec<_> = scenario.cases.iter().zip(tries).filter_map(rates).collect();
         if !rates.is_empty() {
-            section.picture("Pages newly dirtied, as means over 100 ms: the first run of each case.", &rates)?;
+            section.picture("Pages newly dirtied, as means over 100 ms.", &rates)?;
         }
-        let stalls = stalls(scenario, evidence);
+        let stalls = stalls(scenario, tries);
         if !stalls.is_empty() {
-            section.picture("How often the guest stood still for at least so long, all runs together.", &stalls)?;
+            section.picture("How often the guest stood still for at least so long.", &stalls)?;
         }
     }
     page.section("How it was made").command().host(host);
@@ -61,30 +61,25 @@ fn figure_table(verdict: &Verdict) -> Table {
             |name: &String| figures().find(|figure| column(figure) == *name).map(figure_cell).unwrap_or_default();
         std::iter::once(Cell::from(case)).chain(names.iter().map(cell)).collect()
     };
-    let runs = match verdict.runs {
-        1 => "One run each".to_owned(),
-        runs => format!("Medians of {runs} runs (and from the least to the most)"),
-    };
     Table {
-        caption: format!("{runs}. What is missed has a cross."),
+        caption: "What is missed has a cross; where the host was too late to show it, it is invalid.".to_owned(),
         rows: distinct(verdict.figures.iter().map(|figure| figure.case.as_str())).into_iter().map(row).collect(),
         columns: std::iter::once("case".to_owned()).chain(names.iter().cloned()).collect(),
     }
 }
 
 fn figure_cell(figure: &Figure) -> Cell {
-    let mut text = figure.measured.map_or("none".to_owned(), number);
-    let values = || figure.values.iter().flatten().copied();
-    if let (2.., Some(least), Some(most)) = (figure.values.len(), values().reduce(f64::min), values().reduce(f64::max))
-    {
-        text += &format!(" ({}–{})", number(least), number(most));
-    }
+    let text = figure.measured.map_or("none".to_owned(), number);
     let share = match (figure.measured, figure.at_most, figure.at_least) {
         (Some(value), Some(most), _) => value / most,
         (Some(value), _, Some(least)) => least / value,
         _ => 1.0,
     };
-    if figure.met { Cell::from(text).toned(Tone::Heat(share)) } else { Cell::from(text + " ✗").toned(Tone::Bad) }
+    match figure.judged {
+        Judged::Met => Cell::from(text).toned(Tone::Heat(share)),
+        Judged::Missed => Cell::from(text + " ✗").toned(Tone::Bad),
+        Judged::Invalid => Cell::from(text + " (invalid)"),
+    }
 }
 
 fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
@@ -140,27 +135,27 @@ fn capitalised(text: &str) -> String {
     letters.next().into_iter().flat_map(char::to_uppercase).chain(letters).collect()
 }
 
-/// The recordings among what was tried of a case.
-fn recordings(tried: &[Evidence]) -> impl Iterator<Item = &Recording> {
-    tried.iter().filter_map(|evidence| match evidence {
+/// The recording of a case; `None` where it has none of its own.
+fn recording(tried: &Try) -> Option<&Recording> {
+    match &tried.evidence {
         Evidence::Run(done) => Some(&done.recording),
-        _ => None,
-    })
+        Evidence::Speed(..) | Evidence::Interrupted(_) => None,
+    }
 }
 
-/// The rate over time in the first run of a case.
-fn rates((case, tried): (&Case, &Vec<Evidence>)) -> Option<Chart> {
-    let recording = recordings(tried).next()?;
+/// The rate over time of a case.
+fn rates((case, tried): (&Case, &Try)) -> Option<Chart> {
+    let recording = recording(tried)?;
     let series = run::of_vm(recording).unwrap_or_else(|| run::of_vcpus(recording));
     Some(rate_chart(&case.name, series))
 }
 
 /// A chart for each ring, where the cases differ in their limits: a line for each limit.
-fn stalls(scenario: &Scenario, evidence: &[Vec<Evidence>]) -> Vec<Chart> {
+fn stalls(scenario: &Scenario, tries: &[Try]) -> Vec<Chart> {
     let mut charts: BTreeMap<u32, (Vec<Series>, std::time::Duration)> = BTreeMap::new();
-    for (case, tried) in scenario.cases.iter().zip(evidence) {
+    for (case, tried) in scenario.cases.iter().zip(tries) {
         let (Some((limit, ring)), Some(plan)) = (place(case), case.trial.plan()) else { continue };
-        let vcpus = || recordings(tried).flat_map(|recording| &recording.vcpus);
+        let vcpus = || recording(tried).into_iter().flat_map(|recording| &recording.vcpus);
         let seconds = vcpus().map(|vcpu| vcpu.limited_time.as_secs_f64()).sum();
         let Some(all) = Stalls::sum(vcpus().map(|vcpu| &vcpu.stalls)) else { continue };
         let (lines, _) = charts.entry(ring).or_insert((Vec::new(), plan.max_pause));

@@ -40,16 +40,13 @@ impl Paused {
     ///
     /// # Errors
     /// What KVM and the limiter answer.
-    pub fn new(steal_time: bool) -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let machine = Machine::new(&[Load::new(Mode::Write, 16 << 20)], payload::image())?;
         let config = Config::new().ring_entries(1024).max_pause(PAUSE);
         let limit = DirtyLimit::enable(machine.vm(), &config)?;
         limit.add_slot(SLOT, machine.memory().pages() as u64)?;
         machine.plug_memory(true)?;
         let mut cpu = machine.vcpu(0)?;
-        if steal_time {
-            cpu.enable_steal_time(machine.steal_time(0))?;
-        }
         let mut vcpu = limit.add_vcpu(0, cpu.fd())?;
         limit.set_limit(0, PageRate::from_pages_per_sec(LIMIT))?;
         let throttle = limit.throttle_thread(Duration::from_millis(50))?;

@@ -1,18 +1,16 @@
-//! Named scenarios: each figure that the limiter must reach, measured again by whoever wants to know, on this host.
+//! Named scenarios: each figure that the limiter must reach, measured again by whoever wants to know.
 //!
-//! A scenario is data: cases, what each of them runs ([`Trial`]), and the bounds on what is measured
-//! ([`catalogue`]). Every case is tried several times, in rounds, so that a spell of noise on the host does not fall on
-//! all tries of one case; of each measure the median is judged. No bound depends on how busy the host is; but what no
-//! limiter could have reached on it is spared ([`reach`], [`yardstick`]), and what that changed is said.
+//! A scenario is data: cases, what each of them runs ([`Trial`]), and the bounds on what is measured ([`catalogue`]). Each
+//! case runs once and is judged against its bounds alone. In the lab, in virtual time, that is exact, and makes the rows of
+//! `benches/lab.txt`; on a host that ends sleeps late a case is invalid instead.
 
 pub mod by_hand;
 pub mod catalogue;
 pub mod interrupt;
 pub mod measure;
-pub mod reach;
+pub mod row;
 pub mod trial;
 pub mod verdict;
-pub mod yardstick;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -21,15 +19,19 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
-use crate::output::tell;
+use crate::late;
+use crate::output::{print, tell};
 use crate::report::progress::Interrupt;
 pub use measure::{Evidence, Measure};
+pub use row::row;
 pub use trial::Trial;
 pub use verdict::Verdict;
-use yardstick::{Clock, HostLate};
 
 /// Sleeps beside the runs are as long as the limiter's slices.
 const SLEEP: Duration = Duration::from_millis(3);
+/// Where all but a thousandth of the sleeps of a thread that only sleeps end later than this, a case is invalid: it is as much as
+/// a pause may be late.
+const LATE_MS: f64 = 0.5;
 /// The name that stands for all scenarios.
 const ALL: &str = "all";
 
@@ -40,14 +42,10 @@ pub struct Scenarios {
     #[arg(required_unless_present = "list", value_name = "NAME", value_parser = names())]
     pub names: Vec<String>,
 
-    /// How often each case runs, 1 to 99
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=99))]
-    pub runs: u8,
-
-    /// Have KVM tell each vCPU the time that was stolen from it, as every Linux guest asks for: it writes a page of the
-    /// guest at nearly every entry, and logs it
-    #[arg(long)]
-    pub steal_time: bool,
+    /// Print the rows of the lab's table instead, each when its case is over. What is missed is in its row and not in the
+    /// exit status, and no case is invalid: this is for virtual time
+    #[arg(long, conflicts_with = "json")]
+    pub rows: bool,
 
     /// Write the result as JSON; `-` is standard output, and nothing else goes there then
     #[arg(long, value_name = "FILE|-")]
@@ -77,7 +75,7 @@ pub struct Scenario {
     pub cases: Vec<Case>,
 }
 
-/// One thing that is tried several times.
+/// One thing that is tried.
 #[derive(Clone, Debug)]
 pub struct Case {
     /// At most 26 characters.
@@ -120,10 +118,7 @@ impl Scenarios {
     /// The scenarios that were asked for, each once, in the order of the list.
     pub fn chosen(&self) -> Vec<Scenario> {
         let chosen = |scenario: &Scenario| self.names.iter().any(|name| name == ALL || name == scenario.name);
-        let mut chosen: Vec<_> = catalogue::all().into_iter().filter(chosen).collect();
-        let cases = chosen.iter_mut().flat_map(|scenario| &mut scenario.cases);
-        cases.for_each(|case| *case.trial.steal_time() = self.steal_time);
-        chosen
+        catalogue::all().into_iter().filter(chosen).collect()
     }
 
     /// What `--list` prints.
@@ -138,37 +133,49 @@ impl Scenarios {
 pub struct Tried {
     /// The scenario.
     pub scenario: Scenario,
-    /// One piece for each run, by case.
-    pub evidence: Vec<Vec<Evidence>>,
+    /// What was tried, by case.
+    pub tries: Vec<Try>,
     /// What came of it.
     pub verdict: Verdict,
 }
 
-/// Runs a scenario and judges it; says on stderr what it is at.
+/// A case that was tried.
+#[derive(Clone, Debug)]
+pub struct Try {
+    /// What it brought up.
+    pub evidence: Evidence,
+    /// How late the host ended sleeps meanwhile, see [`late::beside`].
+    pub late_p999_ms: Option<f64>,
+}
+
+impl Try {
+    /// Whether the host was too late to show anything.
+    pub fn is_invalid(&self) -> bool {
+        self.late_p999_ms.is_some_and(|late| late > LATE_MS)
+    }
+}
+
+/// Runs a scenario and judges it; says on stderr what it is at. With `rows`, prints each case's row.
 ///
 /// # Errors
 /// A run that fails, or the user's wish to end.
-pub fn run(scenario: Scenario, runs: u8, interrupt: &Interrupt) -> Result<Tried> {
-    let mut evidence = vec![Vec::new(); scenario.cases.len()];
-    let mut late = Vec::new();
-    let mut clock = Clock::default();
-    for round in 0..runs {
-        for (number, (case, tried)) in scenario.cases.iter().zip(&mut evidence).enumerate() {
-            let (case_of, cases) = (number + 1, scenario.cases.len());
-            tell(format_args!(
-                "{} run {} of {runs}, case {case_of} of {cases}: {}",
-                scenario.name,
-                round + 1,
-                case.name
-            ));
-            let trial = || case.trial.run(usize::from(round), interrupt, &mut clock);
-            let (found, sleeps) = yardstick::beside(SLEEP, trial);
-            tried.push(found?);
-            late.push(sleeps);
-            ensure!(!interrupt.requested(), "interrupted");
+pub fn run(scenario: Scenario, rows: bool, interrupt: &Interrupt) -> Result<Tried> {
+    let mut tries = Vec::new();
+    for (number, case) in (1..).zip(&scenario.cases) {
+        tell(format_args!("{}, case {number} of {}: {}", scenario.name, scenario.cases.len(), case.name));
+        let (evidence, late_p999_ms) = match rows {
+            true => (case.trial.run(interrupt)?, None),
+            false => {
+                let (evidence, late) = late::beside(SLEEP, || case.trial.run(interrupt));
+                (evidence?, late)
+            }
+        };
+        ensure!(!interrupt.requested(), "interrupted");
+        if rows {
+            print(row(&scenario, case, &evidence))?;
         }
+        tries.push(Try { evidence, late_p999_ms });
     }
-    let mut verdict = Verdict::of(&scenario, runs, &evidence);
-    verdict.host_late = HostLate::of(&late);
-    Ok(Tried { scenario, evidence, verdict })
+    let verdict = Verdict::of(&scenario, &tries);
+    Ok(Tried { scenario, tries, verdict })
 }

@@ -7,8 +7,7 @@ use anyhow::{Context, Result, ensure};
 use super::by_hand;
 use super::interrupt::Paused;
 use super::measure::Evidence;
-use super::yardstick::Clock;
-use crate::guest::kvm::{self, Script, Scripted};
+use crate::guest::kvm::{self, Script};
 use crate::guest::{Phase, Progress, VcpuNow};
 use crate::plan::Plan;
 use crate::report::progress::Interrupt;
@@ -21,12 +20,7 @@ pub enum Trial {
     /// The limiter's guest and one whose ring is served by hand, by turns.
     Versus(Versus),
     /// A paused vCPU, interrupted so often.
-    Interrupt {
-        /// How often.
-        times: u32,
-        /// Whether the guest has a steal-time page.
-        steal_time: bool,
-    },
+    Interrupt(u32),
 }
 
 /// Two guests with the same work.
@@ -57,32 +51,23 @@ impl Trial {
     pub const fn plan(&self) -> Option<&Plan> {
         match self {
             Self::Run(plan, _) | Self::Versus(Versus { plan, .. }) => Some(plan),
-            Self::Interrupt { .. } => None,
+            Self::Interrupt(_) => None,
         }
     }
 
-    /// Whether its guests have steal-time pages; both of two that are compared.
-    pub const fn steal_time(&mut self) -> &mut bool {
-        match self {
-            Self::Run(plan, _) | Self::Versus(Versus { plan, .. }) => &mut plan.steal_time,
-            Self::Interrupt { steal_time, .. } => steal_time,
-        }
-    }
-
-    /// Tries it once; `round` decides who of two goes first. The clock is looked at meanwhile.
+    /// Tries it once.
     ///
     /// # Errors
     /// What the guest says.
-    pub fn run(&self, round: usize, interrupt: &Interrupt, clock: &mut Clock) -> Result<Evidence> {
+    pub fn run(&self, interrupt: &Interrupt) -> Result<Evidence> {
         match self {
             Self::Run(plan, script) => {
-                let mut done = kvm::run_scripted(plan, script, &mut Watched { interrupt, clock })?;
-                done.slow = clock.over();
+                let done = kvm::run_scripted(plan, script, &mut Watched(interrupt))?;
                 Ok(Evidence::Run(Box::new(done)))
             }
-            Self::Versus(versus) => versus.run(round, interrupt),
-            Self::Interrupt { times, steal_time } => {
-                let mut paused = Paused::new(*steal_time)?;
+            Self::Versus(versus) => versus.run(interrupt),
+            Self::Interrupt(times) => {
+                let mut paused = Paused::new()?;
                 let times = (0..*times).map(|_| paused.interrupt()).collect::<Result<_>>()?;
                 paused.stop()?;
                 Ok(Evidence::Interrupted(times))
@@ -92,48 +77,26 @@ impl Trial {
 }
 
 impl Versus {
-    fn run(&self, round: usize, interrupt: &Interrupt) -> Result<Evidence> {
-        let limiter = || kvm::run_scripted(&self.plan, &Script::default(), &mut Quiet(interrupt));
-        let by_hand = || by_hand::accesses_per_s(&self.plan, self.by_hand);
-        let (limiter, by_hand) = if round % 2 == 0 {
-            let limiter = limiter()?;
-            (limiter, by_hand()?)
-        } else {
-            let by_hand = by_hand()?;
-            (limiter()?, by_hand)
+    /// The limiter's guest first and last, and the other one twice between: a host that becomes slower or faster does not count.
+    fn run(&self, interrupt: &Interrupt) -> Result<Evidence> {
+        let limiter = || -> Result<(f64, u64)> {
+            let done = kvm::run_scripted(&self.plan, &Script::default(), &mut Watched(interrupt))?;
+            let vcpu = done.recording.vcpus.first().context("a run of no vCPU")?;
+            let speed = vcpu.limited_accesses as f64 / vcpu.limited_time.as_secs_f64();
+            Ok((speed, done.recording.lost_pages.unwrap_or(0)))
         };
-        let Scripted { recording, .. } = limiter;
-        let vcpu = recording.vcpus.first().context("a run of no vCPU")?;
-        let ratio = vcpu.limited_accesses as f64 / vcpu.limited_time.as_secs_f64() / by_hand;
+        let by_hand = || by_hand::accesses_per_s(&self.plan, self.by_hand);
+        let ((first, lost), one, other, (last, lost_last)) = (limiter()?, by_hand()?, by_hand()?, limiter()?);
+        let ratio = (first + last) / (one + other);
         ensure!(ratio.is_finite(), "the guest whose ring is served by hand did nothing");
-        Ok(Evidence::Speed(ratio, recording.lost_pages.unwrap_or(0)))
+        Ok(Evidence::Speed(ratio, lost + lost_last))
     }
 }
 
 /// Shows nothing: runs are short, and what is measured is shown at the end.
-struct Watched<'a> {
-    interrupt: &'a Interrupt,
-    clock: &'a mut Clock,
-}
+struct Watched<'a>(&'a Interrupt);
 
 impl Progress for Watched<'_> {
-    fn sample(&mut self, at: Duration, _: Phase, _: &[VcpuNow]) {
-        self.clock.look(at);
-    }
-
-    fn interrupted(&self) -> bool {
-        self.interrupt.requested()
-    }
-
-    fn is_slow(&self) -> bool {
-        self.clock.is_slow()
-    }
-}
-
-/// As [`Watched`], of two that are compared: the clock falls for both.
-struct Quiet<'a>(&'a Interrupt);
-
-impl Progress for Quiet<'_> {
     fn sample(&mut self, _: Duration, _: Phase, _: &[VcpuNow]) {}
 
     fn interrupted(&self) -> bool {

@@ -1,8 +1,6 @@
 //! One run: free, then limited, then the proof that nothing was lost.
 
 use std::fs;
-use std::iter;
-use std::mem::replace;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -27,6 +25,8 @@ use crate::workload::Workload;
 const SAMPLE: Duration = Duration::from_millis(10);
 /// Interval of the throttle thread.
 const TICK: Duration = Duration::from_millis(10);
+/// The same as in the README.
+const EMBEDDED_TICK: Duration = Duration::from_millis(50);
 /// Memory that must stay free for everybody else.
 const SPARE: u64 = 128 << 20;
 
@@ -53,9 +53,10 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
         PolicyKind::Paced => Shipped::default(),
         PolicyKind::Stepped => Shipped::Stepped(Stepped::default()),
     };
+    let config = Config::new().ring_entries(plan.ring).max_pause(plan.max_pause).policy(policy);
     // SIGRTMIN itself is the machine's own kick.
-    let kick = Kick::Signal(libc::SIGRTMIN() + 1);
-    let config = Config::new().ring_entries(plan.ring).max_pause(plan.max_pause).policy(policy).kick(kick).prompt(true);
+    let ours = |config: Config| config.kick(Kick::Signal(libc::SIGRTMIN() + 1)).prompt(true);
+    let (config, tick) = if script.as_embedded { (config, EMBEDDED_TICK) } else { (ours(config), TICK) };
     let limit = DirtyLimit::enable(machine.vm(), &config).context("cannot enable the limiter")?;
     limit.add_slot(SLOT, machine.memory().pages() as u64).context("cannot add the guest's memory to the limiter")?;
     machine.plug_memory(true)?;
@@ -77,14 +78,14 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
     machine.memory().populate(0..machine.memory().bytes());
 
     let placement = Placement::new(plan);
-    let throttle = limit.throttle_thread(TICK).context("cannot start the throttle thread")?;
+    let throttle = limit.throttle_thread(tick).context("cannot start the throttle thread")?;
     let copier = Copier::start(limit.clone(), shadow, plan.pass)?;
     let vcpus = Vcpus::start(vcpus, placement.vcpus.as_deref())?;
     let recording = Recording::begun(GuestKind::Kvm, plan, probe::host(true, None), recorded);
     let control = plan.qmp.as_deref().map(|path| Control::serve(limit.clone(), path)).transpose()?;
     let exporter = plan.metrics.as_ref().map(|to| Exporter::start(&limit, to)).transpose()?;
     let start = Instant::now();
-    let done = Scripted { recording, marks: Vec::new(), ticks: Vec::new(), slow: Vec::new() };
+    let done = Scripted { recording, marks: Vec::new(), ticks: Vec::new() };
     Run {
         plan,
         script,
@@ -268,23 +269,7 @@ impl Run<'_> {
         }
         self.exporter.as_mut().map_or(Ok(()), Exporter::write_if_due)?;
         self.show(phase);
-        if phase == Phase::Limited {
-            self.note_stalls();
-        }
         Ok(())
-    }
-
-    /// Tells the stalls of a slow host from all others.
-    fn note_stalls(&mut self) {
-        for (index, vcpu) in self.done.recording.vcpus.iter_mut().enumerate() {
-            let fine = self.machine.stats(index).fine();
-            let before = replace(&mut vcpu.stalls.fine, fine);
-            if self.progress.is_slow() {
-                let new = iter::zip(&vcpu.stalls.fine, before).map(|(now, before)| now.saturating_sub(before));
-                vcpu.stalls.slow.resize(vcpu.stalls.fine.len(), 0);
-                iter::zip(&mut vcpu.stalls.slow, new).for_each(|(slow, new)| *slow += new);
-            }
-        }
     }
 
     fn show(&mut self, phase: Phase) {

@@ -155,8 +155,11 @@ fn a_held_vcpu_does_nothing_and_then_goes_on() {
     let plan = plan(&[Workload::Write(8 * MIB), Workload::Read(8 * MIB)]);
     let hold = |after, held| Hold { after: Duration::from_millis(after), held };
     // Held for longer than it takes a busy host to get a vCPU out of the guest; who is held at the end must stop too.
-    let script =
-        Script { holds: vec![hold(0, vec![0, 1]), hold(300, vec![1]), hold(600, vec![0, 1])], time_ticks: true };
+    let script = Script {
+        holds: vec![hold(0, vec![0, 1]), hold(300, vec![1]), hold(600, vec![0, 1])],
+        time_ticks: true,
+        ..Script::default()
+    };
     let mut watcher = Watcher { seen: Vec::new(), enough: None };
     let done = run_scripted(&plan, &script, &mut watcher).unwrap();
     assert_eq!((done.recording.lost_pages, done.marks.len()), (Some(0), 4));

@@ -1,6 +1,5 @@
 //! What a run can do beside its plan, for measures that need more than a limit.
 
-use std::ops::Range;
 use std::time::Duration;
 
 use dirtylimit_core::PageRate;
@@ -15,6 +14,8 @@ pub struct Script {
     pub holds: Vec<Hold>,
     /// Tick once a sample, in the limited phase, and note how long that took.
     pub time_ticks: bool,
+    /// Enable the limiter as the README does, in all that it leaves as it is.
+    pub as_embedded: bool,
 }
 
 /// From then on these vCPUs are kept out of the guest by hand, and all others run.
@@ -35,8 +36,6 @@ pub struct Scripted {
     pub marks: Vec<Mark>,
     /// How long each tick took.
     pub ticks: Vec<Duration>,
-    /// When the host's clock had fallen, in order; empty where nobody looked.
-    pub slow: Vec<Range<Duration>>,
 }
 
 /// What the guest had counted at an instant.
@@ -92,7 +91,7 @@ mod tests {
             steal_time: false,
         };
         let holds = vec![Hold { after: ms(100), held: vec![0] }, Hold { after: ms(300), held: vec![] }];
-        let script = Script { holds, time_ticks: false };
+        let script = Script { holds, ..Script::default() };
         assert_eq!(
             script.events(&plan),
             [(ms(100), Event::Hold(&[0])), (ms(200), Event::Limit(None)), (ms(300), Event::Hold(&[]))]
