@@ -21,7 +21,8 @@ if [[ ! -d $libc ]]; then
     mv "$libc.new" "$libc"
 fi
 lib=$(realpath "$libc/usr/aarch64-linux-gnu/lib") gcc=$(realpath "$libc/usr/lib/gcc-cross/aarch64-linux-gnu/12")
-lld=$(realpath "$target"/debian-rust-*/usr/bin/rust-lld)
+version=$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' "$root/Cargo.toml")
+lld=$(realpath -s "$target/debian-rust-$version/usr/bin/rust-lld")
 
 # What a C compiler would tell the linker of a static program.
 flags=(-Ctarget-feature=+crt-static -Crelocation-model=static "-Clinker=$lld" -Clinker-flavor=ld.lld)
