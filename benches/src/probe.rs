@@ -174,14 +174,14 @@ fn look_at_kvm(kvm: &Kvm, report: &mut Report) {
     }
     match run_guest() {
         Ok(seen) => report_guest(&seen, report),
-        Err(error) => report.add("CPL-3 guest", "no", Verdict::Bad, format!("{error:#}")),
+        Err(error) => report.add(kvm::arch::LEVEL, "no", Verdict::Bad, format!("{error:#}")),
     }
 }
 
 fn report_guest(seen: &Seen, report: &mut Report) {
     let mib = seen.accesses as f64 * f64::from(PAGE_SIZE) / seen.time.as_secs_f64() / f64::from(1 << 20);
     report.add(
-        "CPL-3 guest",
+        kvm::arch::LEVEL,
         format!("{mib:.0} MiB/s"),
         Verdict::Good,
         "of page touches by one writer, tracked, unlimited",
@@ -264,8 +264,13 @@ fn kernel() -> String {
 
 fn cpu_model() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    model.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned())
+    let field = |name| text.lines().find_map(|line| Some(line.strip_prefix(name)?.split_once(':')?.1.trim()));
+    match (field("model name"), field("CPU implementer"), field("CPU part")) {
+        (Some(name), ..) => name.to_owned(),
+        // Arm has numbers.
+        (_, Some(implementer), Some(part)) => format!("implementer {implementer}, part {part}"),
+        _ => "unknown".to_owned(),
+    }
 }
 
 fn cpus() -> usize {

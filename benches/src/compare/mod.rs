@@ -8,6 +8,7 @@ pub mod cases;
 pub mod page;
 mod qemu;
 pub mod result;
+#[cfg_attr(not(target_arch = "x86_64"), path = "no_rom.rs")]
 mod rom;
 mod table;
 pub mod trial;

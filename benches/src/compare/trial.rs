@@ -9,7 +9,8 @@ use anyhow::Result;
 use super::qemu::{Counters, Qemu};
 use super::rom;
 use crate::guest::kvm::affinity::{allowed_cpus, pin_thread};
-use crate::guest::kvm::layout::{Layout, tsc_hz};
+use crate::guest::kvm::arch::host_tsc_hz;
+use crate::guest::kvm::layout::Layout;
 use crate::guest::kvm::{self, Hold, Load, Mark, Script, Scripted};
 use crate::guest::{Phase, Progress, VcpuNow};
 use crate::measure::Measures;
@@ -127,7 +128,7 @@ pub(super) fn rom_of(plan: &Plan) -> Result<(Vec<u8>, u64)> {
     let loads: Vec<_> = plan.vcpus.iter().map(|vcpu| Load::of(vcpu.workload)).collect();
     let layout = Layout::new(&loads)?;
     // No doorbell: QEMU has no device there, and each store would cost it a lookup under its big lock.
-    let blocks: Vec<Parameters> = (0..loads.len()).map(|index| layout.parameters(index, tsc_hz(), 0)).collect();
+    let blocks: Vec<Parameters> = (0..loads.len()).map(|index| layout.parameters(index, host_tsc_hz(), 0)).collect();
     Ok((rom::image(&blocks, layout.ram(), payload::image())?, layout.ram()))
 }
 
@@ -150,7 +151,7 @@ pub(super) fn qemu(plan: &Plan, program: &Path, interrupt: &Interrupt) -> Result
         free_time: Duration::ZERO,
         limited_accesses: 0,
         limited_time: Duration::ZERO,
-        stalls: Stalls { tsc_hz: tsc_hz(), ..Stalls::default() },
+        stalls: Stalls { tsc_hz: host_tsc_hz(), ..Stalls::default() },
         full_exits: 0,
         paused: Duration::ZERO,
         net_pages: 0,
@@ -282,21 +283,22 @@ impl QemuRun<'_> {
 /// histograms in which one was counted, and so at most 50 µs too long, or from 20 ms on at most twice as long.
 fn stalls_between(before: &Counters, after: &Counters, units: &Stalls) -> Stalls {
     let grown = |word: usize| after[word] - before[word];
+    let shift = stats::fine_shift(units.tsc_hz);
     let histogram: [u64; stats::HISTOGRAM_WORDS] = std::array::from_fn(|bit| grown(stats::HISTOGRAM + bit));
     let fine: Vec<u64> = (0..stats::FINE_WORDS).map(|step| grown(stats::FINE + step)).collect();
     let longest = after[stats::LONGEST];
     let longest_ticks = if longest > before[stats::LONGEST] {
         longest
     } else {
-        let fine_end = fine.iter().rposition(|&gaps| gaps > 0).map(|step| (step as u64 + 1) << stats::FINE_SHIFT);
+        let fine_end = fine.iter().rposition(|&gaps| gaps > 0).map(|step| (step as u64 + 1) << shift);
         let coarse_end = histogram.iter().rposition(|&gaps| gaps > 0).map(|bit| 2 << bit);
         match fine_end {
-            Some(end) if end < (stats::FINE_WORDS as u64) << stats::FINE_SHIFT => end,
+            Some(end) if end < (stats::FINE_WORDS as u64) << shift => end,
             _ => coarse_end.unwrap_or(0),
         }
         .min(longest)
     };
-    Stalls { longest_ticks, histogram, fine, fine_ticks: 1 << stats::FINE_SHIFT, ..units.clone() }
+    Stalls { longest_ticks, histogram, fine, fine_ticks: 1 << shift, ..units.clone() }
 }
 
 #[cfg(test)]

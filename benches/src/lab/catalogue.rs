@@ -41,6 +41,8 @@ pub struct Facts {
     pub arch: &'static str,
     /// As ELF numbers it.
     pub elf: u16,
+    /// As Rust calls it.
+    pub target: &'static str,
     /// The modules to load; those that they need come along.
     pub modules: &'static [&'static str],
     /// The emulator's packages.
@@ -63,6 +65,7 @@ impl Machine {
         const X86: Facts = Facts {
             arch: "amd64",
             elf: 62,
+            target: "x86_64-unknown-linux-gnu",
             modules: &["kvm-amd"],
             emulator: &["qemu-system-x86"],
             most_cpus: 16,
@@ -85,6 +88,7 @@ impl Machine {
             Self::Arm64 => Facts {
                 arch: "arm64",
                 elf: 183,
+                target: "aarch64-unknown-linux-gnu",
                 modules: &[],
                 emulator: &["qemu-system-arm"],
                 ports: ["ttyAMA0", "ttyAMA1"],

@@ -93,7 +93,7 @@ impl Setting<'_> {
         let (program, machine): (_, &[&str]) = match self.machine {
             Machine::Arm64 => (
                 "qemu-system-aarch64",
-                &["-machine", "virt,virtualization=on,gic-version=3,dtb-randomness=off", "-cpu", "max"],
+                &["-machine", "virt,virtualization=on,gic-version=3,dtb-randomness=off", "-cpu", "max,pauth-impdef=on"],
             ),
             _ => ("qemu-system-x86_64", &["-machine", "q35", "-cpu", "max,+svm,+npt,-rdrand,-rdseed"]),
         };

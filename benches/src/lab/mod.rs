@@ -12,7 +12,7 @@ pub mod run;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -20,6 +20,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 
 pub use catalogue::{Kernel, Machine};
+use elf::Elf;
 use emulator::Setting;
 use initramfs::Program;
 use packages::Store;
@@ -175,7 +176,7 @@ impl Run {
     fn execute(&self, machine: Machine, store: &mut Store) -> Result<ExitCode> {
         let path = match &self.program {
             Some(path) => path.clone(),
-            None => std::env::current_exe().context("cannot find this program's own file")?,
+            None => own_program(machine)?,
         };
         let program = Program::read(&path, machine)?;
         let (root, busybox) = (store.root(&machine.emulator())?, store.root(&machine.busybox())?);
@@ -199,6 +200,26 @@ impl Run {
     }
 }
 
+/// This program, built for `machine`.
+fn own_program(machine: Machine) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("cannot find this program's own file")?;
+    if Elf::new(&fs::read(&own)?)?.machine() == machine.facts().elf {
+        return Ok(own);
+    }
+    let other = built_for(&own, machine.facts().target).filter(|path| path.is_file());
+    other.with_context(|| {
+        format!(
+            "there is no build of this program for {machine}: ci/arm64-build.sh makes one, or name one with --program"
+        )
+    })
+}
+
+/// Where cargo puts `program`, a file of its directory for the host, when it builds it for `target`.
+fn built_for(program: &Path, target: &str) -> Option<PathBuf> {
+    let (name, profile) = (program.file_name()?, program.parent()?);
+    Some(profile.parent()?.join(target).join(profile.file_name()?).join(name))
+}
+
 /// The directory of a run, gone after it.
 struct Place(PathBuf);
 
@@ -215,5 +236,18 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_build_for_another_machine_is_beside_that_for_the_host() {
+        let own = Path::new("/src/target/release/dirtylimit-bench");
+        let other = built_for(own, Machine::Arm64.facts().target).unwrap();
+        assert_eq!(other, Path::new("/src/target/aarch64-unknown-linux-gnu/release/dirtylimit-bench"));
+        assert_eq!(built_for(Path::new("/dirtylimit-bench"), "x"), None);
     }
 }

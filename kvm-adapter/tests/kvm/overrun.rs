@@ -100,7 +100,8 @@ fn a_ring_that_somebody_else_consumes_is_told() {
     }
 }
 
-/// Writes a page in every three instructions, from the start of its memory to the end, over and over.
+/// For x86-64. Writes a page in every three instructions, from the start of its memory to the end, over and over.
+#[cfg(target_arch = "x86_64")]
 const TIGHT: &[u8] = &[
     0x4c, 0x8b, 0x65, 0x00, // mov r12, [rbp]
     0x4c, 0x8b, 0x6d, 0x08, // mov r13, [rbp + 8]
@@ -115,6 +116,7 @@ const TIGHT: &[u8] = &[
 
 /// At CPL 0, which a KVM without hardware's help emulates for many instructions before it looks at the ring.
 #[test]
+#[cfg(target_arch = "x86_64")]
 fn a_kernel_that_writes_past_its_reserve_is_told_or_loses_nothing() {
     if !kvm_or_skip() {
         return;

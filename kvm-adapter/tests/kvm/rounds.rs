@@ -4,7 +4,10 @@
 //! tell exactly here: a page is logged a moment before it is written (it may still hold any older number), and the number
 //! may have been read before the round began. And one of the adapter's own: a suspect page is dirty in every take.
 
-use std::arch::global_asm;
+#[cfg_attr(target_arch = "x86_64", path = "rounds/x86_64.rs")]
+#[cfg_attr(target_arch = "aarch64", path = "rounds/aarch64.rs")]
+mod guest;
+
 use std::slice;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
@@ -20,37 +23,6 @@ use crate::rig::Watchdog;
 const PAGES: u64 = 4096;
 /// The word of the parameter block that holds the round's number: one that the guest ABI leaves free.
 const ROUND: u64 = 15;
-
-global_asm!(
-    r#"
-    .pushsection .rodata.dirtylimit_rounds, "a", @progbits
-    .globl dirtylimit_rounds_start
-    .globl dirtylimit_rounds_end
-dirtylimit_rounds_start:
-    mov r12, [rbp]                  // the memory's start
-    mov r14, [rbp + 8*2]            // mask of the page's index
-    mov eax, 2463534242
-10: mov ecx, eax                    // xorshift32
-    shl ecx, 13
-    xor eax, ecx
-    mov ecx, eax
-    shr ecx, 17
-    xor eax, ecx
-    mov ecx, eax
-    shl ecx, 5
-    xor eax, ecx
-    mov rsi, rax
-    and rsi, r14
-    shl rsi, 12
-    lea rdx, [r12 + rsi]            // the page's address, until the next one is known
-    mov rcx, [rbp + 8*{round}]
-    mov [rdx], rcx
-    jmp 10b
-dirtylimit_rounds_end:
-    .popsection
-    "#,
-    round = const ROUND,
-);
 
 fn image() -> &'static [u8] {
     unsafe extern "C" {
@@ -87,7 +59,7 @@ impl Rounds {
         round: u64,
         last: bool,
     ) -> Result<Vec<String>> {
-        let parameters = cpu.fd().get_regs()?.rbp;
+        let parameters = guest::parameters(cpu)?;
         self.machine.memory().write(parameters + 8 * ROUND, &[round]);
         let mut dirty = vec![0; self.machine.memory().pages().div_ceil(64)];
         let (stop, kicker) = (&AtomicBool::new(false), cpu.kicker());
@@ -119,10 +91,10 @@ impl Rounds {
         }
         // Nothing was logged since the last take, so these are the suspect pages.
         let suspects = self.limit.take_published(SLOT)?;
-        let registers = cpu.fd().get_regs()?;
-        let at = usize::try_from(registers.rdx / 4096)?;
+        let (address, number) = guest::in_hand(cpu)?;
+        let at = usize::try_from(address / 4096)?;
         let wrong = self.verify(&dirty, &suspects, round, at);
-        self.last = Some((at, registers.rcx));
+        self.last = Some((at, number));
         Ok(wrong)
     }
 

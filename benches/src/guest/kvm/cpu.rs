@@ -8,16 +8,13 @@ use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, Msrs, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment};
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::layout::{self, DOORBELL_BYTES, PAGE_TABLES};
+use super::arch::{self, Platform, Start};
+use super::layout::{self, DOORBELL_BYTES};
 use super::memory::GuestMemory;
-use crate::payload::IMAGE_ADDRESS;
 use crate::units::PAGE_SIZE;
-
-/// Where a guest says that it wants to be told of stolen time: the address, and 1 for yes.
-const MSR_KVM_STEAL_TIME: u32 = 0x4b56_4d03;
 
 /// Why a vCPU left the guest, where that is no fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,21 +40,18 @@ pub struct GuestCpu {
 }
 
 impl GuestCpu {
-    /// Puts a new vCPU at the image's first byte, at CPL 3.
+    /// Puts a new vCPU at the image's first byte.
     pub(super) fn new(
         fd: VcpuFd,
         index: usize,
-        (stats, parameters, stack): (u64, u64, u64),
+        platform: &Platform,
+        start: Start,
         memory: &Arc<GuestMemory>,
     ) -> Result<Self> {
-        start_state(&fd, stats, parameters, stack)
-            .with_context(|| format!("vCPU {index}: cannot set its registers"))?;
+        platform.start(&fd, start).with_context(|| format!("vCPU {index}: cannot set its start state"))?;
         let kicker =
             Kicker(Arc::new(RunPage::map(&fd).with_context(|| format!("vCPU {index}: cannot map its run page"))?));
-        let tsc_hz = match fd.get_tsc_khz() {
-            Ok(khz) if khz > 0 => u64::from(khz) * 1000,
-            _ => layout::tsc_hz(),
-        };
+        let tsc_hz = arch::tsc_hz(&fd);
         Ok(Self { fd, index, tsc_hz, doorbell: memory.bytes() as u64, kicker, _memory: memory.clone() })
     }
 
@@ -112,17 +106,13 @@ impl GuestCpu {
         let index = self.index;
         let in_memory = address % 64 == 0 && address < self.doorbell;
         ensure!(in_memory, "vCPU {index}: no place for the stolen time: {address:#x}");
-        let entry = kvm_msr_entry { index: MSR_KVM_STEAL_TIME, data: address | 1, ..Default::default() };
-        let msrs = Msrs::from_entries(&[entry]).context("a list of one MSR")?;
-        let set = self.fd.set_msrs(&msrs).with_context(|| format!("vCPU {index}: KVM_SET_MSRS"))?;
-        ensure!(set == 1, "vCPU {index}: this host's KVM tells no guest of stolen time (it needs CONFIG_SCHED_INFO)");
-        Ok(())
+        arch::enable_steal_time(&self.fd, address).with_context(|| format!("vCPU {index}"))
     }
 
     /// Runs the guest until something happens.
     ///
     /// # Errors
-    /// Whatever ends the guest: a fault (which, without an IDT, is a triple fault), an access outside its memory, or an
+    /// Whatever ends the guest: a fault, an access outside its memory, or an
     /// exit that has no place here. The vCPU must not be run again.
     pub fn run(&mut self) -> Result<Exit> {
         let doorbell = self.doorbell..self.doorbell + DOORBELL_BYTES;
@@ -132,9 +122,7 @@ impl GuestCpu {
             Ok(VcpuExit::MmioWrite(address, _) | VcpuExit::MmioRead(address, _)) => {
                 anyhow!("it reached for {address:#x}, where the guest has no memory")
             }
-            Ok(VcpuExit::Shutdown) => {
-                anyhow!("a triple fault: the payload did what CPL 3 may not do, or left its memory")
-            }
+            Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => anyhow!(arch::FAULT),
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
                 anyhow!("CPU {cpu} refused to enter the guest (hardware reason {reason:#x})")
             }
@@ -152,8 +140,7 @@ impl GuestCpu {
             Err(error) if error.errno() == libc::EAGAIN => return Ok(Exit::Interrupted),
             Err(error) => anyhow!("KVM_RUN: {error}"),
         };
-        let at = self.fd.get_regs().map_or_else(|_| String::new(), |regs| format!(" at rip {:#x}", regs.rip));
-        Err(what.context(format!("vCPU {} stopped{at}", self.index)))
+        Err(what.context(format!("vCPU {} stopped{}", self.index, arch::place(&self.fd))))
     }
 }
 
@@ -241,43 +228,6 @@ fn install_kick_handler() {
             libc::sigaction(libc::SIGRTMIN(), &raw const action, std::ptr::null_mut());
         }
     });
-}
-
-/// Long mode at CPL 3, as KVM.md's hosts and VT-x and SVM ones all run it: identity page tables, no IDT. Interrupts are
-/// allowed (RFLAGS.IF) though none is ever injected: where KVM itself runs in Bochs, a guest that masks them masks the
-/// host's too.
-fn start_state(fd: &VcpuFd, stats: u64, parameters: u64, stack: u64) -> Result<()> {
-    let mut sregs = fd.get_sregs()?;
-    let segment = |selector, type_, l, db| kvm_segment {
-        base: 0,
-        limit: u32::MAX,
-        selector,
-        type_,
-        present: 1,
-        dpl: 3,
-        db,
-        s: 1,
-        l,
-        g: 1,
-        ..Default::default()
-    };
-    sregs.cs = segment(0x33, 0xb, 1, 0);
-    let data = segment(0x2b, 0x3, 0, 1);
-    (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data, data);
-    sregs.cr0 = 0x8005_0033; // PG, AM, WP, NE, ET, MP, PE
-    sregs.cr3 = PAGE_TABLES;
-    sregs.cr4 = 0x20; // PAE
-    sregs.efer = 0xd01; // SCE, LME, LMA, NXE
-    fd.set_sregs(&sregs).context("KVM refused the long-mode state at CPL 3")?;
-    fd.set_regs(&kvm_regs {
-        rip: IMAGE_ADDRESS,
-        rdi: stats,
-        rbp: parameters,
-        rsp: stack,
-        rflags: 0x202,
-        ..Default::default()
-    })?;
-    Ok(())
 }
 
 /// Opens `/dev/kvm`.

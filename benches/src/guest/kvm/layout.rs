@@ -4,7 +4,8 @@
 //!
 //! | from | what |
 //! |---|---|
-//! | 0x1000 | page tables, accessed and dirty bits set already, so that nothing writes them |
+//! | 0 | exception vectors, where the architecture has them in memory |
+//! | 0x1000 | page tables, which nothing writes |
 //! | 0x100000 | the image, at most 1 MiB |
 //! | 0x200000 | stats pages, one per vCPU |
 //! | 0x280000 | parameter blocks, one page per vCPU |
@@ -14,8 +15,7 @@
 //! | end of RAM | 2 MiB that are mapped for the guest but have no memory: the doorbell |
 
 use std::ops::Range;
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -107,19 +107,6 @@ impl Load {
 /// `time` in ticks of a TSC of that frequency, rounded down.
 pub(crate) fn ticks(time: Duration, tsc_hz: u64) -> u64 {
     u64::try_from(time.as_nanos() * u128::from(tsc_hz) / 1_000_000_000).unwrap_or(u64::MAX)
-}
-
-/// TSC ticks in a second by the host's clock, measured once.
-pub(crate) fn tsc_hz() -> u64 {
-    static HZ: OnceLock<u64> = OnceLock::new();
-    // SAFETY: every x86-64 CPU has the instruction.
-    let tsc = || unsafe { core::arch::x86_64::_rdtsc() };
-    *HZ.get_or_init(|| {
-        let (begin, start) = (Instant::now(), tsc());
-        std::thread::sleep(Duration::from_millis(50));
-        let (ticks, elapsed) = (tsc().wrapping_sub(start), begin.elapsed());
-        u64::try_from(u128::from(ticks) * 1_000_000_000 / elapsed.as_nanos().max(1)).unwrap_or(u64::MAX)
-    })
 }
 
 /// Each vCPU's load, and where its memory is.

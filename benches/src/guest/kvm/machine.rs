@@ -1,4 +1,4 @@
-//! A virtual machine of CPL-3 loops: its memory and its layout. It knows nothing of any limiter, so that tests can put
+//! A virtual machine of loops: its memory and its layout. It knows nothing of any limiter, so that tests can put
 //! one, or none, on it.
 //!
 //! ```no_run
@@ -21,14 +21,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use anyhow::{Context, Result, ensure};
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
+use super::arch::{self, Platform, Start};
 use super::cpu::{self, GuestCpu};
-use super::layout::{
-    DOORBELL_BYTES, HUGE_PAGE, Layout, Load, MAX_VCPUS, PAGE_TABLES, PARAMETERS, STACK_BYTES, STACKS, STATS,
-    STEAL_TIMES,
-};
+use super::layout::{Layout, Load, MAX_VCPUS, PARAMETERS, STACK_BYTES, STACKS, STATS, STEAL_TIMES};
 use super::memory::GuestMemory;
 use crate::payload::{self, IMAGE_ADDRESS, stats};
 use crate::units::PAGE_SIZE;
@@ -40,7 +38,7 @@ pub const SLOT: u32 = 0;
 #[derive(Debug)]
 pub struct Machine {
     vm: VmFd,
-    cpuid: CpuId,
+    platform: Platform,
     memory: Arc<GuestMemory>,
     layout: Layout,
 }
@@ -57,11 +55,11 @@ impl Machine {
         payload::check(image)?;
         let layout = Layout::new(loads)?;
         let memory = GuestMemory::new(usize::try_from(layout.ram())?)?;
-        write_page_tables(&memory);
+        arch::write_tables(&memory);
         memory.write_bytes(IMAGE_ADDRESS, image);
         let vm = kvm.create_vm().context("KVM_CREATE_VM")?;
-        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
-        Ok(Self { vm, cpuid, memory: Arc::new(memory), layout })
+        let platform = Platform::new(&kvm, &vm)?;
+        Ok(Self { vm, platform, memory: Arc::new(memory), layout })
     }
 
     /// The VM's descriptor.
@@ -121,11 +119,10 @@ impl Machine {
     pub fn vcpu(&self, index: usize) -> Result<GuestCpu> {
         let id = index as u64;
         let fd = self.vm.create_vcpu(id).with_context(|| format!("cannot create vCPU {index}"))?;
-        fd.set_cpuid2(&self.cpuid).with_context(|| format!("vCPU {index}: KVM refused the CPUID that it offered"))?;
         let page = u64::from(PAGE_SIZE);
         let parameters = PARAMETERS + id * page;
-        let at = (STATS + id * page, parameters, STACKS + (id + 1) * STACK_BYTES);
-        let cpu = GuestCpu::new(fd, index, at, &self.memory)?;
+        let start = Start { stats: STATS + id * page, parameters, stack: STACKS + (id + 1) * STACK_BYTES };
+        let cpu = GuestCpu::new(fd, index, &self.platform, start, &self.memory)?;
         let block = self.layout.parameters(index, cpu.tsc_hz(), self.layout.ram());
         self.memory.write(parameters, &block.words());
         Ok(cpu)
@@ -185,7 +182,7 @@ impl StatsPage<'_> {
         std::array::from_fn(|bit| self.words[stats::HISTOGRAM + bit].load(Relaxed))
     }
 
-    /// The same gaps by `gap >> FINE_SHIFT`; all 0 where the image does not keep it.
+    /// The same gaps by `gap >> fine_shift`; all 0 where the image does not keep it.
     pub fn fine(&self) -> Vec<u64> {
         (0..stats::FINE_WORDS).map(|word| self.words[stats::FINE + word].load(Relaxed)).collect()
     }
@@ -197,22 +194,5 @@ impl StatsPage<'_> {
         for word in [stats::LONGEST, stats::GAPS, stats::GAPS_SUM].into_iter().chain(histogram).chain(fine) {
             self.words[word].store(0, Relaxed);
         }
-    }
-}
-
-/// Identity-maps all memory and the doorbell behind it, for CPL 3, by 2 MiB pages.
-fn write_page_tables(memory: &GuestMemory) {
-    const PRESENT_WRITABLE_USER_ACCESSED: u64 = 0x27;
-    const DIRTY_HUGE: u64 = 0xc0;
-    let page = u64::from(PAGE_SIZE);
-    let (level3, level2) = (PAGE_TABLES + page, PAGE_TABLES + 2 * page);
-    memory.write(PAGE_TABLES, &[level3 | PRESENT_WRITABLE_USER_ACCESSED]);
-    let huge_pages = (memory.bytes() as u64 + DOORBELL_BYTES) / HUGE_PAGE;
-    for directory in 0..huge_pages.div_ceil(512) {
-        memory.write(level3 + directory * 8, &[(level2 + directory * page) | PRESENT_WRITABLE_USER_ACCESSED]);
-    }
-    for number in 0..huge_pages {
-        // The directories lie one behind the other, so they are one table of all huge pages.
-        memory.write(level2 + number * 8, &[(number * HUGE_PAGE) | PRESENT_WRITABLE_USER_ACCESSED | DIRTY_HUGE]);
     }
 }

@@ -1,6 +1,7 @@
-//! The real guest: a small VM whose vCPUs run the [payload](crate::payload) at CPL 3.
+//! The real guest: a small VM whose vCPUs run the [payload](crate::payload).
 
 pub mod affinity;
+pub(crate) mod arch;
 mod control;
 mod cpu;
 pub(crate) mod layout;

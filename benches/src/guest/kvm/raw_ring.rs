@@ -28,6 +28,12 @@ pub fn enable(vm: &VmFd, entries: u32) -> Result<u32> {
             let mut request = kvm_enable_cap { cap, ..Default::default() };
             request.args[0] = u64::from(entries) * ENTRY_BYTES as u64;
             vm.enable_cap(&request).with_context(|| format!("KVM refused a dirty ring of {entries} entries"))?;
+            // Without the bitmap KVM of 64-bit Arm protects no page, so the ring stays empty.
+            if vm.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP)) > 0 {
+                let bitmap =
+                    kvm_enable_cap { cap: kvm_bindings::KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, ..Default::default() };
+                vm.enable_cap(&bitmap).context("KVM refused the bitmap beside the ring")?;
+            }
             return Ok(cap);
         }
     }

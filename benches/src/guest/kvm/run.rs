@@ -325,7 +325,7 @@ fn recorded(workload: Workload, load: &Load, cpu: &GuestCpu) -> VcpuRecording {
     let stalls = Stalls {
         tsc_hz: cpu.tsc_hz(),
         threshold_ticks: cpu.ticks(load.stall),
-        fine_ticks: 1 << payload::stats::FINE_SHIFT,
+        fine_ticks: 1 << payload::stats::fine_shift(cpu.tsc_hz()),
         ..Stalls::default()
     };
     VcpuRecording {

@@ -210,7 +210,7 @@ fn gaps_are_counted_where_they_belong_and_forgotten_on_request() {
         assert!(gaps.iter().sum::<u64>().abs_diff(stats.accesses()) <= 1, "{} accesses: {gaps:?}", stats.accesses());
     }
     let last = fine.iter().rposition(|&count| count > 0).unwrap() as u64;
-    assert_eq!(last, (stats.longest() >> payload::stats::FINE_SHIFT).min(fine.len() as u64 - 1));
+    assert_eq!(last, (stats.longest() >> payload::stats::fine_shift(vcpus[0].0.tsc_hz())).min(fine.len() as u64 - 1));
     let highest = 63 - histogram.iter().rev().position(|&count| count > 0).unwrap();
     assert_eq!(stats.longest().ilog2() as usize, highest);
     assert!(
@@ -228,17 +228,11 @@ fn a_payload_that_faults_is_an_error_not_a_panic() {
     if !kvm_or_skip() {
         return;
     }
-    for (what, image) in [
-        ("an undefined instruction", &[0x0f, 0x0b][..]),
-        ("hlt, which CPL 3 may not use", &[0xf4]),
-        ("a store beyond the mapped memory", &[0x48, 0xc7, 0x04, 0x25, 0x00, 0x00, 0x00, 0x70, 0, 0, 0, 0]),
-        ("a jump to nowhere", &[0x31, 0xc0, 0xff, 0xc8, 0xff, 0xe0]),
-        ("int3 without an IDT", &[0xcc]),
-    ] {
+    for &(what, image) in arch::images::FAULTY {
         let (machine, mut vcpus) = machine(&[Load::new(Mode::Write, 4096)], image).unwrap();
         let error = drive(&machine, &mut vcpus[0], |_, _| false).unwrap_err();
         let text = format!("{error:#}");
-        assert!(text.contains("vCPU 0") && text.contains("triple fault"), "{what}: {text}");
+        assert!(text.contains("vCPU 0 stopped at") && text.contains(arch::FAULT), "{what}: {text}");
     }
 }
 
@@ -247,7 +241,7 @@ fn a_guest_that_never_exits_can_be_kicked_before_and_while_it_runs() {
     if !kvm_or_skip() {
         return;
     }
-    let (machine, mut vcpus) = machine(&[Load::new(Mode::Write, 4096)], &[0xeb, 0xfe]).unwrap();
+    let (machine, mut vcpus) = machine(&[Load::new(Mode::Write, 4096)], arch::images::SPIN).unwrap();
     let cpu = &mut vcpus[0].0;
     let kicker = cpu.kicker();
     kicker.kick();
