@@ -23,8 +23,8 @@ pub const ENDED: &[u8] = b"\0lab-status ";
 pub struct Program {
     name: String,
     binary: Vec<u8>,
-    /// Path in the machine, content.
-    libraries: Vec<(String, Vec<u8>)>,
+    /// What it needs: path in the machine, content.
+    files: Vec<(String, Vec<u8>)>,
 }
 
 impl Program {
@@ -40,7 +40,7 @@ impl Program {
             "{} is not a program for {machine}: name one that is with --program",
             path.display()
         );
-        let libraries = match elf.interpreter()? {
+        let files = match elf.interpreter()? {
             None => Vec::new(),
             Some(interpreter) => {
                 let listed = output(Command::new(interpreter).arg("--list").arg(path))
@@ -54,12 +54,22 @@ impl Program {
             }
         };
         let name = path.file_name().and_then(|name| name.to_str()).context("the program's name is not UTF-8")?;
-        Ok(Self { name: name.to_owned(), binary: elf.stripped()?, libraries })
+        Ok(Self { name: name.to_owned(), binary: elf.stripped()?, files })
+    }
+
+    /// The same, with more files beside it.
+    #[must_use]
+    pub fn with(mut self, more: Vec<(String, Vec<u8>)>) -> Self {
+        self.files.extend(more);
+        self
     }
 }
 
 /// The paths that a loader lists as those of a program's libraries.
-fn libraries(listed: &str) -> Result<Vec<String>> {
+///
+/// # Errors
+/// One is not there.
+pub fn libraries(listed: &str) -> Result<Vec<String>> {
     // "name => path (address)", "path (address)" for the loader, and "name (address)" for what the kernel gives.
     let mut paths = Vec::new();
     for line in listed.lines() {
@@ -93,7 +103,7 @@ pub fn build(
     let busybox =
         ["bin/busybox", "usr/bin/busybox"].map(|path| busybox.join(path)).into_iter().find(|path| path.is_file());
     archive.file("bin/busybox", &fs::read(busybox.context("the package busybox-static has no busybox")?)?);
-    for (path, content) in &program.libraries {
+    for (path, content) in &program.files {
         archive.file(path, content);
     }
     archive.file(&program.name, &program.binary);
@@ -268,7 +278,7 @@ mod tests {
         let own = std::env::current_exe().unwrap();
         let refused = Program::read(&own, Machine::Arm64).unwrap_err();
         assert!(format!("{refused:#}").contains("not a program for arm64"), "{refused:#}");
-        assert!(Program::read(&own, Machine::Svm).unwrap().libraries.iter().all(|(path, _)| path.starts_with('/')));
+        assert!(Program::read(&own, Machine::Svm).unwrap().files.iter().all(|(path, _)| path.starts_with('/')));
         assert!(Program::read(Path::new("/etc/passwd"), Machine::Svm).is_err());
     }
 }

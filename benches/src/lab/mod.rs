@@ -7,6 +7,7 @@ pub mod elf;
 pub mod emulator;
 pub mod initramfs;
 pub mod packages;
+pub mod peer;
 pub mod run;
 
 use std::ffi::OsString;
@@ -173,12 +174,20 @@ impl Action {
 }
 
 impl Run {
+    /// Whether QEMU has to be there.
+    fn compares(&self) -> bool {
+        self.program.is_none() && self.arguments.first().is_some_and(|command| command == "compare")
+    }
+
     fn execute(&self, machine: Machine, store: &mut Store) -> Result<ExitCode> {
         let path = match &self.program {
             Some(path) => path.clone(),
             None => own_program(machine)?,
         };
-        let program = Program::read(&path, machine)?;
+        let mut program = Program::read(&path, machine)?;
+        if self.compares() {
+            program = program.with(peer::files(&store.root(&Machine::Svm.emulator())?)?);
+        }
         let (root, busybox) = (store.root(&machine.emulator())?, store.root(&machine.busybox())?);
         let kernel = store.root(&machine.kernel(self.kernel))?;
         let initramfs =
