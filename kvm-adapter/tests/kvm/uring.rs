@@ -20,7 +20,7 @@ const ENTRIES: u32 = 64;
 /// One ends so long after the other, in ns.
 const APART: i64 = 40_000;
 /// Of the mapping that holds both queues; for so few entries it is far less.
-const BYTES: usize = 4 * PAGE as usize;
+const BYTES: usize = 4 << 12;
 
 /// The words of `struct io_uring_params`, and where its offsets lie.
 type Params = [u32; 30];
