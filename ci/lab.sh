@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Runs the harness in the lab's svm machine (docs/LAB.md): a probe, one limited run twice, which must hold its limit, lose no
-# page and give the same JSON to the byte, and the cases of one scenario, which must keep to the bounds that they keep to in
-# benches/lab.txt.
+# Runs the harness in the lab's svm machine (docs/LAB.md): a probe, and one limited run twice, which must hold its limit, lose
+# no page and give the same JSON to the byte.
 #
 # The machine is made of Debian's packages, some 75 MB, which are fetched into the user's cache at the first use. Where they are
 # not to be had it is said that NOTHING was checked.
@@ -38,4 +37,3 @@ print(f"lab: two runs alike; on {run['host']['kernel']}: error {vcpu['error_pct'
       f"windows {vcpu['worst_window_error_pct']} %, longest stall {vcpu['stall_max_ms']} ms, {run['lost_pages']} pages lost")
 assert run["guest"] == "kvm" and run["lost_pages"] == 0 and abs(vcpu["error_pct"]) <= 1, "the limit was not held"
 PYTHON
-ci/lab-table.py --bench "$bench" svm 6.12 big-ring
