@@ -138,10 +138,11 @@ pub enum Error {
         /// The size of this VM's rings.
         entries: u32,
     },
-    /// The vCPU is another VM's. KVM does not tell so when it is added: no reset gives its entries back.
+    /// The vCPU is another VM's, which KVM does not tell when it is added: no reset gives its entries back. Or somebody else has
+    /// consumed its ring from the start.
     #[error(
-        "the dirty ring of vCPU {0} is not of this VM: KVM_RESET_DIRTY_RINGS was not disturbed and gave none of its entries \
-         back, now or ever; remove it (remove_vcpu), and add it to its own VM's limiter; nothing is published until then"
+        "the dirty ring of vCPU {0} is not of this VM, or somebody else consumes it: KVM_RESET_DIRTY_RINGS was not disturbed \
+         and gave none of its entries back, now or ever; remove it (remove_vcpu), and add it to its own VM's limiter; nothing is published until then"
     )]
     ForeignVcpu(u32),
     /// Somebody has consumed the vCPU's ring.
