@@ -59,7 +59,7 @@ struct State {
     rings: Vec<FakeRing>,
     /// For each page that was ever written: its number of writes, and whether the next one is logged.
     memory: HashMap<Page, (u64, bool)>,
-    /// The guest's pages come to the ring in lumps of so many, as with Intel's PML; 0: one by one.
+    /// Pages in a lump in which the guest's come to the ring, as with Intel's PML; 0: one by one.
     lump: u32,
     script: VecDeque<Goes>,
     /// When the script is over.

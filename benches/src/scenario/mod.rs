@@ -1,4 +1,4 @@
-//! Named scenarios: each figure that the limiter must reach, measured again by whoever wants to know.
+//! Named scenarios: each figure that the limiter must reach, which anybody can measure again.
 //!
 //! A scenario is data: cases, what each of them runs ([`Trial`]), and the bounds on what is measured ([`catalogue`]). Each
 //! case runs once and is judged against its bounds alone. In the lab, in virtual time, that is exact, and makes the rows of

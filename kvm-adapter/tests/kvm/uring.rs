@@ -17,7 +17,7 @@ use crate::stopped::{PAGE, alone};
 
 /// Timeouts at once.
 const ENTRIES: u32 = 64;
-/// One ends so long after the other, in ns.
+/// Time from the end of one to the end of the next, in ns.
 const APART: i64 = 40_000;
 /// Of the mapping that holds both queues; for so few entries it is far less.
 const BYTES: usize = 4 << 12;
