@@ -91,7 +91,7 @@ impl DirtyLimit {
             Kick::Signal(signal) => {
                 Some(KickSignal::new(vcpu, signal).map_err(system("duplicating the vCPU's descriptor, for kicks"))?)
             }
-            Kick::Off | Kick::Vmm => None,
+            Kick::Auto | Kick::Off | Kick::Vmm => None,
         };
         let ring = Ring::new(pages).map_err(|_| Error::RingSize { entries, min: entries, max })?;
         if !ring.is_new() {

@@ -14,7 +14,7 @@ use super::trial::{HandServed, Versus};
 use super::{Bound, Case, Measure, Must, Scenario, Trial};
 use crate::guest::kvm::{Hold, Script};
 use crate::plan::{Plan, Step, VcpuPlan};
-use crate::record::PolicyKind;
+use crate::record::{KickKind, PolicyKind};
 use crate::units::PAGE_SIZE;
 use crate::workload::Workload;
 
@@ -219,6 +219,7 @@ fn writers(vcpus: Vec<VcpuPlan>) -> Plan {
         qmp: None,
         metrics: None,
         steal_time: false,
+        kick: KickKind::Signal,
     }
 }
 

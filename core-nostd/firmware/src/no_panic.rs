@@ -85,6 +85,8 @@ fn meters() {
     Report::set_needed_pause(report, any(0));
     any(Report::needed_pause(report));
     Report::add_turn(report);
+    Report::add_overlong_pause(report);
+    any(Report::overlong_pauses(report));
     any(Report::turns(report));
     any(Report::net(report));
     let counts: Counts = any(Report::counts(report));
@@ -111,6 +113,9 @@ fn pacers() {
     any(RunTime::get(&run));
     any(ends_slices(any(Penalty::NONE)));
     RunTime::begin(any(&mut run));
+    let mut timed = any(RunTime::with_timers());
+    RunTime::learn_timed(&mut timed, any(0), any(0), any(0));
+    any(RunTime::timers(&timed));
     any(RunTime::is_to_fill(&mut run, any(Penalty::NONE), any(0)));
     any(is_to_pause(any(Penalty::NONE), any(0), any(0)));
 }
@@ -146,6 +151,9 @@ fn rings() {
     any(Ring::is_new(ring));
     any(Ring::soft_limit(ring));
     Ring::full_exit(any(ring));
+    Ring::full_exit_of_kvm(any(ring));
+    Ring::freed(any(ring));
+    any(Ring::has_lumps(ring));
     any(Ring::ends(any(ring), any(0)));
     any(Ring::to_collect(ring, any(0)));
 }

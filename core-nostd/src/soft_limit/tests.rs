@@ -142,3 +142,73 @@ fn a_lump_that_reaches_the_highest_is_not_believed_for_good() {
         }
     }
 }
+
+/// A vCPU whose timers have its CPU hand over `handed` pages or so at a time, after `free` runs up to a whole lump: in each run
+/// with a slice of `slice` pages, of which half is left free, what it wrote.
+fn drive_timed(kernel: Kernel, slice: u32, handed: u32, free: u32) -> (Vec<u32>, Ring<Rc<[Entry]>>) {
+    let entries: Rc<[Entry]> = (0..1024).map(|_| Entry::new()).collect();
+    let mut kernel = Kernel { entries: entries.clone(), ..kernel };
+    let mut ring = Ring::new(entries).unwrap();
+    let mut wrote = Vec::new();
+    for run in 0..free + 200 {
+        let timed = ring.has_lumps() && run >= free;
+        if timed {
+            kernel.lump = 1 + (run * 7 + handed) % handed;
+        }
+        let pages = kernel.run();
+        ring.meter(|_| ());
+        ring.full_exit_of_kvm();
+        let count = if timed { ring.to_collect(slice.div_ceil(2)) } else { ring.held_back() };
+        ring.collect(count, |_| ());
+        kernel.reset();
+        ring.reclaim();
+        ring.freed();
+        if run >= free {
+            wrote.push(pages);
+        }
+    }
+    (wrote, ring)
+}
+
+#[test]
+fn where_timers_end_slices_the_soft_limit_is_found_and_few_runs_are_without_a_page() {
+    for soft in [1, 100, 448] {
+        for (slice, handed) in [(1, 1), (1, 5), (4, 3), (4, 12), (77, 90)] {
+            for free in [1, 50] {
+                let (wrote, ring) = drive_timed(kernel(soft, 512, 0, 0), slice, handed, free);
+                assert!(ring.has_lumps());
+                let barren = wrote.iter().filter(|pages| **pages == 0).count();
+                // Half a slice, or up to three quarters, and what is handed over last.
+                let most = wrote[100..].iter().max().unwrap();
+                assert!(
+                    barren <= 16 && *most <= slice + handed,
+                    "soft limit {soft}, slice {slice}, {handed} handed over: {barren} runs without a page, {most} at most"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn pages_that_come_one_by_one_are_no_lumps_whoever_empties_the_ring() {
+    let entries: Rc<[Entry]> = (0..1024).map(|_| Entry::new()).collect();
+    let mut kernel = Kernel { entries: entries.clone(), ..kernel(960, 1, 1, 1) };
+    let mut ring = Ring::new(entries).unwrap();
+    for run in 0..300 {
+        kernel.run();
+        // A pass comes between the exit and the vCPU's thread.
+        if run % 3 == 0 {
+            ring.meter(|_| ());
+            ring.collect(run, |_| ());
+            kernel.reset();
+            ring.reclaim();
+        }
+        ring.meter(|_| ());
+        ring.full_exit_of_kvm();
+        assert!(!ring.has_lumps(), "{run}");
+        ring.collect(ring.held_back(), |_| ());
+        kernel.reset();
+        ring.reclaim();
+        ring.freed();
+    }
+}

@@ -50,6 +50,10 @@ pub(super) struct Vcpu {
     kicker: Kicker,
     /// The slice last given, where only a kick can end it.
     kicked_slice: Option<u32>,
+    /// The slice last given, where timers are to make the CPU hand its pages over.
+    timed_slice: Option<u32>,
+    /// The run with timers that is over had no page.
+    barren: bool,
     /// Ring entries counted when it last paused.
     rested: u32,
     state: State,
@@ -65,8 +69,10 @@ impl Vcpu {
             cpu,
             pacer: Pacer::new(&adapter.cell(id).report),
             full: false,
-            kicker: Kicker::new(),
+            kicker: Kicker::new(adapter.has_timers()),
             kicked_slice: None,
+            timed_slice: None,
+            barren: false,
             rested: 0,
             state: State::Guest,
             at,
@@ -107,7 +113,12 @@ impl Vcpu {
             State::Guest => {
                 let Adapter { kernel, memory, .. } = adapter;
                 let ring = &mut kernel[self.id];
-                self.at = self.cpu.run(now, horizon.min(self.kicker.at), ring, memory);
+                let timer = self.kicker.timer(now);
+                self.at = self.cpu.run(now, horizon.min(self.kicker.at).min(timer), ring, memory);
+                if self.at >= timer {
+                    ring.flush();
+                    self.at += costs::KERNEL_EXIT;
+                }
                 let full = ring.is_full();
                 if full || self.at >= self.kicker.at {
                     ring.flush();
@@ -131,6 +142,8 @@ impl Vcpu {
                     penalty: Penalty::NONE,
                 };
                 self.settle(now, &mut pay, adapter);
+                // A lump may take longer.
+                pay.patience = pay.patience.max(pay.until + RESET_GAP);
                 self.pay(now, pay, adapter, others_run);
                 false
             }
@@ -158,12 +171,17 @@ impl Vcpu {
             let gross = adapter.cell(self.id).report.counts().gross;
             self.kicker.arm(now, gross, &mut self.cpu.dice);
         }
+        let mut entered = now;
+        if self.timed_slice.is_some() {
+            self.kicker.arm_timers(now, adapter.cell(self.id).report.counts().gross);
+            entered += self.cpu.dice.entry();
+        }
         let Adapter { kernel, memory, .. } = adapter;
         let ring = &mut kernel[self.id];
         if !ring.is_full() {
             ring.account(memory);
         }
-        (self.state, self.at) = (State::Guest, now);
+        (self.state, self.at) = (State::Guest, entered);
     }
 
     /// Meters the ring, charges what was metered, and asks for the next slice.
@@ -184,7 +202,7 @@ impl Vcpu {
     fn harvest<P: Policy>(&mut self, now: Nanos, adapter: &mut Adapter<P>) -> Turn {
         adapter.meter(self.id);
         if self.full {
-            adapter.places[self.id].ring.full_exit();
+            adapter.places[self.id].ring.full_exit_of_kvm();
         }
         if !adapter.places[self.id].stretched {
             self.pacer.forget_stretch();
@@ -192,13 +210,22 @@ impl Vcpu {
         let cell = adapter.cell(self.id);
         let mut turn = self.pacer.settle(now, adapter.limiter.vm(), &cell.penalty, &cell.report);
         let gross = cell.report.counts().gross;
-        adapter.want(self.id, turn.slice, self.full);
+        let in_lumps = turn.slice.is_some() && adapter.places[self.id].ring.has_lumps() && !adapter.kicks();
+        let is_timed = in_lumps && adapter.has_timers();
+        if in_lumps && !is_timed && turn.due > turn.until {
+            cell.report.add_overlong_pause();
+            turn.until = turn.due;
+        }
+        let room = turn.slice.map(|slice| if is_timed { slice.div_ceil(2) } else { slice });
+        adapter.want(self.id, room, self.full);
         let cell = adapter.cell(self.id);
         let (penalty, max_pause, kicks) = (cell.penalty.accept(), adapter.limiter.vm().max_pause(), adapter.kicks());
         let place = &mut adapter.places[self.id];
         let kicked_slice = turn.slice.filter(|slice| kicks && !place.ring.ends(*slice));
-        let given = self.kicked_slice.or(turn.slice).unwrap_or(BATCH);
-        if self.kicker.learn(given, gross) {
+        self.barren = is_timed && gross == self.rested;
+        let timed = std::mem::replace(&mut self.timed_slice, turn.slice.filter(|_| is_timed));
+        let given = self.kicked_slice.or(timed).or(turn.slice).unwrap_or(BATCH);
+        if self.kicker.learn(now, given, gross) {
             if kicked_slice.is_some() && self.kicker.run_time.is_to_fill(penalty, place.ring.room()) {
                 self.pacer.forgive();
                 turn.until = now;
@@ -211,7 +238,7 @@ impl Vcpu {
             place.merged = 0;
         }
         (place.limited, place.stretched) = (turn.slice.is_some(), turn.stretched);
-        place.slice = turn.slice.filter(|_| kicked_slice.is_none());
+        place.slice = room.filter(|_| kicked_slice.is_none());
         self.kicked_slice = kicked_slice.map(|slice| slice.div_ceil(2));
         turn
     }
@@ -261,7 +288,7 @@ impl Vcpu {
         }
         let next_reset = adapter.served + RESET_GAP.min(adapter.limiter.vm().max_pause() / 10 * 9);
         let ring = adapter.places[self.id].ring.size();
-        let patient = !turn.stretched && turn.slice.is_some_and(|slice| slice < ring / 2);
+        let patient = !self.barren && !turn.stretched && turn.slice.is_some_and(|slice| slice < ring / 2);
         if patient && now < next_reset {
             return Freed::Retry(next_reset);
         }
