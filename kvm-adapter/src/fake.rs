@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use dirtylimit_core::{Page, RESERVED};
+use dirtylimit_core::{PML, Page, RESERVED};
 use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DIRTY_RING_FULL, kvm_run};
 
 use crate::sys::{self, Kernel, Reset, RingPages};
@@ -43,6 +43,8 @@ struct FakeRing {
     entries: u32,
     dirty_index: u32,
     reset_index: u32,
+    /// What the CPU has logged, where it hands pages over in lumps.
+    log: Option<Vec<Page>>,
 }
 
 #[derive(Debug, Default)]
@@ -61,6 +63,8 @@ struct State {
     backup_fails: Option<i32>,
     /// The signals that were blocked in each reset: the kernel's set.
     blocked: Vec<u64>,
+    /// Whether its CPUs hand pages over in lumps of 512.
+    lumps: bool,
 }
 
 /// The VM. Clones are the same one.
@@ -80,6 +84,12 @@ impl Fake {
 
     pub(crate) fn refusing(self, capability: u32, errno: i32) -> Self {
         self.state().refuses.insert(capability, errno);
+        self
+    }
+
+    /// On CPUs that hand pages over in lumps of up to 512, for which KVM keeps as much more room.
+    pub(crate) fn with_lumps(self) -> Self {
+        self.state().lumps = true;
         self
     }
 
@@ -141,7 +151,9 @@ impl Fake {
         // One that has no ring is no vCPU of this VM.
         if let Some(pages) = RingPages::map(file.as_raw_fd(), entries.max(1)).unwrap() {
             let own = file.try_clone().unwrap();
-            self.state().rings.push(FakeRing { file: own, pages, entries, dirty_index: 0, reset_index: 0 });
+            let mut state = self.state();
+            let log = state.lumps.then(Vec::new);
+            state.rings.push(FakeRing { file: own, pages, entries, dirty_index: 0, reset_index: 0, log });
         }
         file
     }
@@ -149,6 +161,11 @@ impl Fake {
     /// The guest writes a page on vCPU `vcpu`; `false` where KVM exits first, with a full ring.
     pub(crate) fn write(&self, vcpu: usize, page: Page) -> bool {
         self.state().write(vcpu, page)
+    }
+
+    /// The vCPU leaves the guest for a moment, as for a timer's interrupt: its CPU hands over what it has logged.
+    pub(crate) fn interrupt(&self, vcpu: usize) {
+        self.state().rings[vcpu].hand_over();
     }
 
     /// Writes the pages `offsets` of [`SLOT`] in turn, up to a full exit; how many were written.
@@ -234,11 +251,29 @@ impl Gathered {
     }
 }
 
+impl FakeRing {
+    fn push(&mut self, page: Page) {
+        self.pages.as_ref()[(self.dirty_index % self.entries) as usize].push(page);
+        self.dirty_index = self.dirty_index.wrapping_add(1);
+    }
+
+    fn hand_over(&mut self) {
+        let logged = self.log.iter_mut().flat_map(|log| log.drain(..)).collect::<Vec<_>>();
+        logged.into_iter().for_each(|page| self.push(page));
+    }
+
+    fn is_full(&self) -> bool {
+        let reserved = RESERVED + if self.log.is_some() { PML } else { 0 };
+        self.dirty_index.wrapping_sub(self.reset_index) >= self.entries - reserved
+    }
+}
+
 impl State {
     /// As [`Fake::write`].
     fn write(&mut self, vcpu: usize, page: Page) -> bool {
         let ring = &mut self.rings[vcpu];
-        if ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED {
+        if ring.is_full() {
+            ring.hand_over();
             ring.file
                 .write_all_at(&KVM_EXIT_DIRTY_RING_FULL.to_ne_bytes(), offset_of!(kvm_run, exit_reason) as u64)
                 .unwrap();
@@ -247,8 +282,13 @@ impl State {
         let (writes, armed) = self.memory.entry(page).or_insert((0, true));
         *writes += 1;
         if std::mem::take(armed) {
-            ring.pages.as_ref()[(ring.dirty_index % ring.entries) as usize].push(page);
-            ring.dirty_index = ring.dirty_index.wrapping_add(1);
+            match &mut ring.log {
+                Some(log) => log.push(page),
+                None => ring.push(page),
+            }
+            if ring.log.as_ref().is_some_and(|log| log.len() >= PML as usize) {
+                ring.hand_over();
+            }
         }
         true
     }

@@ -71,6 +71,11 @@ impl Kicker {
         self.kick.ends_runs()
     }
 
+    #[cfg(test)]
+    pub(crate) fn has_made_timers(&self) -> bool {
+        matches!(self.interrupts, Some(Ok(_)))
+    }
+
     /// Whether there are timers to make the CPU hand its pages over; makes them.
     pub(crate) fn has_timers(&mut self) -> bool {
         let interrupts = (self.kick == Kick::Auto).then(|| self.interrupts.get_or_insert_with(Interrupts::new));

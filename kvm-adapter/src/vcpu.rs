@@ -94,6 +94,12 @@ impl Vcpu {
         }
     }
 
+    /// Whether it has made timers.
+    #[cfg(test)]
+    pub(crate) fn has_made_timers(&self) -> bool {
+        self.kicker.has_made_timers()
+    }
+
     /// What ends this vCPU's pauses.
     pub fn interrupter(&self) -> Interrupter {
         Interrupter(self.seat.clone())
@@ -117,9 +123,9 @@ impl Vcpu {
 
     /// To be called before each KVM_RUN: pays what is owed and frees room in a full ring. Two loads when there is neither.
     ///
-    /// Pauses at most `max_pause` and the time until the next reset (2 ms) a call ([`crate::Kick::Off`] has the exception); the kernel ends a pause up to the thread's
-    /// timer slack late, 50 µs unless PR_SET_TIMERSLACK says less. KVM_RUN may follow in any case: a ring that is still full
-    /// exits again at once.
+    /// Pauses at most `max_pause` and the time until the next reset (2 ms) a call, but where a lump takes longer and nothing
+    /// ends it ([`crate::Kick::Off`]); the kernel ends a pause up to the thread's timer slack late, 50 µs unless
+    /// PR_SET_TIMERSLACK says less. KVM_RUN may follow in any case: a ring that is still full exits again at once.
     ///
     /// # Errors
     /// [`Error::Wedged`], and what a reset may answer.
@@ -245,8 +251,8 @@ impl Vcpu {
             turn.until = turn.due;
         }
         let slice = turn.slice.unwrap_or(BATCH);
-        // Timers are not exact: whatever is handed over from half a slice on ends it.
-        let room = if is_timed { slice.div_ceil(2) } else { slice };
+        // Whatever is handed over ends it: the timer that is to do so is the first that finds the vCPU in the guest.
+        let room = if is_timed { 1 } else { slice };
         let wanted = place.ring.to_collect(room) > 0 || (self.full && place.ring.awaiting_reset() > 0);
         seat.ask(if wanted { room } else { 0 });
         if !wanted {

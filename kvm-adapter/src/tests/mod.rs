@@ -5,6 +5,7 @@ mod enabling;
 mod events;
 mod exits;
 mod handlers;
+mod lumps;
 mod memory;
 #[cfg(feature = "metrics")]
 mod metrics;
