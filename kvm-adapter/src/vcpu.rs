@@ -251,8 +251,8 @@ impl Vcpu {
             turn.until = turn.due;
         }
         let slice = turn.slice.unwrap_or(BATCH);
-        // Whatever is handed over ends it: the timer that is to do so is the first that finds the vCPU in the guest.
-        let room = if is_timed { 1 } else { slice };
+        // Timers are not exact: whatever is handed over from half a slice on ends it.
+        let room = if is_timed { slice.div_ceil(2) } else { slice };
         let wanted = place.ring.to_collect(room) > 0 || (self.full && place.ring.awaiting_reset() > 0);
         seat.ask(if wanted { room } else { 0 });
         if !wanted {

@@ -72,7 +72,7 @@ fn timers_end_slices_by_default_where_pages_come_in_lumps() {
     }
     for run in 0..20 {
         let wrote = guest.run(10);
-        assert!((1..=20).contains(&wrote), "{run}: {wrote}");
+        assert!((1..=60).contains(&wrote), "{run}: {wrote}");
         guest.paid();
     }
     // They may all come too early: then a lump is owed, and paid for in bounded pauses.

@@ -216,7 +216,7 @@ impl Vcpu {
             cell.report.add_overlong_pause();
             turn.until = turn.due;
         }
-        let room = turn.slice.map(|slice| if is_timed { 1 } else { slice });
+        let room = turn.slice.map(|slice| if is_timed { slice.div_ceil(2) } else { slice });
         adapter.want(self.id, room, self.full);
         let cell = adapter.cell(self.id);
         let (penalty, max_pause, kicks) = (cell.penalty.accept(), adapter.limiter.vm().max_pause(), adapter.kicks());
