@@ -19,7 +19,8 @@ pub enum Kick {
     /// The ring alone, without a signal; and where the CPU was seen to hand pages over in lumps (Intel's PML), timers make it
     /// do so when the slice should be used up. Each such vCPU has four (`timerfd_create`), armed before KVM_RUN
     /// (`timerfd_settime`), whose interrupts nobody sees but KVM. A lump that passes all the same, because the thread was
-    /// moved to another CPU, is paid for in pauses of at most `max_pause`. Where there are no timers: as [`Kick::Off`].
+    /// moved to another CPU, is paid for in pauses of at most `max_pause`, but at once where the next would be more than a
+    /// second of debt: [`dirtylimit_core::Unenforced::Lumps`]. Where there are no timers: as [`Kick::Off`].
     #[default]
     Auto,
     /// Nobody: the vCPU runs until its ring is full, and pays for that. Where pages come in lumps it pauses for as long as a

@@ -48,6 +48,8 @@ pub struct Vcpu {
     kicker: Kicker,
     /// Its thread wakes promptly.
     prompt: bool,
+    /// It was last let go before its slice was freed: others may do so while it runs.
+    unserved: bool,
     /// The slice last given, where only a kick can end it.
     kicked_slice: Option<u32>,
     /// The slice last given, where timers are to make the CPU hand its pages over.
@@ -84,6 +86,7 @@ impl Vcpu {
             full: false,
             kicker,
             prompt: false,
+            unserved: false,
             kicked_slice: None,
             timed_slice: None,
             barren: false,
@@ -123,9 +126,10 @@ impl Vcpu {
 
     /// To be called before each KVM_RUN: pays what is owed and frees room in a full ring. Two loads when there is neither.
     ///
-    /// Pauses at most `max_pause` and the time until the next reset (2 ms) a call, but where a lump takes longer and nothing
-    /// ends it ([`crate::Kick::Off`]); the kernel ends a pause up to the thread's timer slack late, 50 µs unless
-    /// PR_SET_TIMERSLACK says less. KVM_RUN may follow in any case: a ring that is still full exits again at once.
+    /// Pauses at most `max_pause` and the time until the next reset (2 ms) a call, but where a lump takes longer: nothing
+    /// ends it ([`crate::Kick::Off`]), or timers miss too many. The kernel ends a pause up to the thread's timer slack late,
+    /// 50 µs unless PR_SET_TIMERSLACK says less. KVM_RUN may follow in any case: a ring that is still full exits again at
+    /// once.
     ///
     /// # Errors
     /// [`Error::Wedged`], and what a reset may answer.
@@ -153,7 +157,9 @@ impl Vcpu {
         self.note_exit();
         self.kicker.disarm(&self.seat)?;
         self.wake_promptly();
-        let mut paid = self.settle_and_pause(stop)?;
+        let paid = self.settle_and_pause(stop);
+        self.unserved = self.seat.wanted() != 0;
+        let mut paid = paid?;
         let gross = self.gross();
         if self.kicked_slice.is_some() {
             paid.kick_after = Some(self.kicker.arm(gross));
@@ -236,7 +242,7 @@ impl Vcpu {
         let Some(mut harvest) = vm.try_lock() else { return Ok(None) };
         let (place, _) = harvest.meter(seat.id, &vm.limiter).ok_or(Error::NoVcpu(seat.id))?;
         match self.full {
-            true if self.exited => place.ring.full_exit_of_kvm(),
+            true if self.exited && !self.unserved => place.ring.full_exit_of_kvm(),
             true => place.ring.full_exit(),
             false => {}
         }
@@ -246,10 +252,6 @@ impl Vcpu {
         let mut turn = pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report);
         let in_lumps = turn.slice.is_some() && place.ring.has_lumps() && !kicker.is_on();
         let is_timed = in_lumps && kicker.has_timers();
-        if in_lumps && !is_timed && turn.due > turn.until {
-            cell.report.add_overlong_pause();
-            turn.until = turn.due;
-        }
         let slice = turn.slice.unwrap_or(BATCH);
         // Timers are not exact: whatever is handed over from half a slice on ends it.
         let room = if is_timed { slice.div_ceil(2) } else { slice };
@@ -262,8 +264,8 @@ impl Vcpu {
         let kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring.ends(*slice));
         self.barren = is_timed && gross == self.rested;
         let given = self.kicked_slice.or(replace(&mut self.timed_slice, turn.slice.filter(|_| is_timed)));
+        let penalty = cell.penalty.accept();
         if kicker.learn(given.unwrap_or(slice), gross) {
-            let penalty = cell.penalty.accept();
             if kicked_slice.is_some() && kicker.run_time.is_to_fill(penalty, place.ring.room()) {
                 pacer.forgive();
                 turn.until = now;
@@ -271,6 +273,10 @@ impl Vcpu {
             if !kicked::is_to_pause(penalty, gross.wrapping_sub(self.rested), vm.limiter.vm().max_pause()) {
                 turn.until = turn.until.min(now);
             }
+        }
+        if in_lumps && kicked::is_to_pay_all(penalty, &turn, now, is_timed) {
+            cell.report.add_overlong_pause();
+            turn.until = turn.due;
         }
         if !place.limited && turn.slice.is_some() {
             place.merged = 0; // of a time without a limit

@@ -1,7 +1,7 @@
 //! Series whose measures are computed by hand: pages are 4 KiB, so 256 pages per second are 1 MiB/s.
 
 use super::*;
-use crate::record::{GuestKind, Host, KickKind, PolicyKind};
+use crate::record::{GuestKind, Host, PolicyKind};
 use crate::workload::Workload;
 
 const MS: Duration = Duration::from_millis(1);
@@ -56,7 +56,6 @@ fn recording(end: u32, vcpus: Vec<VcpuRecording>) -> Recording {
         suspect_pages: 0,
         suspect_resets: 0,
         steal_time: false,
-        kick: KickKind::Signal,
         reset_pages: 0,
         reset_calls: 0,
         vcpus,

@@ -47,6 +47,10 @@ pub(super) struct Vcpu {
     pacer: Pacer,
     /// A full exit has not been served.
     full: bool,
+    /// It entered the guest with its slice free.
+    entered_free: bool,
+    /// KVM has just made a full exit of such a run, and it was not looked at yet.
+    filled: bool,
     kicker: Kicker,
     /// The slice last given, where only a kick can end it.
     kicked_slice: Option<u32>,
@@ -69,6 +73,8 @@ impl Vcpu {
             cpu,
             pacer: Pacer::new(&adapter.cell(id).report),
             full: false,
+            entered_free: true,
+            filled: false,
             kicker: Kicker::new(adapter.has_timers()),
             kicked_slice: None,
             timed_slice: None,
@@ -132,6 +138,7 @@ impl Vcpu {
                 if full {
                     adapter.cell(self.id).report.add_full_exit();
                     self.full = true;
+                    self.filled = self.entered_free;
                 }
                 self.kicker.disarm();
                 let mut pay = Pay {
@@ -173,9 +180,11 @@ impl Vcpu {
         }
         let mut entered = now;
         if self.timed_slice.is_some() {
-            self.kicker.arm_timers(now, adapter.cell(self.id).report.counts().gross);
+            entered = self.cpu.catch_up(now);
+            self.kicker.arm_timers(entered, adapter.cell(self.id).report.counts().gross);
             entered += self.cpu.dice.entry();
         }
+        self.entered_free = adapter.places[self.id].want == 0;
         let Adapter { kernel, memory, .. } = adapter;
         let ring = &mut kernel[self.id];
         if !ring.is_full() {
@@ -201,8 +210,10 @@ impl Vcpu {
     /// What of that is done under the lock.
     fn harvest<P: Policy>(&mut self, now: Nanos, adapter: &mut Adapter<P>) -> Turn {
         adapter.meter(self.id);
-        if self.full {
-            adapter.places[self.id].ring.full_exit_of_kvm();
+        match std::mem::take(&mut self.filled) {
+            true => adapter.places[self.id].ring.full_exit_of_kvm(),
+            false if self.full => adapter.places[self.id].ring.full_exit(),
+            false => {}
         }
         if !adapter.places[self.id].stretched {
             self.pacer.forget_stretch();
@@ -212,10 +223,6 @@ impl Vcpu {
         let gross = cell.report.counts().gross;
         let in_lumps = turn.slice.is_some() && adapter.places[self.id].ring.has_lumps() && !adapter.kicks();
         let is_timed = in_lumps && adapter.has_timers();
-        if in_lumps && !is_timed && turn.due > turn.until {
-            cell.report.add_overlong_pause();
-            turn.until = turn.due;
-        }
         let room = turn.slice.map(|slice| if is_timed { slice.div_ceil(2) } else { slice });
         adapter.want(self.id, room, self.full);
         let cell = adapter.cell(self.id);
@@ -240,6 +247,10 @@ impl Vcpu {
         (place.limited, place.stretched) = (turn.slice.is_some(), turn.stretched);
         place.slice = room.filter(|_| kicked_slice.is_none());
         self.kicked_slice = kicked_slice.map(|slice| slice.div_ceil(2));
+        if in_lumps && kicked::is_to_pay_all(penalty, &turn, now, is_timed) {
+            adapter.cell(self.id).report.add_overlong_pause();
+            turn.until = turn.due;
+        }
         turn
     }
 
