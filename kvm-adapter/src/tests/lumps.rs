@@ -116,7 +116,7 @@ fn where_timers_are_refused_a_pause_is_as_long_as_a_lump_costs() {
 
 /// Has a system call of this thread answer EPERM from now on, as a VMM's filter may.
 fn refuse(call: libc::c_long) {
-    let line = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let line = |code: u32, jt, jf, k| libc::sock_filter { code: code.try_into().unwrap(), jt, jf, k };
     let mut filter = [
         line(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0), // the call's number
         line(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, u32::try_from(call).unwrap()),
