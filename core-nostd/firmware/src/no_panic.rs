@@ -7,7 +7,7 @@
 use core::fmt::{self, Write};
 use core::hint::black_box as any;
 
-use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause};
+use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause, is_to_pay_all};
 use dirtylimit_core::{
     BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, OwnPages, Paced, Pacer, Page, PageRate, Penalty,
     PenaltyCell, Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn,
@@ -105,7 +105,7 @@ fn pacers() {
     let (report, vm, cell) = (&any(Report::new()), &any(VmCell::new()), &any(PenaltyCell::new()));
     let mut pacer = any(Pacer::new(report));
     any(Pacer::owes(&pacer, report));
-    any(Pacer::settle(&mut pacer, any(0), vm, cell, report));
+    let turn = any(Pacer::settle(&mut pacer, any(0), vm, cell, report));
     Pacer::forget_stretch(any(&mut pacer));
     Pacer::forgive(any(&mut pacer));
     let mut run = any(RunTime::new());
@@ -118,6 +118,7 @@ fn pacers() {
     any(RunTime::timers(&timed));
     any(RunTime::is_to_fill(&mut run, any(Penalty::NONE), any(0)));
     any(is_to_pause(any(Penalty::NONE), any(0), any(0)));
+    any(is_to_pay_all(any(Penalty::NONE), &turn, any(0), any(false)));
 }
 
 fn page() -> Page {
