@@ -157,7 +157,7 @@ fn look_at_kvm(kvm: &Kvm, report: &mut Report) {
             );
         }
         _ => {
-            let meaning = "neither capability 223 nor 192: needs Linux 5.11 on x86, 6.1 on Arm";
+            let meaning = "neither capability 223 nor 192: needs Linux 5.11 on x86, 6.2 on Arm";
             report.add("dirty ring", "no", Verdict::Bad, meaning);
             return;
         }

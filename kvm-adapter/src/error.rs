@@ -9,7 +9,7 @@ pub enum Error {
     /// The VM has no dirty ring of a kind that this machine can use.
     #[error(
         "this KVM offers no dirty ring (KVM_CAP_DIRTY_LOG_RING_ACQ_REL, 223{}): it needs Linux 5.11 or later on x86, \
-         6.1 or later on arm64, and a descriptor of a VM",
+         6.2 or later on arm64, and a descriptor of a VM",
         if cfg!(target_arch = "x86_64") { ", or KVM_CAP_DIRTY_LOG_RING, 192" } else { "" }
     )]
     Unsupported,
@@ -142,7 +142,8 @@ pub enum Error {
     /// consumed its ring from the start.
     #[error(
         "the dirty ring of vCPU {0} is not of this VM, or somebody else consumes it: KVM_RESET_DIRTY_RINGS was not disturbed \
-         and gave none of its entries back, now or ever; remove it (remove_vcpu), and add it to its own VM's limiter; nothing is published until then"
+         and gave none of its entries back, now or ever; remove it (remove_vcpu), and add it to its own VM's limiter; nothing is \
+         published until then"
     )]
     ForeignVcpu(u32),
     /// Somebody has consumed the vCPU's ring.

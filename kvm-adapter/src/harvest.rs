@@ -105,12 +105,12 @@ impl Place {
     }
 }
 
-/// When resets were last cut short, which only a stop, a tracer or a freezer does.
+/// When resets were last cut short: by a stop, a tracer, a freezer, or an `io_uring`.
 ///
-/// A stop that is taken back (SIGCONT) before the thread has got to it is no switch: where it comes after the last entry was
-/// given back, and before KVM has protected what it gathered last, nothing shows it. But one does not come alone: of several
-/// hundred, all others fall on an earlier entry and cut the reset short. So this number of cuts within this time is a storm, in
-/// which no reset is believed; a process that is halted now and then has none.
+/// A stop that SIGCONT takes back before the thread has reached it is no voluntary switch. Nothing shows one that comes between
+/// the last entry's check for signals and the end of the reset, where KVM forgets what it gathered last. But that moment is short:
+/// hundreds of stops fall on an earlier entry, and cut the reset short, for one that falls there. So three cuts within
+/// [`STORM`] mean that no reset is believed. A process that is halted now and then has fewer.
 #[derive(Default, Debug)]
 struct Cuts([Option<Nanos>; 3]);
 

@@ -38,7 +38,7 @@ pub fn page(comparison: &Comparison) -> Result<Page> {
     )?;
     let stalls: Vec<_> = pairs().map(|(case, (theirs, ours))| stalls(comparison, case, theirs, ours)).collect();
     page.section("Stalls")
-        .picture("How often the guest stood still for at least so long, all rounds together.", &stalls)?;
+        .picture("How often the guest stood still for at least this time, all rounds together.", &stalls)?;
     let over_limit = over_limit(comparison);
     if !over_limit.is_empty() {
         page.section("Over limit and ring").picture("Cases of one vCPU; medians of the rounds.", &over_limit)?;

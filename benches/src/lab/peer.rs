@@ -1,4 +1,4 @@
-//! The QEMU that `compare` runs beside ours, as files of a machine: the one that emulates `svm`, with the libraries it has there.
+//! The QEMU that `compare` runs beside ours, as files of a machine: the one that emulates `svm`, with its libraries.
 
 use std::fs;
 use std::path::Path;

@@ -37,7 +37,7 @@ pub fn page(all: &[Tried], host: &Host) -> Result<Page> {
         }
         let stalls = stalls(scenario, tries);
         if !stalls.is_empty() {
-            section.picture("How often the guest stood still for at least so long.", &stalls)?;
+            section.picture("How often the guest stood still for at least this time.", &stalls)?;
         }
     }
     page.section("How it was made").command().host(host);

@@ -87,8 +87,8 @@ impl Drop for Storm {
     }
 }
 
-/// Rewrites 8,192 pages each round, under a signal every 40 µs of a fast machine; one thread runs, resets and copies. Returns how many pages
-/// were lost in the first round that lost any.
+/// Rewrites 8,192 pages each round, under a signal every 40 µs of a fast machine; one thread runs, resets and copies.
+/// Returns how many pages were lost in the first round that lost any.
 fn storm(bug: Option<PlantedBug>, rounds: u32) -> Result<usize> {
     const PAGES: u64 = 8192;
     let (machine, limit) = machine(&[Load::new(Mode::Write, PAGES * PAGE)], &config(4096, bug))?;
