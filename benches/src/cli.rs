@@ -10,7 +10,7 @@ use dirtylimit_core::PageRate;
 use crate::compare::Compare;
 use crate::lab::Lab;
 use crate::plan::{MetricsTo, Plan, Step, VcpuPlan};
-use crate::record::{GuestKind, PolicyKind};
+use crate::record::{GuestKind, KickKind, PolicyKind};
 use crate::scenario::Scenarios;
 use crate::units::{Rate, is_plain_rate, parse_duration, parse_limit, parse_rate, parse_seconds};
 use crate::workload::Workload;
@@ -130,6 +130,10 @@ pub struct Run {
     #[arg(long, value_name = "ADDR|FILE", value_parser = metrics_to)]
     pub metrics: Option<MetricsTo>,
 
+    /// Who ends the slices that the ring does not; the library's own default is auto
+    #[arg(long, value_enum, default_value = "signal")]
+    pub kick: KickKind,
+
     /// Have KVM tell each vCPU the time that was stolen from it, as every Linux guest asks for: it writes a page of the
     /// guest at nearly every entry, and logs it
     #[arg(long)]
@@ -234,6 +238,7 @@ impl Run {
             payload: self.payload.clone(),
             qmp: self.qmp.clone(),
             metrics: self.metrics.clone(),
+            kick: self.kick,
             steal_time: self.steal_time,
         })
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use dirtylimit_core::PageRate;
 
-use crate::record::PolicyKind;
+use crate::record::{KickKind, PolicyKind};
 use crate::workload::Workload;
 
 /// One run.
@@ -36,6 +36,8 @@ pub struct Plan {
     pub qmp: Option<PathBuf>,
     /// Where the counters go, for Prometheus.
     pub metrics: Option<MetricsTo>,
+    /// Who ends the slices that the ring does not.
+    pub kick: KickKind,
     /// Whether each vCPU has a steal-time page, which KVM writes and logs at nearly every entry.
     pub steal_time: bool,
 }

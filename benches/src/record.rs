@@ -31,6 +31,17 @@ pub enum PolicyKind {
     Stepped,
 }
 
+/// Who ends the slices that the ring does not, as the library's `Kick` names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KickKind {
+    /// The library's default: timers, where pages come in lumps.
+    Auto,
+    /// Nobody.
+    Off,
+    /// A signal of the library's.
+    Signal,
+}
+
 /// The machine that a run was made on.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Host {

@@ -341,7 +341,7 @@ impl<P: Policy, const N: usize> Table<P, N> {
 
 fn seen(counts: Counts, report: &Report) -> Seen {
     let Counts { net, gross, .. } = counts;
-    Seen { net, gross, turns: report.turns() }
+    Seen { net, gross, turns: report.turns(), overlong: report.overlong_pauses() }
 }
 
 fn at_least_minimal(limit: Option<PageRate>) -> Option<PageRate> {

@@ -21,6 +21,9 @@ pub enum Unenforced {
     /// The guest writes faster than its limit, but to pages that nobody takes: a page that is dirty and not taken is not
     /// counted again.
     LogNotTaken,
+    /// It is held, but by pauses longer than the longest: the CPU hands pages over in lumps, and no timer ends them, because
+    /// there is none or none is wanted.
+    Lumps,
 }
 
 impl Unenforced {
@@ -32,6 +35,7 @@ impl Unenforced {
             Self::NeedsPause => "needs-pause",
             Self::Exceeded => "exceeded",
             Self::LogNotTaken => "log-not-taken",
+            Self::Lumps => "lumps",
         }
     }
 }
@@ -45,6 +49,9 @@ impl fmt::Display for Unenforced {
             }
             Self::NeedsPause => "it would need a longer pause than the longest that is allowed",
             Self::Exceeded => "the vCPU exceeds it all the same",
+            Self::Lumps => {
+                "it is held by longer pauses than the longest: pages come in lumps, and there is no timer to end them"
+            }
             Self::LogNotTaken => "nobody takes the dirty log, and a page that is not taken is not counted again",
         })
     }
@@ -56,6 +63,7 @@ pub(crate) struct Seen {
     pub(crate) net: u32,
     pub(crate) gross: u32,
     pub(crate) turns: u32,
+    pub(crate) overlong: u32,
 }
 
 /// What else a verdict rests on.
@@ -126,6 +134,7 @@ impl Watch {
             () if facts.needs_pause => Some(Unenforced::NeedsPause),
             () if exceeded => Some(Unenforced::Exceeded),
             () if rewrites && !facts.taken => Some(Unenforced::LogNotTaken),
+            () if seen.overlong != self.seen.overlong => Some(Unenforced::Lumps),
             () => None,
         }
     }
@@ -158,7 +167,7 @@ mod tests {
     impl Vcpu {
         /// Limited to 1,000 pages a second, with a log that is taken.
         fn new() -> Self {
-            let seen = Seen { net: u32::MAX - 5000, gross: u32::MAX - 9000, turns: u32::MAX - 3 };
+            let seen = Seen { net: u32::MAX - 5000, gross: u32::MAX - 9000, turns: u32::MAX - 3, overlong: u32::MAX };
             let limit = Some(PageRate::from_pages_per_sec(1000));
             Self { watch: Watch::starting_at(seen), seen, facts: Facts { limit, needs_pause: false, taken: true } }
         }
@@ -216,6 +225,16 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_is_held_by_too_long_pauses_is_told_as_such() {
+        let mut vcpu = Vcpu::new();
+        for expected in [None, Some(Unenforced::Lumps)] {
+            vcpu.seen.overlong = vcpu.seen.overlong.wrapping_add(1);
+            assert_eq!(vcpu.run(1, 1000, 1000, 20), expected);
+        }
+        assert_eq!(vcpu.run(2, 1000, 1000, 20), None);
+    }
+
+    #[test]
     fn without_a_limit_nothing_is_told_and_a_new_one_is_judged_anew() {
         let mut vcpu = Vcpu::new();
         vcpu.run(2, 400_000, 400_000, 0);
@@ -251,11 +270,11 @@ mod tests {
 
     #[test]
     fn names_and_texts_tell_reasons_apart() {
-        use Unenforced::{Exceeded, Lapsed, LogNotTaken, NeedsPause, NotAccepted};
-        let all = [Lapsed, NotAccepted, NeedsPause, Exceeded, LogNotTaken];
+        use Unenforced::{Exceeded, Lapsed, LogNotTaken, Lumps, NeedsPause, NotAccepted};
+        let all = [Lapsed, NotAccepted, NeedsPause, Exceeded, LogNotTaken, Lumps];
         let distinct = |of: fn(&Unenforced) -> std::string::String| {
             all.iter().map(of).collect::<std::collections::BTreeSet<_>>().len()
         };
-        assert_eq!((distinct(|why| why.name().into()), distinct(|why| std::format!("{why}"))), (5, 5));
+        assert_eq!((distinct(|why| why.name().into()), distinct(|why| std::format!("{why}"))), (6, 6));
     }
 }

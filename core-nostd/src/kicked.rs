@@ -1,11 +1,17 @@
 //! Slices that a *kick* ends (a signal that makes the vCPU leave the guest), where the ring cannot: right after it was
 //! emptied, or where it is larger than what the guest writes to. What a kick ends is a time, so how many pages that is has
 //! to be learned.
+//!
+//! And slices that the ring ends once the CPU hands its pages over, where those come in lumps: any exit from the guest makes
+//! it do so, that of a timer's interrupt too. A timer that fires before the guest is entered is of no use, and then a whole
+//! lump may pass; so several are armed, and a run that only the late ones ended makes all of them later.
 
 use core::mem::replace;
 
+use crate::pacer::{MAX_DEBT, Turn};
 use crate::penalty::{Penalty, Terms};
 use crate::rate::{Nanos, SECOND};
+use crate::ring::PML;
 
 /// The shortest run before a kick, less than it takes to enter the guest on some hosts; and the longest.
 const SHORTEST: Nanos = 5_000;
@@ -20,6 +26,14 @@ const FILLABLE: u32 = 4096;
 const FILLS: Nanos = 100_000_000;
 /// Whether they are is decided in the first runs with a page: later a single late signal would be a burst.
 const DECIDED: u32 = 8;
+
+/// The number of timers of a run.
+pub const TIMERS: usize = 4;
+/// When they fire, in tenths of the run's time …
+const TENTHS: [Nanos; TIMERS] = [10, 14, 20, 50];
+/// … the shortest of those times, and the first.
+const SHORTEST_TIMED: Nanos = 1_000;
+const FIRST_TIMED: Nanos = 20_000;
 
 /// How long one vCPU shall run before its kick, learned from its runs before. Owned by the vCPU's thread.
 #[derive(Debug)]
@@ -41,6 +55,43 @@ impl RunTime {
     /// A vCPU of which nothing is known: its first runs are short.
     pub const fn new() -> Self {
         Self { run_time: SHORTEST, entry: 0, empty: 0, runs: 0, page: 0, fills: false }
+    }
+
+    /// As [`RunTime::new`], for runs with timers: rather too late than too early.
+    pub const fn with_timers() -> Self {
+        Self { run_time: FIRST_TIMED, ..Self::new() }
+    }
+
+    /// When the next run is to be interrupted, from its beginning on: earliest first.
+    pub fn timers(&self) -> [Nanos; TIMERS] {
+        TENTHS.map(|tenths| self.run_time * tenths / 10)
+    }
+
+    /// Learns from a run with timers that was to have `slice` pages (at least one), had `pages`, and took `elapsed`. From one
+    /// without a page nothing.
+    pub fn learn_timed(&mut self, elapsed: Nanos, slice: u32, pages: u32) {
+        if pages == 0 {
+            return;
+        }
+        let before = self.run_time;
+        let [.., third, last] = self.timers();
+        let fitting = match elapsed {
+            // A lump: all came before the guest was entered.
+            _ if elapsed >= last * 2 && pages > slice.saturating_mul(MANY) => before * 2,
+            // The last timers ended it: the others are too early, or about to be, or the host's scheduler was in the way.
+            _ if elapsed >= third => before + before / 8,
+            _ => {
+                let fitting = before.min(elapsed) * Nanos::from(slice) / Nanos::from(pages);
+                match () {
+                    // Sooner than any timer: the time is the run's.
+                    () if elapsed < before => fitting.max(FIRST_TIMED),
+                    // A little down, as too early is worse than too late: that is a lump.
+                    () if fitting < before => fitting.max(before - before / 6),
+                    () => before.midpoint(fitting),
+                }
+            }
+        };
+        self.run_time = fitting.min(before * 2).clamp(SHORTEST_TIMED, LONGEST);
     }
 
     /// The run that is over was not to be ended by a kick: those begin anew.
@@ -122,6 +173,15 @@ pub fn is_to_pause(penalty: Penalty, pages: u32, max_pause: Nanos) -> bool {
     }
 }
 
+/// Whether a vCPU whose pages come in lumps shall pause at `now` until all is paid, however long that takes: where nothing
+/// ends a lump, and with timers where the next lump that they miss might be more than a vCPU can owe, and be forgiven.
+pub fn is_to_pay_all(penalty: Penalty, turn: &Turn, now: Nanos, is_timed: bool) -> bool {
+    let next = price_of(penalty, PML).unwrap_or(0);
+    turn.until > now
+        && turn.due > turn.until
+        && !(is_timed && turn.due.saturating_add(next) <= now.saturating_add(MAX_DEBT))
+}
+
 /// What so many pages cost; `None` where there is no penalty.
 fn price_of(penalty: Penalty, pages: u32) -> Option<Nanos> {
     match penalty.terms()? {
@@ -172,6 +232,81 @@ mod tests {
                 assert!(pages.iter().all(|&pages| pages <= slice + 2), "{entry}, {slice}: {pages:?}");
             }
         }
+    }
+
+    /// Runs a writer as KVM does, under timers: a run ends when one of them finds a page, or a lump is full. What the last runs of
+    /// 2,000 had.
+    fn drive_timed(entry: Nanos, page: Nanos, slice: u32) -> std::vec::Vec<u32> {
+        let mut run = RunTime::with_timers();
+        let mut had = std::vec::Vec::new();
+        for number in 0..2000 {
+            // The way in is half as long again at random, and now and then twice as long.
+            let entry = entry + entry * (number * 37 % 100) / 200 + if number % 61 == 0 { entry } else { 0 };
+            // One that fires outside the guest is lost.
+            let found = run.timers().into_iter().find(|timer| *timer >= entry + page);
+            let pages = found.map_or(512, |timer| u32::try_from((timer - entry) / page).unwrap());
+            let at = found.unwrap_or(entry + 512 * page);
+            run.learn_timed(at + entry / 2, slice, pages);
+            had.push(pages);
+        }
+        had[100..].to_vec()
+    }
+
+    #[test]
+    fn what_the_next_lump_would_make_too_much_is_paid_at_once() {
+        let (max_pause, now) = (10_000_000, 50 * SECOND);
+        let turn = |owed| Turn { until: now + max_pause.min(owed), due: now + owed, slice: Some(1), stretched: false };
+        // At 1,280 pages a second a lump costs 400 ms.
+        let penalty = Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(1280).price()));
+        for (owed, off, timed) in [
+            (max_pause, false, false),
+            (max_pause + 1, true, false),
+            (599_000_000, true, false),
+            (601_000_000, true, true),
+            (SECOND, true, true),
+        ] {
+            let pays_all = |is_timed| is_to_pay_all(penalty, &turn(owed), now, is_timed);
+            assert_eq!((pays_all(false), pays_all(true)), (off, timed), "{owed}");
+        }
+        let runs_on = Turn { until: now, ..turn(SECOND) };
+        assert!(!is_to_pay_all(penalty, &runs_on, now, true), "it is to have a page first");
+    }
+
+    #[test]
+    fn timers_end_slices_and_lumps_are_rare() {
+        for (entry, page) in [(2_500, 300), (3_000, 1_000), (22_000, 2_000), (40_000, 2_000)] {
+            for slice in [4, 15, 77] {
+                let had = drive_timed(entry, page, slice);
+                let lumps = had.iter().filter(|pages| **pages >= 512).count();
+                let mean = had.iter().sum::<u32>() / u32::try_from(had.len()).unwrap();
+                assert!(lumps == 0 && mean <= 2 * slice + 4, "{entry}, {page}, {slice}: {lumps} lumps, {mean} pages");
+            }
+        }
+    }
+
+    #[test]
+    fn what_timers_found_makes_them_later_or_sooner() {
+        let after = |elapsed, slice, pages| {
+            let mut run = RunTime { run_time: 80_000, ..RunTime::with_timers() };
+            run.learn_timed(elapsed, slice, pages);
+            run.get()
+        };
+        assert_eq!(RunTime::with_timers().timers(), [20_000, 28_000, 40_000, 100_000]);
+        assert_eq!(after(90_000, 10, 0), 80_000, "nothing from a run without a page");
+        assert_eq!(after(90_000, 10, 10), 80_000);
+        assert_eq!(after(90_000, 10, 11), 80_000 * 10 / 11);
+        assert_eq!(after(90_000, 10, 100), 80_000 - 80_000 / 6, "a little sooner at a time");
+        assert_eq!(after(90_000, 10, 5), 120_000, "half the way later");
+        assert_eq!(after(160_000, 10, 1), 90_000, "the third timer or the last");
+        assert_eq!((after(800_000, 10, 40), after(800_000, 10, 41)), (90_000, 160_000), "none of them");
+        assert_eq!(after(79_999, 10, 10), 79_999, "before any of them");
+        assert_eq!(after(51_200, 1, 512), 20_000, "but not too soon");
+        let mut run = RunTime::with_timers();
+        (0..20).for_each(|_| run.learn_timed(Nanos::MAX, 1, 5));
+        assert_eq!(run.get(), LONGEST);
+        (0..200).for_each(|_| run.learn_timed(LONGEST, u32::MAX, u32::MAX));
+        (0..200).for_each(|_| run.learn_timed(run.get(), 1, u32::MAX));
+        assert_eq!(run.get(), SHORTEST_TIMED);
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub struct Report {
     needed_pause: Atomic<u32>,
     /// How often the vCPU's thread has settled. Written by it.
     turns: Atomic<u32>,
+    /// How often it has paused for longer than the longest pause. Written by it.
+    overlong: Atomic<u32>,
 }
 
 /// The counters of a [`Report`], read one after the other.
@@ -68,6 +70,7 @@ impl Report {
                 paused: Atomic::new(0),
                 needed_pause: Atomic::new(0),
                 turns: Atomic::new(0),
+                overlong: Atomic::new(0),
             }
         }
     }
@@ -121,6 +124,19 @@ impl Report {
     pub fn turns(&self) -> u32 {
         // Relaxed: a count by itself.
         self.turns.load(Ordering::Relaxed)
+    }
+
+    /// Counts a pause that is longer than the longest, for a lump that nothing can end. For the vCPU's thread alone.
+    ///
+    /// Wait-free: at most 4 instructions.
+    pub fn add_overlong_pause(&self) {
+        add(&self.overlong, 1);
+    }
+
+    /// Pauses so counted; wraps.
+    pub fn overlong_pauses(&self) -> u32 {
+        // Relaxed: a count by itself.
+        self.overlong.load(Ordering::Relaxed)
     }
 
     /// The net count: one load.

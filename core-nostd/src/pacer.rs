@@ -31,6 +31,8 @@ const LONGEST_SLICE: Nanos = SLICE << MAX_STRETCH;
 pub struct Turn {
     /// Pause until then; in the past where nothing is owed.
     pub until: Nanos,
+    /// When all of it is paid: later than `until` where the longest pause does not cover it.
+    pub due: Nanos,
     /// Pages that it may dirty before its next full exit; `None`: as many as the ring takes.
     pub slice: Option<u32>,
     /// The slice is longer than the limit asks for, because the vCPU mostly rewrites what is dirty already.
@@ -91,7 +93,7 @@ impl Pacer {
         let Some(terms) = penalty.accept().terms().filter(|_| self.is_held(now, vm)) else {
             (self.limited, self.quiet) = (false, counts.net);
             report.set_needed_pause(0);
-            return Turn { until: now, slice: None, stretched: false };
+            return Turn { until: now, due: now, slice: None, stretched: false };
         };
         let max_pause = vm.max_pause();
         let run = now.saturating_sub(replace(&mut self.turned, now));
@@ -134,7 +136,7 @@ impl Pacer {
             // No slice may cost more than the burst: who writes it slower than allowed owes nothing for it.
             _ => nominal.saturating_add(unused).min(price.pages_for(credit)).max(nominal),
         };
-        Turn { until, slice: Some(slice), stretched: self.stretch > 0 }
+        Turn { until, due: self.due, slice: Some(slice), stretched: self.stretch > 0 }
     }
 
     /// Whether penalties are in force at `now`. A lease lapses by time that the vCPU saw go by: after a jump of its clock

@@ -158,6 +158,8 @@ pub struct Ring<E> {
     /// The first entry not yet seen.
     metered: u32,
     soft: SoftLimit,
+    /// `reset` when the slice was freed in which the vCPU runs.
+    freed: u32,
     /// Entries of the kernel's own that precede the last of the guest's in a slice, as in the last one.
     own: u32,
     run: Run,
@@ -199,6 +201,7 @@ impl<E: AsRef<[Entry]>> Ring<E> {
                 collected: start,
                 metered: start,
                 soft: SoftLimit::new(size - RESERVED),
+                freed: start,
                 own: 0,
                 run: Run::default(),
             }),
@@ -318,6 +321,22 @@ impl<E: AsRef<[Entry]>> Ring<E> {
         self.soft.get()
     }
 
+    /// The vCPU may enter: its slice is free.
+    pub fn freed(&mut self) {
+        self.freed = self.reset;
+    }
+
+    /// As [`Ring::full_exit`], of an exit that KVM has just made for this.
+    pub fn full_exit_of_kvm(&mut self) {
+        let with_pages = self.run.level.is_some();
+        // Without a page of the guest's it was full when the vCPU entered, or made so by the first entries of the kernel's.
+        let full = self.occupied().saturating_sub(if with_pages { 0 } else { self.run.own });
+        if self.freed == self.reset && full > 0 {
+            self.soft.proved(full, with_pages);
+        }
+        self.full_exit();
+    }
+
     /// After a full exit, everything metered: learns the soft limit, and how many entries of its own the kernel pushes in a
     /// slice. Where it brought no entry of the guest's, the next slice has more room. A call too many does no harm.
     pub fn full_exit(&mut self) {
@@ -340,6 +359,11 @@ impl<E: AsRef<[Entry]>> Ring<E> {
     /// Entries of the kernel's own that a slice has room for.
     fn own(&self, slice: u32) -> u32 {
         self.own.min(slice.max(OWN))
+    }
+
+    /// Whether the CPU was seen to hand pages over in lumps, so that the ring ends a slice only when it does.
+    pub fn has_lumps(&self) -> bool {
+        self.soft.has_lumps()
     }
 
     /// Whether the ring, once all that was collected is reset, ends a slice of `slice` pages, give or take a quarter: not

@@ -27,13 +27,13 @@ pub struct Config {
 }
 
 impl Default for Config {
-    /// Rings of 4,096 entries, pauses of at most 10 ms, paced, no kicks, threads scheduled as they are.
+    /// Rings of 4,096 entries, pauses of at most 10 ms, paced, [`Kick::Auto`], threads scheduled as they are.
     fn default() -> Self {
         Self {
             ring_entries: 4096,
             max_pause: 10_000_000,
             policy: Shipped::default(),
-            kick: Kick::Off,
+            kick: Kick::Auto,
             prompt: false,
             #[cfg(feature = "planted-bugs")]
             planted_bug: None,
@@ -67,7 +67,8 @@ impl Config {
         Self { policy, ..self }
     }
 
-    /// Who ends the slices that the ring cannot end. Needed for rings larger than what the guest writes to.
+    /// Who ends the slices that the ring cannot end. The default does where pages come in lumps; rings larger than what the
+    /// guest writes to need another.
     #[must_use]
     pub fn kick(self, kick: Kick) -> Self {
         Self { kick, ..self }

@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use crate::error::{Error, system};
 use crate::events;
 use crate::harvest::Place;
-use crate::kick::Kick;
 use crate::limit::DirtyLimit;
 use crate::seat::VmLimiter;
 use crate::slots::{Found, Slot, Unknown};
@@ -205,7 +204,7 @@ impl DirtyLimit {
             })?;
             pass.published += u64::from(published);
             if published == 0 {
-                if self.0.kick != Kick::Off {
+                if self.0.kick.ends_runs() {
                     harvest.kick_emptied();
                 }
                 pass.held_back = harvest.places.values().map(|place| u64::from(place.ring.held_back())).sum();

@@ -49,6 +49,8 @@ struct FakeRing {
     entries: u32,
     dirty_index: u32,
     reset_index: u32,
+    /// What the CPU has logged and not handed over.
+    log: Vec<Page>,
 }
 
 #[derive(Debug, Default)]
@@ -59,7 +61,7 @@ struct State {
     rings: Vec<FakeRing>,
     /// For each page that was ever written: its number of writes, and whether the next one is logged.
     memory: HashMap<Page, (u64, bool)>,
-    /// Pages in a lump in which the guest's come to the ring, as with Intel's PML; 0: one by one.
+    /// Pages that a CPU logs before it hands them over, as with Intel's PML, unless it leaves the guest before; 0: none.
     lump: u32,
     script: VecDeque<Goes>,
     /// When the script is over.
@@ -155,7 +157,14 @@ impl Fake {
         // One that has no ring is no vCPU of this VM.
         if let Some(pages) = RingPages::map(file.as_raw_fd(), entries.max(1)).unwrap() {
             let own = file.try_clone().unwrap();
-            self.state().rings.push(FakeRing { file: own, pages, entries, dirty_index: 0, reset_index: 0 });
+            self.state().rings.push(FakeRing {
+                file: own,
+                pages,
+                entries,
+                dirty_index: 0,
+                reset_index: 0,
+                log: Vec::new(),
+            });
         }
         file
     }
@@ -163,6 +172,11 @@ impl Fake {
     /// The guest writes a page on vCPU `vcpu`; `false` where KVM exits first, with a full ring.
     pub(crate) fn write(&self, vcpu: usize, page: Page) -> bool {
         self.state().write(vcpu, page)
+    }
+
+    /// The vCPU leaves the guest for a moment, as for a timer's interrupt: its CPU hands over what it has logged.
+    pub(crate) fn interrupt(&self, vcpu: usize) {
+        self.state().rings[vcpu].hand_over();
     }
 
     /// Writes the pages `offsets` of [`SLOT`] in turn, up to a full exit; how many were written.
@@ -181,14 +195,14 @@ impl Fake {
         }
         let mut written = 0;
         state.push_own(vcpu, own);
-        while !state.is_full(vcpu) {
-            for offset in offsets.take(state.lump.max(1) as usize) {
-                state.store(vcpu, Page { slot: SLOT, offset }, false);
-                written += 1;
-            }
+        while !state.is_full(vcpu)
+            && let Some(offset) = offsets.next()
+        {
+            state.store(vcpu, Page { slot: SLOT, offset });
+            written += 1;
         }
-        state.push_own(vcpu, own);
         state.exit_full(vcpu);
+        state.push_own(vcpu, own);
         written
     }
 
@@ -269,6 +283,18 @@ impl Gathered {
     }
 }
 
+impl FakeRing {
+    fn push(&mut self, page: Page) {
+        self.pages.as_ref()[(self.dirty_index % self.entries) as usize].push(page);
+        self.dirty_index = self.dirty_index.wrapping_add(1);
+    }
+
+    fn hand_over(&mut self) {
+        let logged = std::mem::take(&mut self.log);
+        logged.into_iter().for_each(|page| self.push(page));
+    }
+}
+
 impl State {
     /// As [`Fake::write`].
     fn write(&mut self, vcpu: usize, page: Page) -> bool {
@@ -276,7 +302,7 @@ impl State {
             self.exit_full(vcpu);
             return false;
         }
-        self.store(vcpu, page, false);
+        self.store(vcpu, page);
         true
     }
 
@@ -285,25 +311,33 @@ impl State {
         ring.dirty_index.wrapping_sub(ring.reset_index) >= ring.entries - RESERVED - self.lump
     }
 
-    fn exit_full(&self, vcpu: usize) {
+    fn exit_full(&mut self, vcpu: usize) {
         let reason = KVM_EXIT_DIRTY_RING_FULL.to_ne_bytes();
-        self.rings[vcpu].file.write_all_at(&reason, offset_of!(kvm_run, exit_reason) as u64).unwrap();
+        let ring = &mut self.rings[vcpu];
+        ring.hand_over();
+        ring.file.write_all_at(&reason, offset_of!(kvm_run, exit_reason) as u64).unwrap();
     }
 
+    /// KVM logs a page itself, whether it is logged already or not.
     fn push_own(&mut self, vcpu: usize, own: Option<u64>) {
         if let Some(offset) = own {
-            self.store(vcpu, Page { slot: SLOT, offset }, true);
+            let page = Page { slot: SLOT, offset };
+            let (writes, armed) = self.memory.entry(page).or_insert((0, true));
+            (*writes, *armed) = (*writes + 1, false);
+            self.rings[vcpu].push(page);
         }
     }
 
-    /// Writes a page, and logs it if it is armed, or `always`.
-    fn store(&mut self, vcpu: usize, page: Page, always: bool) {
+    /// Writes a page, and logs it if it is armed.
+    fn store(&mut self, vcpu: usize, page: Page) {
         let ring = &mut self.rings[vcpu];
         let (writes, armed) = self.memory.entry(page).or_insert((0, true));
         *writes += 1;
-        if std::mem::take(armed) || always {
-            ring.pages.as_ref()[(ring.dirty_index % ring.entries) as usize].push(page);
-            ring.dirty_index = ring.dirty_index.wrapping_add(1);
+        if std::mem::take(armed) {
+            ring.log.push(page);
+            if ring.log.len() >= self.lump as usize {
+                ring.hand_over();
+            }
         }
     }
 

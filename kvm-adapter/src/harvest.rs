@@ -268,7 +268,8 @@ impl Harvest {
         };
         self.collect(kernel, |_, place, _| wanted(place))?;
         self.served = sys::now();
-        for place in self.places.values().filter(|place| wanted(place) == 0) {
+        for place in self.places.values_mut().filter(|place| place.seat.wanted() > 0 && wanted(place) == 0) {
+            place.ring.freed();
             place.seat.serve();
         }
         Ok(())

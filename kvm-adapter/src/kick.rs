@@ -2,20 +2,29 @@
 //! guest writes to (each page is logged once per reset, so such a ring never fills). When to do so is the core's
 //! ([`dirtylimit_core::kicked`]).
 
+use std::io;
 use std::time::Duration;
 
+use dirtylimit_core::Nanos;
 use dirtylimit_core::kicked::RunTime;
 
 use crate::Error;
 use crate::error::{kick_is_taken, system};
 use crate::seat::Seat;
-use crate::sys::Timer;
+use crate::sys::{self, Interrupts, Timer};
 
 /// Who ends a slice that the ring does not.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum Kick {
-    /// Nobody: the vCPU runs until its ring is full, and pays for that.
+    /// The ring alone, without a signal; and where the CPU was seen to hand pages over in lumps (Intel's PML), timers make it
+    /// do so when the slice should be used up. Each such vCPU has four (`timerfd_create`), armed before KVM_RUN
+    /// (`timerfd_settime`), whose interrupts nobody sees but KVM. A lump that passes all the same, because the thread was
+    /// moved to another CPU, is paid for in pauses of at most `max_pause`, but at once where the next would be more than a
+    /// second of debt: [`dirtylimit_core::Unenforced::Lumps`]. Where there are no timers: as [`Kick::Off`].
     #[default]
+    Auto,
+    /// Nobody: the vCPU runs until its ring is full, and pays for that. Where pages come in lumps it pauses for as long as a
+    /// lump costs, up to a second and whatever `max_pause` is, which [`dirtylimit_core::Unenforced::Lumps`] tells.
     Off,
     /// The library, by this real-time signal that nobody else uses (say `SIGRTMIN() + 7`), from a timer of each vCPU's
     /// thread, and from the tick where a limit is news. Each thread that calls [`crate::Vcpu::before_run`] gets the signal
@@ -28,26 +37,50 @@ pub enum Kick {
     Vmm,
 }
 
+impl Kick {
+    /// Whether runs are ended from outside, wherever the ring is.
+    pub(crate) fn ends_runs(self) -> bool {
+        matches!(self, Self::Signal(_) | Self::Vmm)
+    }
+}
+
 /// One vCPU's kicks.
 #[derive(Debug)]
 pub(crate) struct Kicker {
     kick: Kick,
     timer: Option<Timer>,
+    /// With [`Kick::Auto`], from the first lump on; an error where they are not to be had.
+    interrupts: Option<io::Result<Interrupts>>,
     pub(crate) run_time: RunTime,
-    /// Ring entries counted when the vCPU last ran under a kick.
+    /// Ring entries counted when the vCPU last ran under a kick or timers.
     gross: Option<u32>,
+    /// When it last ran with timers, until that run is over, and then how long it took.
+    armed: Option<Nanos>,
+    ran: Option<Nanos>,
     /// Kicks by others that were taken note of.
     kicks: u32,
 }
 
 impl Kicker {
     pub(crate) fn new(kick: Kick) -> Self {
-        Self { kick, timer: None, run_time: RunTime::new(), gross: None, kicks: 0 }
+        let run_time = if kick == Kick::Auto { RunTime::with_timers() } else { RunTime::new() };
+        Self { kick, timer: None, interrupts: None, run_time, gross: None, armed: None, ran: None, kicks: 0 }
     }
 
-    /// Whether there is somebody to end a slice.
+    /// Whether there is somebody to end a slice wherever the ring is.
     pub(crate) fn is_on(&self) -> bool {
-        self.kick != Kick::Off
+        self.kick.ends_runs()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn has_made_timers(&self) -> bool {
+        matches!(self.interrupts, Some(Ok(_)))
+    }
+
+    /// Whether there are timers to make the CPU hand its pages over; makes them.
+    pub(crate) fn has_timers(&mut self) -> bool {
+        let interrupts = (self.kick == Kick::Auto).then(|| self.interrupts.get_or_insert_with(Interrupts::new));
+        interrupts.is_some_and(|interrupts| interrupts.is_ok())
     }
 
     /// Whether the run that is over was to be ended by a kick, so that its pages are in the ring and nobody metered them;
@@ -60,6 +93,7 @@ impl Kicker {
 
     /// The run is over; before the first on a thread, binds it.
     pub(crate) fn disarm(&mut self, seat: &Seat) -> Result<(), Error> {
+        self.ran = self.armed.take().map(|armed| sys::now().saturating_sub(armed));
         let Some(signal) = &seat.kick else { return Ok(()) };
         // Before what is pending is taken back: a kick that comes between the two is then seen again.
         let kicks = seat.kicks();
@@ -96,14 +130,28 @@ impl Kicker {
     }
 
     /// Learns from the run that is over, which was given `slice`, once its pages are metered; whether it was one that a
-    /// kick was to end.
+    /// kick or timers were to end.
     pub(crate) fn learn(&mut self, slice: u32, gross: u32) -> bool {
-        let before = self.gross.take();
-        match before {
-            Some(before) => self.run_time.learn(slice, gross.wrapping_sub(before)),
-            None => self.run_time.begin(),
+        let Some(before) = self.gross.take() else {
+            self.run_time.begin();
+            return false;
+        };
+        let pages = gross.wrapping_sub(before);
+        match self.ran.take() {
+            Some(ran) => self.run_time.learn_timed(ran, slice, pages),
+            None => self.run_time.learn(slice, pages),
         }
-        before.is_some()
+        true
+    }
+
+    /// Arms the timers for the run to come.
+    pub(crate) fn arm_timers(&mut self, gross: u32) {
+        let Some(Ok(interrupts)) = &self.interrupts else { return };
+        self.gross = Some(gross);
+        self.armed = Some(sys::now());
+        if let Err(error) = interrupts.arm(self.run_time.timers()) {
+            self.interrupts = Some(Err(error));
+        }
     }
 
     /// Arms a kick for the run to come.

@@ -25,9 +25,10 @@
 //!   traced or frozen; the completions of an `io_uring` that the thread owns cannot be blocked either, so own none there) leaves
 //!   at most 64 pages of a vCPU that stay dirty until they are known to be protected again. When a call fails, what was
 //!   collected stays for the next.
-//! - **No pause above `max_pause`**, but for the wait for a reset, 2.1 ms at most. A limited vCPU runs in slices of pages: entries are held back in its ring so that it
-//!   exits when the slice is used up, pauses for its price, and gets the next. No timer, no signal; a [`Kick`] is an option
-//!   for rings that never fill. What one pause does not cover stays owed.
+//! - **No pause above `max_pause`**, but where others hold the VM's lock, 2.1 ms at most. A limited vCPU runs in slices of pages: entries
+//!   are held back in its ring so that it exits when the slice is used up, pauses for its price, and gets the next. No signal,
+//!   and timers only where pages come in lumps ([`Kick::Auto`]); another [`Kick`] is an option for rings that never fill. What
+//!   one pause does not cover stays owed.
 //! - **A pause ends at once** when the limit is lifted or changed, when a signal reaches the thread, or when the
 //!   [`Interrupter`] is called; within 10 ms when `immediate_exit` is set or `stop` returns true. Penalties lapse 5 s after
 //!   the last tick (a second later where the vCPU stood still meanwhile), so that a dead control plane cannot hold a guest.
@@ -40,6 +41,8 @@
 //! `getrusage`, and `clock_gettime` where there is no vDSO; threads that take the dirty log need the same (on arm64 also
 //! `ioctl` 0x4010ae42, `KVM_GET_DIRTY_LOG`, with `mmap`, `mprotect` and `munmap`), and [`DirtyLimit::add_slot`] `ioctl`
 //! 0x4068aea3 (`KVM_ENABLE_CAP`). Where `getrusage` is refused with an error each reset counts as interrupted. With
+//! [`Kick::Auto`], the default, vCPU threads also need `timerfd_create` and `timerfd_settime` where the CPU has PML; where they
+//! are refused with an error see [`Unenforced::Lumps`], and where a filter kills for them take [`Kick::Off`]. With
 //! [`Kick::Signal`] also `ioctl` 0x4004ae8b (`KVM_SET_SIGNAL_MASK`), `timer_create`, `timer_settime`, `timer_delete`,
 //! `rt_sigtimedwait`, `rt_sigaction`, `gettid` and `tgkill` on vCPU threads, and `tgkill` where limits are set and ticks
 //! come from; with

@@ -92,7 +92,7 @@ impl DirtyLimit {
             Kick::Signal(signal) => {
                 Some(KickSignal::new(vcpu, signal).map_err(system("duplicating the vCPU's descriptor, for kicks"))?)
             }
-            Kick::Off | Kick::Vmm => None,
+            Kick::Auto | Kick::Off | Kick::Vmm => None,
         };
         let ring = Ring::new(pages).map_err(|_| Error::RingSize { entries, min: entries, max })?;
         if !ring.is_new() {
@@ -185,7 +185,7 @@ impl DirtyLimit {
         info!("policy: {policy:?}");
     }
 
-    /// The longest single pause of a vCPU; the wait for a reset may come on top, 2.1 ms at most.
+    /// The longest single pause of a vCPU; others at the VM's lock may add 2.1 ms at most.
     pub fn max_pause(&self) -> Duration {
         Duration::from_nanos(self.0.limiter.vm().max_pause())
     }

@@ -14,7 +14,8 @@ use crate::sys;
 use crate::vm::Vm;
 
 /// Resets are at least so far apart (at most 476 a second), or nine tenths of a shorter `max_pause`, unless a vCPU waits
-/// for one that has no limit, or rewrites dirty pages, or whose slice is half its ring or more.
+/// for one that has no limit, or rewrites dirty pages, or whose slice is half its ring or more, or that has paused for as long
+/// as it may, or had no page since its last pause.
 const RESET_GAP: Nanos = 2_100_000;
 /// How soon a thread that did not get the lock tries again.
 const RETRY: Nanos = 50_000;
@@ -48,8 +49,14 @@ pub struct Vcpu {
     kicker: Kicker,
     /// Its thread wakes promptly.
     prompt: bool,
+    /// It was last let go before its slice was freed: others may do so while it runs.
+    unserved: bool,
     /// The slice last given, where only a kick can end it.
     kicked_slice: Option<u32>,
+    /// The slice last given, where timers are to make the CPU hand its pages over.
+    timed_slice: Option<u32>,
+    /// The run that is over had no page, so that no wait is to follow the pause before it: both are one to the guest.
+    barren: bool,
     /// Ring entries counted at the end of the last pause.
     rested: u32,
     /// Interrupts that were answered.
@@ -80,12 +87,21 @@ impl Vcpu {
             full: false,
             kicker,
             prompt: false,
+            unserved: false,
             kicked_slice: None,
+            timed_slice: None,
+            barren: false,
             rested: 0,
             answered,
             exited: false,
             idle: Idle { exits: 0, gross },
         }
+    }
+
+    /// Whether it has made timers.
+    #[cfg(test)]
+    pub(crate) fn has_made_timers(&self) -> bool {
+        self.kicker.has_made_timers()
     }
 
     /// What ends this vCPU's pauses.
@@ -111,9 +127,10 @@ impl Vcpu {
 
     /// To be called before each KVM_RUN: pays what is owed and frees room in a full ring. Two loads when there is neither.
     ///
-    /// Pauses at most `max_pause` and the time until the next reset (2 ms) a call; the kernel ends a pause up to the thread's
-    /// timer slack late, 50 µs unless PR_SET_TIMERSLACK says less. KVM_RUN may follow in any case: a ring that is still full
-    /// exits again at once.
+    /// Pauses at most `max_pause` a call, and 2.1 ms where others hold the VM's lock, but where a lump takes longer: nothing
+    /// ends it ([`crate::Kick::Off`]), or timers miss too many. The kernel ends a pause up to the thread's timer slack late,
+    /// 50 µs unless PR_SET_TIMERSLACK says less. KVM_RUN may follow in any case: a ring that is still full exits again at
+    /// once.
     ///
     /// # Errors
     /// [`Error::Wedged`], and what a reset may answer.
@@ -141,12 +158,22 @@ impl Vcpu {
         self.note_exit();
         self.kicker.disarm(&self.seat)?;
         self.wake_promptly();
-        let mut paid = self.settle_and_pause(stop)?;
+        let paid = self.settle_and_pause(stop);
+        self.unserved = self.seat.wanted() != 0;
+        let mut paid = paid?;
+        let gross = self.gross();
         if self.kicked_slice.is_some() {
-            let gross = self.seat.cell(&self.vm.limiter).report.counts().gross;
             paid.kick_after = Some(self.kicker.arm(gross));
         }
+        if self.timed_slice.is_some() {
+            self.kicker.arm_timers(gross);
+        }
         Ok(paid)
+    }
+
+    /// Ring entries counted.
+    fn gross(&self) -> u32 {
+        self.seat.cell(&self.vm.limiter).report.counts().gross
     }
 
     /// With [`crate::Config::prompt`], from the first pause under a limit until it is lifted.
@@ -165,12 +192,14 @@ impl Vcpu {
         let cell = seat.cell(&vm.limiter);
         let start = sys::now();
         // However often the limit changes meanwhile.
-        let latest = start.saturating_add(vm.limiter.vm().max_pause());
-        let patience = latest.saturating_add(RESET_GAP);
+        let mut latest = start.saturating_add(vm.limiter.vm().max_pause());
         let mut paid = Paid::default();
         // What was settled, and under which penalty: read before, so that no change between the two goes unseen.
         let mut penalty = cell.penalty.accept();
         let mut turn = self.settle(start)?;
+        // A lump may take longer.
+        latest = latest.max(turn.map_or(0, |turn| turn.until));
+        let patience = latest.saturating_add(RESET_GAP);
         let mut until = turn.map_or(start + RETRY, |turn| turn.until);
         loop {
             let from = sys::now();
@@ -187,7 +216,7 @@ impl Vcpu {
                 return Ok(paid);
             }
             let again = match turn {
-                Some(turn) if ended == Ended::Due => self.free(&turn, now)?,
+                Some(turn) if ended == Ended::Due => self.free(&turn, now, latest)?,
                 _ => {
                     penalty = cell.penalty.accept();
                     turn = self.settle(now)?;
@@ -207,24 +236,37 @@ impl Vcpu {
         let Self { vm, seat, pacer, kicker, .. } = self;
         let cell = seat.cell(&vm.limiter);
         if !self.full && !kicker.is_on() {
-            return Ok(Some(pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report)));
+            let turn = pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report);
+            self.timed_slice = self.timed_slice.filter(|_| turn.slice.is_some());
+            return Ok(Some(turn));
         }
         let Some(mut harvest) = vm.try_lock() else { return Ok(None) };
         let (place, _) = harvest.meter(seat.id, &vm.limiter).ok_or(Error::NoVcpu(seat.id))?;
-        if self.full {
-            place.ring.full_exit();
+        match self.full {
+            true if self.exited && !self.unserved => place.ring.full_exit_of_kvm(),
+            true => place.ring.full_exit(),
+            false => {}
         }
         if !place.stretched {
             pacer.forget_stretch();
         }
         let mut turn = pacer.settle(now, vm.limiter.vm(), &cell.penalty, &cell.report);
+        let in_lumps = turn.slice.is_some() && place.ring.has_lumps() && !kicker.is_on();
+        let is_timed = in_lumps && kicker.has_timers();
         let slice = turn.slice.unwrap_or(BATCH);
-        let wanted = place.ring.to_collect(slice) > 0 || (self.full && place.ring.awaiting_reset() > 0);
-        seat.ask(if wanted { slice } else { 0 });
+        // Timers are not exact: whatever is handed over from half a slice on ends it.
+        let room = if is_timed { slice.div_ceil(2) } else { slice };
+        let wanted = place.ring.to_collect(room) > 0 || (self.full && place.ring.awaiting_reset() > 0);
+        seat.ask(if wanted { room } else { 0 });
+        if !wanted {
+            place.ring.freed();
+        }
         let gross = cell.report.counts().gross;
         let kicked_slice = turn.slice.filter(|slice| kicker.is_on() && !place.ring.ends(*slice));
-        if kicker.learn(self.kicked_slice.unwrap_or(slice), gross) {
-            let penalty = cell.penalty.accept();
+        self.barren = gross == self.rested;
+        let given = self.kicked_slice.or(replace(&mut self.timed_slice, turn.slice.filter(|_| is_timed)));
+        let penalty = cell.penalty.accept();
+        if kicker.learn(given.unwrap_or(slice), gross) {
             if kicked_slice.is_some() && kicker.run_time.is_to_fill(penalty, place.ring.room()) {
                 pacer.forgive();
                 turn.until = now;
@@ -233,11 +275,15 @@ impl Vcpu {
                 turn.until = turn.until.min(now);
             }
         }
+        if in_lumps && kicked::is_to_pay_all(penalty, &turn, now, is_timed) {
+            cell.report.add_overlong_pause();
+            turn.until = turn.due;
+        }
         if !place.limited && turn.slice.is_some() {
             place.merged = 0; // of a time without a limit
         }
         (place.limited, place.stretched) = (turn.slice.is_some(), turn.stretched);
-        place.slice = turn.slice.filter(|_| kicked_slice.is_none());
+        place.slice = turn.slice.filter(|_| kicked_slice.is_none()).map(|_| room);
         // A kick is not exact: half a slice, give or take as much, is no more than one.
         self.kicked_slice = kicked_slice.map(|slice| slice.div_ceil(2));
         let occupied = place.ring.occupied();
@@ -265,16 +311,18 @@ impl Vcpu {
         }
     }
 
-    /// After the pause: makes sure that a reset has freed the slice. `Some` is when to try again.
-    fn free(&mut self, turn: &Turn, now: Nanos) -> Result<Option<Nanos>, Error> {
+    /// After the pause: makes sure that a reset has freed the slice, and waits for one until `latest` at most. `Some` is when
+    /// to try again.
+    fn free(&mut self, turn: &Turn, now: Nanos, latest: Nanos) -> Result<Option<Nanos>, Error> {
         if self.seat.wanted() == 0 {
             self.full = false;
             return Ok(None);
         }
         let Some(mut harvest) = self.vm.try_lock() else { return Ok(Some(now + RETRY)) };
         let gap = RESET_GAP.min(self.vm.limiter.vm().max_pause() / 10 * 9);
-        let next_reset = harvest.served.saturating_add(gap);
-        let patient = !turn.stretched && turn.slice.is_some_and(|slice| slice < self.vm.ring_entries / 2);
+        let next_reset = harvest.served.saturating_add(gap).min(latest);
+        let patient =
+            !self.barren && !turn.stretched && turn.slice.is_some_and(|slice| slice < self.vm.ring_entries / 2);
         if patient && now < next_reset {
             return Ok(Some(next_reset));
         }

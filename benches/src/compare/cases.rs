@@ -5,7 +5,7 @@ use std::time::Duration;
 use dirtylimit_core::PageRate;
 
 use crate::plan::{Plan, VcpuPlan};
-use crate::record::PolicyKind;
+use crate::record::{KickKind, PolicyKind};
 use crate::units::{PAGE_SIZE, mib_per_sec, significant};
 use crate::workload::Workload;
 
@@ -49,6 +49,7 @@ impl Case {
             qmp: None,
             metrics: None,
             steal_time: false,
+            kick: KickKind::Signal,
         }
     }
 }

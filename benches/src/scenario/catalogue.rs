@@ -13,7 +13,7 @@ use super::trial::{HandServed, Versus};
 use super::{Bound, Case, Measure, Must, Scenario, Trial};
 use crate::guest::kvm::{Hold, Script};
 use crate::plan::{Plan, Step, VcpuPlan};
-use crate::record::PolicyKind;
+use crate::record::{KickKind, PolicyKind};
 use crate::units::PAGE_SIZE;
 use crate::workload::Workload;
 
@@ -267,6 +267,7 @@ fn writers(vcpus: Vec<VcpuPlan>) -> Plan {
         metrics: None,
         // As every Linux guest asks for it.
         steal_time: cfg!(target_arch = "x86_64"),
+        kick: KickKind::Signal,
     }
 }
 

@@ -6,7 +6,7 @@ use dirtylimit_bench::guest::sim::Machine;
 use dirtylimit_bench::guest::{Phase, Progress, VcpuNow};
 use dirtylimit_bench::measure::{Measures, StepMeasures, VmMeasures};
 use dirtylimit_bench::plan::{Plan, VcpuPlan};
-use dirtylimit_bench::record::{PolicyKind, Recording};
+use dirtylimit_bench::record::{KickKind, PolicyKind, Recording};
 use dirtylimit_bench::units::parse_rate;
 use dirtylimit_bench::workload::Workload;
 
@@ -49,6 +49,7 @@ pub(crate) fn plan(vcpus: &str, ring: u32, policy: PolicyKind) -> Plan {
         qmp: None,
         metrics: None,
         steal_time: false,
+        kick: KickKind::Signal,
     }
 }
 

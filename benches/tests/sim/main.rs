@@ -11,6 +11,7 @@ use std::time::Duration;
 use case::{Bounds, Case, Job, Silent, plan};
 use dirtylimit_bench::guest::sim::{Fault, Machine};
 use dirtylimit_bench::plan::{Plan, Step};
+use dirtylimit_bench::record::KickKind::{self, Auto, Off, Signal};
 use dirtylimit_bench::record::PolicyKind::{self, Paced, Stepped};
 use dirtylimit_bench::units::parse_rate;
 
@@ -61,12 +62,12 @@ fn sections() -> Vec<Section> {
         let plan = plan("write:512MiB write:512MiB slow:256MiB@10 read:32MiB", 4096, policy);
         Job::new(Machine::default(), Plan { vm_limit, ..plan })
     };
-    let lumps = |(limit, ring, kick)| {
+    let lumps = |(limit, ring, kick): (u32, u32, KickKind)| {
         let plan = plan(&format!("write:224MiB@{limit}"), ring, Paced);
         Job::new(Machine { pml: true, kick, ..Machine::default() }, plan)
     };
     let stolen = Machine { steal_time: true, ..Machine::default() };
-    let never_full = |(vcpu, ring, kick): (&str, u32, bool)| {
+    let never_full = |(vcpu, ring, kick): (&str, u32, KickKind)| {
         Job::new(Machine { kick, ..Machine::default() }, rewritten(vcpu, ring, Paced))
     };
     let beside_qemu = |vcpus: &str, ring| {
@@ -89,7 +90,7 @@ fn sections() -> Vec<Section> {
         },
         section(
             "less memory than entries: the ring never fills, a kick ends the slices",
-            [("write:224MiB@20", 65_536, true), ("write:224MiB@100", 65_536, true)].map(never_full).to_vec(),
+            [("write:224MiB@20", 65_536, Signal), ("write:224MiB@100", 65_536, Signal)].map(never_full).to_vec(),
         ),
         section(
             "steal time: the kernel logs a page of its own at each entry and exit",
@@ -97,14 +98,29 @@ fn sections() -> Vec<Section> {
                 .map(|vcpus| both(|policy| Job::new(stolen, plan(vcpus, 4096, policy))))
                 .concat(),
         ),
-        section("pages in lumps of up to 512, and a kick", [(100, 1024, true), (100, 4096, true)].map(lumps).to_vec()),
+        section(
+            "pages in lumps of up to 512, and a kick",
+            [(100, 1024, Signal), (100, 4096, Signal)].map(lumps).to_vec(),
+        ),
+        section(
+            "the same, and the default: timers",
+            [5, 20, 100]
+                .into_iter()
+                .flat_map(|limit| [(limit, 1024), (limit, 4096)])
+                .flat_map(|(limit, ring)| ["write", "steady", "slow"].map(|workload| (workload, limit, ring)))
+                .map(|(workload, limit, ring)| {
+                    let plan = plan(&format!("{workload}:224MiB@{limit}"), ring, Paced);
+                    Job::new(Machine { pml: true, kick: Auto, ..Machine::default() }, plan)
+                })
+                .collect(),
+        ),
         Section {
             title: "the same without a kick, or with one that comes too seldom: a pass leaves a ring alone that is to fill",
             bounds: Bounds::None,
-            jobs: [("write:224MiB@20", 65_536, false), ("write:8MiB@2", 4096, true)]
+            jobs: [("write:224MiB@20", 65_536, Off), ("write:8MiB@2", 4096, Signal)]
                 .map(never_full)
                 .into_iter()
-                .chain([(100, 4096, false), (20, 4096, true)].map(lumps))
+                .chain([(100, 4096, Off), (20, 4096, Signal)].map(lumps))
                 .collect(),
         },
         Section {
@@ -222,7 +238,7 @@ fn the_bounds_see_a_planted_bug() {
     assert!(lost.iter().any(|what| what.contains("lost")), "{lost:?}");
     let slow = plan("write:1GiB@5", 4096, Paced);
     assert_eq!(complaints(machine, &slow), [""; 0]);
-    let off = complaints(Machine { fault: Some(Fault::NothingHeldBack), kick: false, ..machine }, &slow);
+    let off = complaints(Machine { fault: Some(Fault::NothingHeldBack), kick: Off, ..machine }, &slow);
     assert!(off.iter().any(|what| what.contains("of the limit")), "{off:?}");
 }
 

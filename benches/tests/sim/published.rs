@@ -10,11 +10,12 @@
 use std::cell::Cell;
 
 use dirtylimit_bench::guest::sim::{Fault, Machine};
+use dirtylimit_bench::record::KickKind;
 use dirtylimit_core::{Nanos, PageRate, Penalty, Policy, Price, RESERVED, Reading, SECOND, Terms};
 
 /// The machine under it: each full ring is emptied, and pauses are as long as they come. Nobody kicks.
 pub(crate) const MACHINE: Machine =
-    Machine { seed: 1, pml: false, kick: false, steal_time: false, fault: Some(Fault::NothingHeldBack) };
+    Machine { seed: 1, pml: false, kick: KickKind::Off, steal_time: false, fault: Some(Fault::NothingHeldBack) };
 
 /// MiB/s in which nothing is done.
 const TOLERANCE: u64 = 25;

@@ -7,7 +7,7 @@
 use core::fmt::{self, Write};
 use core::hint::black_box as any;
 
-use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause};
+use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause, is_to_pay_all};
 use dirtylimit_core::{
     BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, OwnPages, Paced, Pacer, Page, PageRate, Penalty,
     PenaltyCell, Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn,
@@ -85,6 +85,8 @@ fn meters() {
     Report::set_needed_pause(report, any(0));
     any(Report::needed_pause(report));
     Report::add_turn(report);
+    Report::add_overlong_pause(report);
+    any(Report::overlong_pauses(report));
     any(Report::turns(report));
     any(Report::net(report));
     let counts: Counts = any(Report::counts(report));
@@ -103,7 +105,7 @@ fn pacers() {
     let (report, vm, cell) = (&any(Report::new()), &any(VmCell::new()), &any(PenaltyCell::new()));
     let mut pacer = any(Pacer::new(report));
     any(Pacer::owes(&pacer, report));
-    any(Pacer::settle(&mut pacer, any(0), vm, cell, report));
+    let turn = any(Pacer::settle(&mut pacer, any(0), vm, cell, report));
     Pacer::forget_stretch(any(&mut pacer));
     Pacer::forgive(any(&mut pacer));
     let mut run = any(RunTime::new());
@@ -111,8 +113,12 @@ fn pacers() {
     any(RunTime::get(&run));
     any(ends_slices(any(Penalty::NONE)));
     RunTime::begin(any(&mut run));
+    let mut timed = any(RunTime::with_timers());
+    RunTime::learn_timed(&mut timed, any(0), any(0), any(0));
+    any(RunTime::timers(&timed));
     any(RunTime::is_to_fill(&mut run, any(Penalty::NONE), any(0)));
     any(is_to_pause(any(Penalty::NONE), any(0), any(0)));
+    any(is_to_pay_all(any(Penalty::NONE), &turn, any(0), any(false)));
 }
 
 fn page() -> Page {
@@ -146,6 +152,9 @@ fn rings() {
     any(Ring::is_new(ring));
     any(Ring::soft_limit(ring));
     Ring::full_exit(any(ring));
+    Ring::full_exit_of_kvm(any(ring));
+    Ring::freed(any(ring));
+    any(Ring::has_lumps(ring));
     any(Ring::ends(any(ring), any(0)));
     any(Ring::to_collect(ring, any(0)));
 }

@@ -36,6 +36,7 @@ functions! {
     fn wait_free_add_pages(report: &Report, net: u32, gross: u32) { report.add_pages(net, gross) }
     fn wait_free_add_full_exit(report: &Report) { report.add_full_exit() }
     fn wait_free_add_turn(report: &Report) { report.add_turn() }
+    fn wait_free_add_overlong_pause(report: &Report) { report.add_overlong_pause() }
     fn wait_free_add_pause(report: &Report, pause: Nanos) { report.add_pause(pause) }
     fn wait_free_set_needed_pause(report: &Report, pause: Nanos) { report.set_needed_pause(pause) }
     fn wait_free_net(report: &Report) -> u32 { report.net() }

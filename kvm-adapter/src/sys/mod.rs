@@ -2,6 +2,7 @@
 
 mod futex;
 mod guarded;
+mod interrupts;
 mod kick;
 mod kvm;
 mod limiter;
@@ -12,6 +13,7 @@ mod sched;
 mod signals;
 
 pub(crate) use futex::{Wait, wait, wake};
+pub(crate) use interrupts::Interrupts;
 pub(crate) use kick::{KickSignal, Timer, claim};
 pub(crate) use kvm::{Kernel, Reset, VmFd};
 pub(crate) use limiter::new_limiter;

@@ -37,7 +37,7 @@ fn runs_under(limit: u32, max_pause: Duration, lump: u32, own: Option<u64>) {
     );
     // No spin: what is believed of the soft limit wavers by a few entries, so full exits that bring nothing come, one or two
     // in a row, and then the guest goes on.
-    assert!(longest <= 4 && 3 * empty <= 2 * runs.len(), "{told}: {runs:?}");
+    assert!(longest <= 4 && 6 * empty <= runs.len(), "{told}: {runs:?}");
     let allowed = f64::from(limit) * seconds;
     assert!(f64::from(wrote) <= 1.1 * allowed + f64::from(2 * lump + 16), "{told}");
     copy.take(&fake, &limiter.take_dirty_log(SLOT).unwrap());

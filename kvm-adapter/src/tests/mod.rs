@@ -5,13 +5,16 @@ mod enabling;
 mod events;
 mod exits;
 mod handlers;
+mod kicks;
 mod lumps;
 mod memory;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod order;
+mod passes;
 mod resets;
 mod signals;
+mod timers;
 mod turns;
 mod vcpus;
 

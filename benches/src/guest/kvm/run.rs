@@ -17,7 +17,7 @@ use crate::guest::{Phase, Progress, VcpuNow};
 use crate::payload;
 use crate::plan::Plan;
 use crate::probe;
-use crate::record::{GuestKind, PolicyKind, Recording, Sample, Stalls, VcpuRecording};
+use crate::record::{GuestKind, KickKind, PolicyKind, Recording, Sample, Stalls, VcpuRecording};
 use crate::shadow::Shadow;
 use crate::workload::Workload;
 
@@ -53,9 +53,14 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
         PolicyKind::Paced => Shipped::default(),
         PolicyKind::Stepped => Shipped::Stepped(Stepped::default()),
     };
+    let kick = match plan.kick {
+        KickKind::Auto => Kick::Auto,
+        KickKind::Off => Kick::Off,
+        // SIGRTMIN itself is the machine's own kick.
+        KickKind::Signal => Kick::Signal(libc::SIGRTMIN() + 1),
+    };
     let config = Config::new().ring_entries(plan.ring).max_pause(plan.max_pause).policy(policy);
-    // SIGRTMIN itself is the machine's own kick.
-    let ours = |config: Config| config.kick(Kick::Signal(libc::SIGRTMIN() + 1)).prompt(true);
+    let ours = |config: Config| config.kick(kick).prompt(true);
     let (config, tick) = if script.as_embedded { (config, EMBEDDED_TICK) } else { (ours(config), TICK) };
     let limit = DirtyLimit::enable(machine.vm(), &config).context("cannot enable the limiter")?;
     limit.add_slot(SLOT, machine.memory().pages() as u64).context("cannot add the guest's memory to the limiter")?;

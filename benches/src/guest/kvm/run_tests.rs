@@ -9,7 +9,7 @@ use super::{Hold, Load, MAX_VCPUS, Machine, Script, arch, kvm_or_skip, run, run_
 use crate::guest::{Phase, Progress, VcpuNow};
 use crate::payload::{self, Mode};
 use crate::plan::{Plan, Step, VcpuPlan};
-use crate::record::{PolicyKind, Recording};
+use crate::record::{KickKind, PolicyKind, Recording};
 use crate::workload::Workload;
 
 const MIB: u64 = 1 << 20;
@@ -46,6 +46,7 @@ fn plan(workloads: &[Workload]) -> Plan {
         qmp: None,
         metrics: None,
         steal_time: false,
+        kick: KickKind::Signal,
     }
 }
 

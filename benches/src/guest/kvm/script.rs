@@ -69,7 +69,7 @@ impl Script {
 mod tests {
     use super::*;
     use crate::plan::{Step, VcpuPlan};
-    use crate::record::PolicyKind;
+    use crate::record::{KickKind, PolicyKind};
     use crate::workload::Workload;
 
     #[test]
@@ -89,6 +89,7 @@ mod tests {
             qmp: None,
             metrics: None,
             steal_time: false,
+            kick: KickKind::Signal,
         };
         let holds = vec![Hold { after: ms(100), held: vec![0] }, Hold { after: ms(300), held: vec![] }];
         let script = Script { holds, ..Script::default() };

@@ -8,6 +8,7 @@ use dirtylimit_core::{Entry, Limiter, Nanos, OwnPages, Page, Penalty, Policy, Ri
 
 use super::kernel::{KernelRing, Memory, Published};
 use super::{Fault, Machine, costs};
+use crate::record::KickKind;
 
 /// As many as the adapter takes.
 pub(super) const MAX_VCPUS: usize = 1024;
@@ -101,7 +102,12 @@ impl<P: Policy> Adapter<P> {
 
     /// Whether there is somebody to end a slice.
     pub(super) fn kicks(&self) -> bool {
-        self.machine.kick
+        self.machine.kick == KickKind::Signal
+    }
+
+    /// Whether there are timers.
+    pub(super) fn has_timers(&self) -> bool {
+        self.machine.kick == KickKind::Auto
     }
 
     /// Meters a vCPU's ring; returns the number of new entries of the guest's.
@@ -177,6 +183,9 @@ impl<P: Policy> Adapter<P> {
         let pages = slice.unwrap_or(BATCH);
         let wanted = self.to_collect(vcpu, pages) > 0 || full && self.places[vcpu].ring.awaiting_reset() > 0;
         self.places[vcpu].want = if wanted { pages } else { 0 };
+        if !wanted {
+            self.places[vcpu].ring.freed();
+        }
     }
 
     /// What a running pass collects of each ring.
@@ -226,7 +235,8 @@ impl<P: Policy> Adapter<P> {
     fn note_served(&mut self, now: Nanos) {
         self.served = now;
         for vcpu in 0..self.places.len() {
-            if self.wanted(vcpu) == 0 {
+            if self.places[vcpu].want > 0 && self.wanted(vcpu) == 0 {
+                self.places[vcpu].ring.freed();
                 self.places[vcpu].want = 0;
             }
         }

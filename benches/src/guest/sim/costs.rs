@@ -75,6 +75,14 @@ impl Dice {
         }
     }
 
+    /// From the last timer armed until the guest is entered: 2 to 4 µs, and one in 64 times up to 20.
+    pub(super) fn entry(&mut self) -> Nanos {
+        match self.next() % 64 {
+            0 => self.between(4_000, 20_000),
+            _ => self.between(2_000, 4_000),
+        }
+    }
+
     /// From a timer, or from who sends a signal, until the guest is left: 2 to 10 µs.
     pub(super) fn signal(&mut self) -> Nanos {
         self.between(2_000, 10_000)

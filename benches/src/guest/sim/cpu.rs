@@ -65,6 +65,19 @@ impl Cpu {
         (self.stalls.longest_ticks, self.stalls.histogram) = (0, [0; 64]);
     }
 
+    /// What came for this CPU while the vCPU paused does not come after it: a thread that wakes waits for the host's work
+    /// first, and the host's timers fired meanwhile. Returns when that is done.
+    pub(super) fn catch_up(&mut self, mut now: Nanos) -> Nanos {
+        if now >= self.disturbed {
+            now += self.dice.preempted();
+            self.disturbed = now + self.dice.undisturbed();
+        }
+        if now >= self.timer {
+            self.timer = now - (now - self.timer) % TIMER + TIMER;
+        }
+        now
+    }
+
     /// Runs from `now` until `horizon` or until its ring is full, whichever comes first; returns when that is.
     pub(super) fn run(&mut self, mut now: Nanos, horizon: Nanos, ring: &mut KernelRing, memory: &mut Memory) -> Nanos {
         while now < horizon && !ring.is_full() {

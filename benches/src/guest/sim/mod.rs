@@ -31,7 +31,7 @@ use dirtylimit_core::{Policy, Shipped, Stepped};
 
 use super::Progress;
 use crate::plan::Plan;
-use crate::record::{PolicyKind, Recording};
+use crate::record::{KickKind, PolicyKind, Recording};
 
 /// The machine that is simulated.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,8 +40,8 @@ pub struct Machine {
     pub seed: u64,
     /// Whether its CPUs hand pages over in lumps of up to 512, as Intel's do.
     pub pml: bool,
-    /// Whether a signal ends the slices that a ring cannot, as in `dirtylimit-bench`'s real guest.
-    pub kick: bool,
+    /// Who ends the slices that a ring cannot.
+    pub kick: KickKind,
     /// Each vCPU has a steal-time page, as under every Linux guest: KVM logs it at each entry and exit.
     pub steal_time: bool,
     /// What is broken in it.
@@ -49,9 +49,9 @@ pub struct Machine {
 }
 
 impl Default for Machine {
-    /// Seed 1, no lumps, kicks, no steal time, nothing broken.
+    /// Seed 1, no lumps, kicks by a signal, no steal time, nothing broken.
     fn default() -> Self {
-        Self { seed: 1, pml: false, kick: true, steal_time: false, fault: None }
+        Self { seed: 1, pml: false, kick: KickKind::Signal, steal_time: false, fault: None }
     }
 }
 

@@ -228,8 +228,10 @@ impl<'a, P: Policy> Run<'a, P> {
             self.pass = Some((left, true));
             return self.events.push((end, Event::Pass));
         }
-        let emptied = self.adapter.emptied();
-        self.kick(now, &emptied);
+        if self.adapter.kicks() {
+            let emptied = self.adapter.emptied();
+            self.kick(now, &emptied);
+        }
         for vcpu in self.adapter.take() {
             self.tell(now, vcpu);
         }

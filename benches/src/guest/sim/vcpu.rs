@@ -29,6 +29,8 @@ enum State {
 /// One call of `before_run`.
 #[derive(Clone, Copy, Debug)]
 struct Pay {
+    /// No reset is waited for beyond.
+    latest: Nanos,
     /// From here on it is let through, come what may.
     patience: Nanos,
     /// `None` while somebody else harvests.
@@ -47,9 +49,17 @@ pub(super) struct Vcpu {
     pacer: Pacer,
     /// A full exit has not been served.
     full: bool,
+    /// It entered the guest with its slice free.
+    entered_free: bool,
+    /// KVM has just made a full exit of such a run, and it was not looked at yet.
+    filled: bool,
     kicker: Kicker,
     /// The slice last given, where only a kick can end it.
     kicked_slice: Option<u32>,
+    /// The slice last given, where timers are to make the CPU hand its pages over.
+    timed_slice: Option<u32>,
+    /// The run that is over had no page.
+    barren: bool,
     /// Ring entries counted when it last paused.
     rested: u32,
     state: State,
@@ -65,8 +75,12 @@ impl Vcpu {
             cpu,
             pacer: Pacer::new(&adapter.cell(id).report),
             full: false,
-            kicker: Kicker::new(),
+            entered_free: true,
+            filled: false,
+            kicker: Kicker::new(adapter.has_timers()),
             kicked_slice: None,
+            timed_slice: None,
+            barren: false,
             rested: 0,
             state: State::Guest,
             at,
@@ -107,7 +121,12 @@ impl Vcpu {
             State::Guest => {
                 let Adapter { kernel, memory, .. } = adapter;
                 let ring = &mut kernel[self.id];
-                self.at = self.cpu.run(now, horizon.min(self.kicker.at), ring, memory);
+                let timer = self.kicker.timer(now);
+                self.at = self.cpu.run(now, horizon.min(self.kicker.at).min(timer), ring, memory);
+                if self.at >= timer {
+                    ring.flush();
+                    self.at += costs::KERNEL_EXIT;
+                }
                 let full = ring.is_full();
                 if full || self.at >= self.kicker.at {
                     ring.flush();
@@ -121,16 +140,21 @@ impl Vcpu {
                 if full {
                     adapter.cell(self.id).report.add_full_exit();
                     self.full = true;
+                    self.filled = self.entered_free;
                 }
                 self.kicker.disarm();
                 let mut pay = Pay {
-                    patience: now + adapter.limiter.vm().max_pause() + RESET_GAP,
+                    latest: now + adapter.limiter.vm().max_pause(),
+                    patience: 0,
                     turn: None,
                     until: now,
                     since: now,
                     penalty: Penalty::NONE,
                 };
                 self.settle(now, &mut pay, adapter);
+                // A lump may take longer.
+                pay.latest = pay.latest.max(pay.until);
+                pay.patience = pay.latest + RESET_GAP;
                 self.pay(now, pay, adapter, others_run);
                 false
             }
@@ -158,12 +182,19 @@ impl Vcpu {
             let gross = adapter.cell(self.id).report.counts().gross;
             self.kicker.arm(now, gross, &mut self.cpu.dice);
         }
+        let mut entered = now;
+        if self.timed_slice.is_some() {
+            entered = self.cpu.catch_up(now);
+            self.kicker.arm_timers(entered, adapter.cell(self.id).report.counts().gross);
+            entered += self.cpu.dice.entry();
+        }
+        self.entered_free = adapter.places[self.id].want == 0;
         let Adapter { kernel, memory, .. } = adapter;
         let ring = &mut kernel[self.id];
         if !ring.is_full() {
             ring.account(memory);
         }
-        (self.state, self.at) = (State::Guest, now);
+        (self.state, self.at) = (State::Guest, entered);
     }
 
     /// Meters the ring, charges what was metered, and asks for the next slice.
@@ -183,8 +214,10 @@ impl Vcpu {
     /// What of that is done under the lock.
     fn harvest<P: Policy>(&mut self, now: Nanos, adapter: &mut Adapter<P>) -> Turn {
         adapter.meter(self.id);
-        if self.full {
-            adapter.places[self.id].ring.full_exit();
+        match std::mem::take(&mut self.filled) {
+            true => adapter.places[self.id].ring.full_exit_of_kvm(),
+            false if self.full => adapter.places[self.id].ring.full_exit(),
+            false => {}
         }
         if !adapter.places[self.id].stretched {
             self.pacer.forget_stretch();
@@ -192,13 +225,18 @@ impl Vcpu {
         let cell = adapter.cell(self.id);
         let mut turn = self.pacer.settle(now, adapter.limiter.vm(), &cell.penalty, &cell.report);
         let gross = cell.report.counts().gross;
-        adapter.want(self.id, turn.slice, self.full);
+        let in_lumps = turn.slice.is_some() && adapter.places[self.id].ring.has_lumps() && !adapter.kicks();
+        let is_timed = in_lumps && adapter.has_timers();
+        let room = turn.slice.map(|slice| if is_timed { slice.div_ceil(2) } else { slice });
+        adapter.want(self.id, room, self.full);
         let cell = adapter.cell(self.id);
         let (penalty, max_pause, kicks) = (cell.penalty.accept(), adapter.limiter.vm().max_pause(), adapter.kicks());
         let place = &mut adapter.places[self.id];
         let kicked_slice = turn.slice.filter(|slice| kicks && !place.ring.ends(*slice));
-        let given = self.kicked_slice.or(turn.slice).unwrap_or(BATCH);
-        if self.kicker.learn(given, gross) {
+        self.barren = gross == self.rested;
+        let timed = std::mem::replace(&mut self.timed_slice, turn.slice.filter(|_| is_timed));
+        let given = self.kicked_slice.or(timed).or(turn.slice).unwrap_or(BATCH);
+        if self.kicker.learn(now, given, gross) {
             if kicked_slice.is_some() && self.kicker.run_time.is_to_fill(penalty, place.ring.room()) {
                 self.pacer.forgive();
                 turn.until = now;
@@ -211,8 +249,12 @@ impl Vcpu {
             place.merged = 0;
         }
         (place.limited, place.stretched) = (turn.slice.is_some(), turn.stretched);
-        place.slice = turn.slice.filter(|_| kicked_slice.is_none());
+        place.slice = room.filter(|_| kicked_slice.is_none());
         self.kicked_slice = kicked_slice.map(|slice| slice.div_ceil(2));
+        if in_lumps && kicked::is_to_pay_all(penalty, &turn, now, is_timed) {
+            adapter.cell(self.id).report.add_overlong_pause();
+            turn.until = turn.due;
+        }
         turn
     }
 
@@ -231,7 +273,7 @@ impl Vcpu {
                 self.rested = report.counts().gross;
             }
             match pay.turn {
-                Some(turn) if now >= pay.until => match self.free(&turn, now, adapter, others_run) {
+                Some(turn) if now >= pay.until => match self.free(&turn, now, pay.latest, adapter, others_run) {
                     Freed::Done => return self.enter(now, adapter),
                     Freed::At(end) => {
                         (self.state, self.at) = (State::Reset(pay), end);
@@ -251,7 +293,14 @@ impl Vcpu {
     }
 
     /// After the pause: makes sure that a reset frees the slice.
-    fn free<P: Policy>(&mut self, turn: &Turn, now: Nanos, adapter: &mut Adapter<P>, others_run: bool) -> Freed {
+    fn free<P: Policy>(
+        &mut self,
+        turn: &Turn,
+        now: Nanos,
+        latest: Nanos,
+        adapter: &mut Adapter<P>,
+        others_run: bool,
+    ) -> Freed {
         if adapter.places[self.id].want == 0 {
             self.full = false;
             return Freed::Done;
@@ -259,9 +308,10 @@ impl Vcpu {
         if adapter.locked.is_some() {
             return Freed::Retry(now + RETRY);
         }
-        let next_reset = adapter.served + RESET_GAP.min(adapter.limiter.vm().max_pause() / 10 * 9);
+        let gap = RESET_GAP.min(adapter.limiter.vm().max_pause() / 10 * 9);
+        let next_reset = (adapter.served + gap).min(latest);
         let ring = adapter.places[self.id].ring.size();
-        let patient = !turn.stretched && turn.slice.is_some_and(|slice| slice < ring / 2);
+        let patient = !self.barren && !turn.stretched && turn.slice.is_some_and(|slice| slice < ring / 2);
         if patient && now < next_reset {
             return Freed::Retry(next_reset);
         }

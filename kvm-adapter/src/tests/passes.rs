@@ -1,0 +1,79 @@
+//! How much a running pass takes from the ring of a limited vCPU.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use dirtylimit_core::Page;
+
+use crate::batch::Batch;
+use crate::fake::{Fake, SLOT};
+use crate::slots::{Slot, Slots};
+use crate::{DirtyLimit, PageRate, Vcpu};
+
+/// A VM whose vCPU, with 960 entries to its soft limit, has written `pages` and does not know of its limit of a page a
+/// millisecond.
+fn unnoticed(pages: u64) -> (Fake, DirtyLimit, Vcpu) {
+    let (fake, limit, _, vcpu) = super::vm();
+    limit.set_limit(0, PageRate::from_pages_per_sec(1000)).unwrap();
+    limit.tick();
+    fake.write_all(0, 0..pages);
+    (fake, limit, vcpu)
+}
+
+#[test]
+fn a_pass_takes_what_the_limit_allows_of_who_has_not_noticed_it() {
+    let (fake, limit, _vcpu) = unnoticed(960);
+    let before = Instant::now();
+    assert_eq!((limit.pass().unwrap().published, limit.held_back(0).unwrap()), (0, 960));
+    let (after, mut next, mut published, mut last) = (Instant::now(), 960, 0, Instant::now());
+    for _ in 0..30 {
+        // One page and a part of one.
+        sleep(Duration::from_micros(1600));
+        last = Instant::now();
+        let taken = limit.pass().unwrap().published;
+        fake.write_all(0, next..next + taken);
+        (published, next) = (published + taken, next + taken);
+    }
+    // No part of a page is lost from one pass to the next.
+    let (least, most) = ((last - after).as_millis(), before.elapsed().as_millis());
+    assert!((least..=most + 1).contains(&u128::from(published)), "{published} in {least} to {most} ms");
+}
+
+#[test]
+fn what_the_limit_allowed_and_nobody_wrote_is_not_kept_for_later() {
+    let (fake, limit, _vcpu) = unnoticed(10);
+    limit.pass().unwrap();
+    sleep(Duration::from_millis(200));
+    assert_eq!(limit.pass().unwrap().published, 10, "all that there is");
+    let before = Instant::now();
+    fake.write_all(0, 10..910);
+    let published = u128::from(limit.pass().unwrap().published);
+    assert!(published <= before.elapsed().as_millis() + 1, "{published}");
+}
+
+#[test]
+fn a_pass_takes_what_a_slice_frees_and_no_more() {
+    let (fake, limit, _, _vcpu) = super::vm();
+    fake.write_all(0, 0..960);
+    limit.vm().lock().places.get_mut(&0).unwrap().slice = Some(10);
+    let pass = limit.pass().unwrap();
+    assert_eq!((pass.published, pass.held_back), (10, 950));
+}
+
+#[test]
+fn who_wrote_what_was_dirty_already_is_told_apart() {
+    let mut slots = Slots::default();
+    slots.add(SLOT, Slot::new(SLOT, 1024).unwrap()).unwrap();
+    let page = |offset| Page { slot: SLOT, offset };
+    for offset in 10..13 {
+        slots.publish(page(offset), false);
+    }
+    let mut batch = Batch::new();
+    for (vcpu, offset) in [(0, 0), (0, 1), (1, 10), (1, 11), (1, 12)] {
+        slots.meter(page(offset));
+        batch.push(vcpu, page(offset));
+    }
+    let mut merged = Vec::new();
+    batch.publish(&mut slots, |vcpu, pages| merged.push((vcpu, pages)));
+    assert_eq!(merged, [(0, 0), (1, 3)]);
+}
