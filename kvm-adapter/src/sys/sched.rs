@@ -36,6 +36,8 @@ fn get() -> io::Result<sched_attr> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     /// Policy, nice value, priority, slice.
@@ -64,7 +66,7 @@ mod tests {
             let real_time = libc::sched_param { sched_priority: 1 };
             // SAFETY: reads the parameter; 0 is the calling thread.
             if unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const real_time) } != 0 {
-                eprintln!("SKIPPED: this user may have no real-time thread");
+                let _ = writeln!(io::stderr(), "SKIPPED: this user may have no real-time thread");
                 return;
             }
             let before = kept();

@@ -2,8 +2,9 @@
 //! the throttle thread. Whatever is done to it, [`Rig::finish`] says how many pages the copy has wrong.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -45,7 +46,8 @@ impl Watchdog {
         let test = thread::current().name().unwrap_or("unnamed").to_owned();
         thread::spawn(move || {
             if watched.recv_timeout(time) == Err(mpsc::RecvTimeoutError::Timeout) {
-                eprintln!("{test} HANGS: it was to end within {time:?}");
+                // The raw descriptor: what the test runner captures is lost with the process.
+                let _ = writeln!(std::io::stderr(), "{test} HANGS: it was to end within {time:?}");
                 std::process::abort();
             }
         });
@@ -101,21 +103,21 @@ enum Place {
 struct Worker<T> {
     name: String,
     stop: Arc<AtomicBool>,
-    /// 0 until it runs.
-    tid: Arc<AtomicI32>,
+    tid: i32,
     thread: JoinHandle<Result<T>>,
 }
 
 impl<T: Send + 'static> Worker<T> {
     fn start(name: &str, work: impl FnOnce(&AtomicBool) -> Result<T> + Send + 'static) -> Result<Self> {
-        let (stop, tid) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI32::new(0)));
-        let (stopped, own) = (stop.clone(), tid.clone());
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, (says, tid)) = (stop.clone(), mpsc::channel());
         let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
             // SAFETY: takes nothing.
-            own.store(unsafe { libc::gettid() }, Relaxed);
+            says.send(unsafe { libc::gettid() })?;
             work(&stopped)
         })?;
-        Ok(Self { name: name.to_owned(), stop, tid, thread })
+        // A storm is for every thread: none is left out because it has not begun yet.
+        Ok(Self { name: name.to_owned(), stop, tid: tid.recv()?, thread })
     }
 
     /// Stops it, `again` and again nudging it.
@@ -206,10 +208,10 @@ impl Rig {
     /// The threads of the vCPUs and the copier.
     pub(crate) fn threads(&self) -> Vec<i32> {
         let vcpus = self.vcpus.iter().filter_map(|vcpu| match vcpu {
-            Place::Running(thread, _) => Some(&thread.tid),
+            Place::Running(thread, _) => Some(thread.tid),
             _ => None,
         });
-        vcpus.chain(self.copier.iter().map(|copier| &copier.tid)).map(|tid| tid.load(Relaxed)).collect()
+        vcpus.chain(self.copier.iter().map(|copier| copier.tid)).collect()
     }
 
     /// Keeps the copier from taking logs for as long as it is held.

@@ -1,6 +1,6 @@
 //! An `io_uring` of the thread that resets: what completes interrupts a reset, and no mask of signals keeps it out.
 
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -61,7 +61,7 @@ impl Timeouts {
         // SAFETY: the call reads and writes `params`, which is as large as its struct.
         let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, ENTRIES, &raw mut params) };
         if fd < 0 {
-            eprintln!("SKIPPED: there is no io_uring: {}", io::Error::last_os_error());
+            let _ = writeln!(io::stderr(), "SKIPPED: there is no io_uring: {}", io::Error::last_os_error());
             return Ok(None);
         }
         // SAFETY: a new descriptor, and ours.
@@ -168,7 +168,7 @@ fn an_io_uring_of_the_resetting_thread_costs_no_page_although_it_interrupts_rese
     let Some((short, lost)) = completions(None).unwrap() else { return };
     assert_eq!(lost, 0);
     if short == 0 {
-        eprintln!("SKIPPED: nothing interrupts the resets of this kernel (before Linux 6.17)");
+        let _ = writeln!(io::stderr(), "SKIPPED: nothing interrupts the resets of this kernel (before Linux 6.17)");
         return;
     }
     let trusting = completions(Some(PlantedBug::TrustSuspects)).unwrap();
