@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Runs scenarios in the lab and compares their rows with benches/lab.txt, the table of all of them (docs/LAB.md).
 
+    cargo build --release -p dirtylimit-bench  (for arm64 also: ci/arm64-build.sh build --release -p dirtylimit-bench)
     ci/lab-table.py --list                     the boots that make the table
     ci/lab-table.py [WORD...]                  runs those whose line has each word, as in: svm 6.12 exact
     ci/lab-table.py --write svm                and puts their rows into the table
@@ -25,6 +26,7 @@ HELD = ["exact", "exact-5ms", "exact-2ms", "big-ring", "steps", "bursty", "budge
 MACHINES = {
     "svm": (["6.1", "6.12", "newest"], [(name, 1) for name in HELD] + [("beside", 2)]),
     "vmx": (["6.12", "newest"], [("defaults", 1)]),
+    "arm64": (["6.12", "newest"], [("exact", 1), ("exact-5ms", 1), ("exact-2ms", 1), ("big-ring", 1)]),
 }
 BOOTS = [
     (machine, kernel, scenario, cpus)
@@ -69,7 +71,7 @@ def main():
     asked.add_argument("--list", action="store_true", help="say which boots there are")
     asked.add_argument("--write", action="store_true", help="put the rows into the table")
     asked.add_argument("--jobs", type=int, default=1, help="machines at a time; they do not notice each other")
-    asked.add_argument("--bench", default=ROOT / "target/debug/dirtylimit-bench", help="the harness, built before")
+    asked.add_argument("--bench", default=ROOT / "target/release/dirtylimit-bench", help="the harness, built before")
     asked.add_argument("words", nargs="*", metavar="WORD", help="machine, kernel or scenario; without any, all boots")
     asked = asked.parse_args()
     boots = [boot for boot in BOOTS if all(word in boot[:3] for word in asked.words)]
