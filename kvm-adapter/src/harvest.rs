@@ -112,13 +112,13 @@ impl Place {
 /// hundreds of stops fall on an earlier entry, and cut the reset short, for one that falls there. So three cuts within
 /// [`STORM`] mean that no reset is believed. A process that is halted now and then has fewer.
 #[derive(Default, Debug)]
-struct Cuts([Option<Nanos>; 3]);
+pub(crate) struct Cuts([Option<Nanos>; 3]);
 
 const STORM: Nanos = 10 * SECOND;
 
 impl Cuts {
     /// Whether a reset that is over now, and that was cut short or not, is in a storm.
-    fn are_a_storm(&mut self, cut: bool, now: Nanos) -> bool {
+    pub(crate) fn are_a_storm(&mut self, cut: bool, now: Nanos) -> bool {
         if cut {
             self.0.rotate_left(1);
             self.0[2] = Some(now);

@@ -1,8 +1,9 @@
 //! Resets that fall short, fail or are disturbed, and what becomes of the pages.
 
-use dirtylimit_core::Page;
+use dirtylimit_core::{Page, SECOND};
 
 use crate::fake::{Copy, Fake, Goes, PAGES, SLOT, pages};
+use crate::harvest::Cuts;
 use crate::sys::Kernel;
 use crate::{Config, DirtyLimit, Error};
 
@@ -321,4 +322,19 @@ fn a_slot_that_comes_again_inherits_nothing() {
     fake.write_all(0, 95..96);
     assert_eq!(take(&limit), [95]);
     assert!(matches!(limit.add_slot(SLOT, 1), Err(Error::SlotExists(SLOT))));
+}
+
+#[test]
+fn three_cuts_within_ten_seconds_are_a_storm_until_ten_after_the_first() {
+    let storm = |times: &[u64], end: u64| {
+        let mut cuts = Cuts::default();
+        for time in times {
+            cuts.are_a_storm(true, time * SECOND);
+        }
+        cuts.are_a_storm(false, end * SECOND)
+    };
+    assert!(!storm(&[], 0) && !storm(&[1, 2], 2));
+    assert!(storm(&[1, 2, 3], 3) && storm(&[1, 6, 11], 11) && storm(&[1, 2, 3], 11));
+    assert!(!storm(&[1, 6, 12], 12) && !storm(&[1, 2, 3], 12));
+    assert!(storm(&[1, 20, 21, 22], 22), "the last three");
 }
