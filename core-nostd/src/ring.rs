@@ -328,11 +328,10 @@ impl<E: AsRef<[Entry]>> Ring<E> {
 
     /// As [`Ring::full_exit`], of an exit that KVM has just made for this.
     pub fn full_exit_of_kvm(&mut self) {
-        let with_pages = self.run.level.is_some();
-        // Without a page of the guest's it was full when the vCPU entered, or made so by the first entries of the kernel's.
-        let full = self.occupied().saturating_sub(if with_pages { 0 } else { self.run.own });
-        if self.freed == self.reset && full > 0 {
-            self.soft.proved(full, with_pages);
+        if self.freed == self.reset && self.occupied() > 0 {
+            // Without a page of the guest's it was full when the vCPU entered, or made so by the first entries of the kernel's.
+            let barren = self.run.level.is_none().then_some(self.run.own);
+            self.soft.proved(self.occupied(), barren);
         }
         self.full_exit();
     }

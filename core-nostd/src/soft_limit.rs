@@ -66,17 +66,17 @@ impl SoftLimit {
         self.lumps
     }
 
-    /// A full exit at this occupancy (not 0), with pages of the guest's or without, and nothing was taken from the ring since
-    /// the vCPU entered.
-    pub(crate) fn proved(&mut self, occupied: u32, with_pages: bool) {
+    /// A full exit at this occupancy (not 0), and nothing was taken from the ring since the vCPU entered. `barren` is how many
+    /// entries the kernel pushed itself in a run without a page of the guest's.
+    pub(crate) fn proved(&mut self, occupied: u32, barren: Option<u32>) {
         if !self.lumps && occupied < self.highest {
             (self.lumps, self.believed, self.bound, self.barren) = (true, occupied, occupied, 0);
         }
         if !self.lumps {
             return;
         }
-        self.bound = self.bound.min(occupied);
-        self.believed = if with_pages {
+        self.bound = self.bound.min(occupied.saturating_sub(barren.unwrap_or(0))).max(1);
+        self.believed = if barren.is_none() {
             self.barren = 0;
             // It may have been taken for too low.
             let below = self.bound - self.believed.min(self.bound);
