@@ -195,9 +195,8 @@ impl Fake {
         }
         let mut written = 0;
         state.push_own(vcpu, own);
-        while !state.is_full(vcpu)
-            && let Some(offset) = offsets.next()
-        {
+        while !state.is_full(vcpu) {
+            let Some(offset) = offsets.next() else { break };
             state.store(vcpu, Page { slot: SLOT, offset });
             written += 1;
         }
