@@ -2,6 +2,7 @@
 //! it is told, `race` or `freed`. It proves nothing by itself, so `cargo test` runs it only by name.
 
 use std::cell::UnsafeCell;
+use std::sync::Barrier;
 use std::{env, process, thread};
 
 struct Unlocked(UnsafeCell<u64>);
@@ -11,12 +12,16 @@ unsafe impl Sync for Unlocked {}
 
 /// For ThreadSanitizer.
 fn two_threads_write_without_a_lock() {
-    let shared = &Unlocked(UnsafeCell::new(0));
+    let (shared, begin) = (&Unlocked(UnsafeCell::new(0)), &Barrier::new(2));
     thread::scope(|scope| {
         for _ in 0..2 {
-            // Volatile, or the compiler may see that nobody reads it.
-            // SAFETY: none, which is the bug.
-            scope.spawn(|| (0..1000).for_each(|_| unsafe { { shared }.0.get().write_volatile(1) }));
+            scope.spawn(|| {
+                // At once: of a thread that has ended before the other begins, no trace may be left.
+                begin.wait();
+                // Volatile, or the compiler may see that nobody reads it.
+                // SAFETY: none, which is the bug.
+                (0..1000).for_each(|_| unsafe { { shared }.0.get().write_volatile(1) });
+            });
         }
     });
 }
