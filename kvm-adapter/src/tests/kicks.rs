@@ -1,4 +1,4 @@
-//! Who is kicked when, by the count of kicks: the signal itself goes to the test's own thread, and does nothing there.
+//! Which vCPUs are kicked, and when. The signal itself goes to the test's own thread, and does nothing there.
 
 use std::sync::Arc;
 

@@ -36,7 +36,7 @@ impl Guest {
         guest
     }
 
-    /// Writes up to a full exit, and is interrupted every so many pages; how many it wrote.
+    /// Writes up to a full exit, interrupted after each `every` pages. Returns the pages that it wrote.
     fn run(&mut self, every: u32) -> u32 {
         let mut wrote = 0;
         while self.fake.write_all(0, [self.next % PAGES]) == 1 {
