@@ -1,6 +1,7 @@
 //! What KVM may offer and refuse.
 
 use dirtylimit_bench::guest::kvm::kvm_or_skip;
+use dirtylimit_core::{Shipped, Stepped};
 
 use crate::fake::{Fake, PAGES, SLOT, pages};
 use crate::sys::{Kernel, VmFd, page_size};
@@ -180,4 +181,12 @@ fn a_kick_that_cannot_be_one_is_refused_before_anything_is_enabled() {
     for _ in 0..2 {
         Fake::new().limit(&Config::new().kick(Kick::Signal(libc::SIGRTMAX() - 3))).unwrap();
     }
+}
+
+#[test]
+fn a_policy_and_prompt_pauses_are_as_configured() {
+    let config = Config::new().policy(Shipped::Stepped(Stepped::default())).prompt(true);
+    assert!(matches!(config.policy, Shipped::Stepped(_)) && matches!(Config::new().policy, Shipped::Paced(_)));
+    let prompt = |config| Fake::new().limit(config).unwrap().vm().prompt;
+    assert!(prompt(&config) && !prompt(&Config::new()));
 }
