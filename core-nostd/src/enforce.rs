@@ -21,8 +21,8 @@ pub enum Unenforced {
     /// The guest writes faster than its limit, but to pages that nobody takes: a page that is dirty and not taken is not
     /// counted again.
     LogNotTaken,
-    /// It is held, but by pauses longer than the longest: the CPU hands pages over in lumps, and no timer ends them, because
-    /// there is none or none is wanted.
+    /// It is held, but by pauses longer than the longest: the CPU hands pages over in lumps, and no timer ends them: there is
+    /// none, none is wanted, or too many come before the guest is entered.
     Lumps,
 }
 
@@ -50,7 +50,7 @@ impl fmt::Display for Unenforced {
             Self::NeedsPause => "it would need a longer pause than the longest that is allowed",
             Self::Exceeded => "the vCPU exceeds it all the same",
             Self::Lumps => {
-                "it is held by longer pauses than the longest: pages come in lumps, and there is no timer to end them"
+                "it is held by longer pauses than the longest: pages come in lumps that no timer ends"
             }
             Self::LogNotTaken => "nobody takes the dirty log, and a page that is not taken is not counted again",
         })

@@ -326,7 +326,7 @@ impl<E: AsRef<[Entry]>> Ring<E> {
         self.freed = self.reset;
     }
 
-    /// As [`Ring::full_exit`], of an exit that KVM has just made for this.
+    /// As [`Ring::full_exit`], of an exit that KVM has just made because the ring was full.
     pub fn full_exit_of_kvm(&mut self) {
         if self.freed == self.reset && self.occupied() > 0 {
             // Without a page of the guest's it was full when the vCPU entered, or made so by the first entries of the kernel's.

@@ -3,12 +3,12 @@
 //! With entries that come one by one, a full exit happens exactly at the soft limit. A CPU that hands pages over in lumps
 //! (Intel's PML, arm64's HDBSS) exits up to a lump above it. So an occupancy says at most what the soft limit is not: it
 //! does not lie above that of a full exit, and where the guest got nowhere it does not lie above the occupancy at entry.
-//! Nothing is believed for good: what two full exits in a row agree on is taken over, and what full exits without a page
+//! No occupancy is believed for good: what two full exits in a row agree on is taken over, and what full exits without a page
 //! of the guest's refuted is tried again after a while.
 //!
 //! A full exit below the highest is proof that the kernel keeps room for lumps, where nothing was taken from the ring since
 //! the vCPU entered: pages that come one by one get as far as the highest. From then on the occupancy at each such exit is a
-//! bound, and the lowest of them is believed.
+//! bound, and the lowest of them is believed. That pages come in lumps is the one thing that is believed for good.
 //!
 //! Believing too little makes slices longer, which the guest pays for; believing too much makes full exits without a page.
 

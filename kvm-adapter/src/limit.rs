@@ -185,7 +185,8 @@ impl DirtyLimit {
         info!("policy: {policy:?}");
     }
 
-    /// The longest single pause of a vCPU; others at the VM's lock may add 2.1 ms at most.
+    /// The longest single pause of a vCPU; others at the VM's lock may add 2.1 ms, and a lump that
+    /// no timer ends takes what it costs, a second at most.
     pub fn max_pause(&self) -> Duration {
         Duration::from_nanos(self.0.limiter.vm().max_pause())
     }

@@ -68,6 +68,7 @@ fn drive(size: u32, mut kernel: Kernel, slices: &[u32], disturbed: bool) -> (Vec
     for (run, slice) in slices.iter().enumerate() {
         wrote.push(kernel.run());
         ring.meter_guest(|page| !own.is_own(page, !logged.insert(page.offset)));
+        // KVM's own limit is below the highest only where pages come in lumps, which such an exit proves.
         if lump > 1 {
             ring.full_exit_of_kvm()
         } else {
