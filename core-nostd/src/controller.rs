@@ -7,6 +7,7 @@ use crate::meter::{Counts, Meter, Reading, Report, Totals};
 use crate::penalty::{Penalty, PenaltyCell, Terms, VmCell};
 use crate::policy::Policy;
 use crate::rate::{Nanos, PageRate};
+use crate::request::Request;
 use crate::share::{Claim, level, share};
 use crate::sync::{Mutex, array_of, const_fn};
 
@@ -17,13 +18,15 @@ pub struct VcpuCell {
     pub penalty: PenaltyCell,
     /// Written by the ring's owner and the vCPU's thread, read by the controller.
     pub report: Report,
+    /// Written by the vCPU's thread and the ring's owner.
+    pub request: Request,
 }
 
 impl VcpuCell {
     const_fn! {
-        /// No penalty, nothing reported.
+        /// No penalty, nothing reported, nothing asked for.
         pub fn new() -> Self {
-            Self { penalty: PenaltyCell::new(), report: Report::new() }
+            Self { penalty: PenaltyCell::new(), report: Report::new(), request: Request::new() }
         }
     }
 }
@@ -181,6 +184,7 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
         }
         let row = table.rows.get_mut(place).ok_or(full)?.insert(Row::new(cell, table.limit));
         row.limit_to(&table.policy, table.level, cell);
+        cell.request.grant(); // its last owner's
         Ok(VcpuIndex(index))
     }
 

@@ -37,7 +37,7 @@ const FIRST_TIMED: Nanos = 20_000;
 
 /// How long one vCPU shall run before its kick, learned from its runs before. Owned by the vCPU's thread.
 #[derive(Debug)]
-pub struct RunTime {
+pub(crate) struct RunTime {
     run_time: Nanos,
     /// What of a run passes before the guest writes, as far as known: a kick that comes sooner finds no page.
     entry: Nanos,
@@ -53,23 +53,23 @@ pub struct RunTime {
 
 impl RunTime {
     /// A vCPU of which nothing is known: its first runs are short.
-    pub const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { run_time: SHORTEST, entry: 0, empty: 0, runs: 0, page: 0, fills: false }
     }
 
     /// As [`RunTime::new`], for runs with timers: rather too late than too early.
-    pub const fn with_timers() -> Self {
+    pub(crate) const fn with_timers() -> Self {
         Self { run_time: FIRST_TIMED, ..Self::new() }
     }
 
     /// When the next run is to be interrupted, from its beginning on: earliest first.
-    pub fn timers(&self) -> [Nanos; TIMERS] {
+    pub(crate) fn timers(&self) -> [Nanos; TIMERS] {
         TENTHS.map(|tenths| self.run_time * tenths / 10)
     }
 
     /// Learns from a run with timers that was to have `slice` pages (at least one), had `pages`, and took `elapsed`. From one
     /// without a page nothing.
-    pub fn learn_timed(&mut self, elapsed: Nanos, slice: u32, pages: u32) {
+    pub(crate) fn learn_timed(&mut self, elapsed: Nanos, slice: u32, pages: u32) {
         if pages == 0 {
             return;
         }
@@ -95,17 +95,17 @@ impl RunTime {
     }
 
     /// The run that is over was not to be ended by a kick: those begin anew.
-    pub const fn begin(&mut self) {
+    pub(crate) const fn begin(&mut self) {
         self.runs = 0;
     }
 
     /// How long the next run is to be: 5 µs to 10 ms, or 100 ms where it is to fill the ring.
-    pub const fn get(&self) -> Nanos {
+    pub(crate) const fn get(&self) -> Nanos {
         if self.fills { FILLS } else { self.run_time }
     }
 
     /// Learns from a run of that time, which was to have `slice` pages (at least one) and had `pages`.
-    pub fn learn(&mut self, slice: u32, pages: u32) {
+    pub(crate) fn learn(&mut self, slice: u32, pages: u32) {
         if replace(&mut self.fills, false) {
             return; // nothing: it was not to have a slice
         }
@@ -138,19 +138,13 @@ impl RunTime {
 
     /// Whether the next run is better to fill the ring, which has so much room: kicks end slices of this penalty badly, and
     /// the writer is fast. Who has not filled it by then, or is not asked in its first runs, is kicked on.
-    pub fn is_to_fill(&mut self, penalty: Penalty, room: u32) -> bool {
+    pub(crate) fn is_to_fill(&mut self, penalty: Penalty, room: u32) -> bool {
         let is_fast = (1..=DECIDED).contains(&self.runs) && self.page * Nanos::from(room) <= FILLS;
         self.fills = !ends_slices(penalty) && room <= FILLABLE && is_fast;
         if self.fills {
             self.runs = DECIDED + 1;
         }
         self.fills
-    }
-}
-
-impl Default for RunTime {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -165,7 +159,7 @@ pub fn ends_slices(penalty: Penalty) -> bool {
 /// Two pauses in a row are one long one to the guest, and a kick may come before its first instruction, or between the
 /// write fault that logs a page and the write itself: only from the second page on something was done for certain. Where
 /// two pages cost more than one pause pays, each is paid for by itself.
-pub fn is_to_pause(penalty: Penalty, pages: u32, max_pause: Nanos) -> bool {
+pub(crate) fn is_to_pause(penalty: Penalty, pages: u32, max_pause: Nanos) -> bool {
     match pages {
         0 => false,
         1 => price_of(penalty, 2).is_some_and(|price| price > max_pause),
@@ -175,7 +169,7 @@ pub fn is_to_pause(penalty: Penalty, pages: u32, max_pause: Nanos) -> bool {
 
 /// Whether a vCPU whose pages come in lumps shall pause at `now` until all is paid, however long that takes: where nothing
 /// ends a lump, and with timers where the next lump that they miss might be more than a vCPU can owe, and be forgiven.
-pub fn is_to_pay_all(penalty: Penalty, turn: &Turn, now: Nanos, is_timed: bool) -> bool {
+pub(crate) fn is_to_pay_all(penalty: Penalty, turn: &Turn, now: Nanos, is_timed: bool) -> bool {
     let next = price_of(penalty, PML).unwrap_or(0);
     turn.until > now
         && turn.due > turn.until

@@ -5,12 +5,11 @@ use core::mem::take;
 use crate::rate::{Nanos, PageRate};
 use crate::sync::{Atomic, Ordering, const_fn};
 
-/// What is known of one vCPU's dirtying: free-running counters that wrap, on a cache line away from the controller's.
+/// What is known of one vCPU's dirtying: free-running counters that wrap, behind the controller's cache line.
 ///
 /// Each has one writer at a time, so adding is a load and a store, wait-free where there is no fetch-and-add. Readers
 /// take differences within 2³² of each other.
 #[derive(Debug)]
-#[repr(align(64))]
 pub struct Report {
     /// Pages newly dirty since each was last published. Written by whoever owns the ring.
     net: Atomic<u32>,
@@ -33,7 +32,7 @@ pub struct Report {
 pub struct Counts {
     /// Pages newly dirty.
     pub net: u32,
-    /// The guest's ring entries; KVM's own (see `OwnPages`) are in the net pages alone, where they are new.
+    /// The guest's ring entries; KVM's own (its steal-time page, say) are in the net pages alone, where they are new.
     pub gross: u32,
     /// Exits with a full ring.
     pub full_exits: u32,

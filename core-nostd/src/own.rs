@@ -7,7 +7,7 @@
 use crate::ring::Page;
 
 /// Pages remembered for each vCPU. Today's kernels have four kinds of their own, of one page each.
-pub const OWN_PAGES: usize = 8;
+const OWN_PAGES: usize = 8;
 
 /// The few pages of one vCPU that KVM logs itself, as far as recognised; where there are more, the oldest is forgotten.
 ///
@@ -15,22 +15,22 @@ pub const OWN_PAGES: usize = 8;
 /// it *again* meanwhile is KVM, which does so unconditionally. The first entry of such a page counts as the guest's. A page
 /// that two vCPUs, or two mappings of the guest, write at the same moment can be misjudged: its entries then use up no
 /// slice, but whenever it becomes dirty it is charged like any other.
-#[derive(Clone, Debug, Default)]
-pub struct OwnPages {
+#[derive(Debug)]
+pub(crate) struct OwnPages {
     pages: [Option<Page>; OWN_PAGES],
     oldest: usize,
 }
 
 impl OwnPages {
     /// None known.
-    pub const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { pages: [None; OWN_PAGES], oldest: 0 }
     }
 
     /// Whether an entry of `page` is KVM's own. `again`: an entry of the same page was in a ring already, not reset. For
     /// the ring's owner; at most [`OWN_PAGES`] comparisons.
     #[inline]
-    pub fn is_own(&mut self, page: Page, again: bool) -> bool {
+    pub(crate) fn is_own(&mut self, page: Page, again: bool) -> bool {
         // Filled from the front: most vCPUs have none, or one.
         for known in &self.pages {
             match known {

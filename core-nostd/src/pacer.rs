@@ -153,13 +153,13 @@ impl Pacer {
     }
 
     /// Nothing is dirty any more: the next slice is a plain one. For who hands out the dirty log.
-    pub fn forget_stretch(&mut self) {
+    pub(crate) fn forget_stretch(&mut self) {
         self.stretch = 0;
     }
 
     /// Nothing that is dirtied up to the next turn is owed: for who lets the ring fill, because nothing else can end a
     /// slice.
-    pub fn forgive(&mut self) {
+    pub(crate) fn forgive(&mut self) {
         self.limited = false;
     }
 

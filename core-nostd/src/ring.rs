@@ -230,7 +230,7 @@ impl<E: AsRef<[Entry]>> Ring<E> {
 
     /// As [`Ring::meter`], but `each` says whether the entry is the guest's: those that the kernel pushed itself (see
     /// `OwnPages`) use up no slice.
-    pub fn meter_guest(&mut self, mut each: impl FnMut(Page) -> bool) -> u32 {
+    pub(crate) fn meter_guest(&mut self, mut each: impl FnMut(Page) -> bool) -> u32 {
         let occupied = self.occupied();
         let room = self.size.saturating_sub(occupied);
         let (mut seen, mut last, mut own, mut own_before) = (0, 0, 0, 0);
@@ -322,12 +322,12 @@ impl<E: AsRef<[Entry]>> Ring<E> {
     }
 
     /// The vCPU may enter: its slice is free.
-    pub fn freed(&mut self) {
+    pub(crate) fn freed(&mut self) {
         self.freed = self.reset;
     }
 
     /// As [`Ring::full_exit`], of an exit that KVM has just made because the ring was full.
-    pub fn full_exit_of_kvm(&mut self) {
+    pub(crate) fn full_exit_of_kvm(&mut self) {
         if self.freed == self.reset && self.occupied() > 0 {
             // Without a page of the guest's it was full when the vCPU entered, or made so by the first entries of the kernel's.
             let barren = self.run.level.is_none().then_some(self.run.own);
@@ -367,7 +367,7 @@ impl<E: AsRef<[Entry]>> Ring<E> {
 
     /// Whether the ring, once all that was collected is reset, ends a slice of `slice` pages, give or take a quarter: not
     /// where it has more room, nor where pages come in lumps of half a slice or more.
-    pub fn ends(&self, slice: u32) -> bool {
+    pub(crate) fn ends(&self, slice: u32) -> bool {
         let most = slice.saturating_add(slice / 4).saturating_add(self.own(slice));
         self.room() <= most && slice / 2 >= self.soft.lump()
     }

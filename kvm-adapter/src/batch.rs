@@ -1,13 +1,9 @@
 //! What was collected and waits for its reset: on the way from the rings to the dirty log.
 
-use dirtylimit_core::Page;
+use dirtylimit_core::{BATCH, Page};
 
 use crate::coalesce::LastRun;
 use crate::slots::Slots;
-
-/// The most entries that are collected for one reset, so that nobody waits for longer than a fraction of a
-/// millisecond; the largest ring of today's kernels takes sixteen.
-pub(crate) const BATCH: u32 = 4096;
 
 #[derive(Debug)]
 struct Collected {

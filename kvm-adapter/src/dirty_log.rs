@@ -77,14 +77,7 @@ impl DirtyLimit {
     /// As [`DirtyLimit::sync`].
     pub fn pass(&self) -> Result<Pass, Error> {
         let now = sys::now();
-        let pass = self.sweep(|place| match place.slice {
-            // Left to fill, so that it notices: it might never, were it emptied by each pass.
-            None if place.is_to_notice(&self.0.limiter) => place.allowance(&self.0.limiter, now),
-            slice => {
-                place.unnoticed = None;
-                slice.map_or(place.ring.held_back(), |slice| place.ring.to_collect(slice))
-            }
-        })?;
+        let pass = self.sweep(|place| place.to_sweep(&self.0.limiter, now))?;
         self.tell_unknown()?;
         Ok(pass)
     }
@@ -162,7 +155,7 @@ impl DirtyLimit {
 
     /// [`DirtyLimit::sync`], but for what it tells: for callers that must go on all the same.
     pub(crate) fn collect_all(&self) -> Result<(), Error> {
-        self.sweep(|place| place.ring.held_back()).map(drop)
+        self.sweep(|place| place.ring().held_back()).map(drop)
     }
 
     /// An error if pages of unknown slots were collected since the last call, by any thread.
@@ -198,7 +191,7 @@ impl DirtyLimit {
             let published = harvest.collect(&*self.0.kernel, |id, place, room| {
                 let Some(left) = left.get_mut(&id) else { return 0 };
                 // Others may have collected some meanwhile, oldest first, as we do.
-                let count = (*left).min(place.ring.held_back()).min(room);
+                let count = (*left).min(place.ring().held_back()).min(room);
                 *left -= count;
                 count
             })?;
@@ -207,7 +200,7 @@ impl DirtyLimit {
                 if self.0.kick.ends_runs() {
                     harvest.kick_emptied();
                 }
-                pass.held_back = harvest.places.values().map(|place| u64::from(place.ring.held_back())).sum();
+                pass.held_back = harvest.places.values().map(|place| u64::from(place.ring().held_back())).sum();
                 return Ok(pass);
             }
         }

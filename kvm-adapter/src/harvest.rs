@@ -8,15 +8,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use dirtylimit_core::{Nanos, OwnPages, Penalty, Ring, SECOND, kicked};
+use dirtylimit_core::{BATCH, Nanos, Ring, SECOND, VcpuRing};
 
 use crate::Error;
-pub(crate) use crate::batch::BATCH;
 use crate::batch::Batch;
 use crate::error::system;
 use crate::events::{Life, State};
 use crate::seat::{Seat, VmLimiter};
-use crate::slots::{Metered, Slots};
+use crate::slots::Slots;
 use crate::sys::{self, Kernel, Reset, RingPages};
 
 /// Resets in a row that gave nothing back, with entries waiting, before it is an error.
@@ -45,23 +44,11 @@ pub struct Stats {
 /// A vCPU's ring and who it belongs to.
 #[derive(Debug)]
 pub(crate) struct Place {
-    pub(crate) ring: Ring<RingPages>,
-    /// What KVM logs of itself in it.
-    own: OwnPages,
-    /// The slice that the vCPU was last given and that the ring ends; `None` while it is not limited, or kicked.
-    pub(crate) slice: Option<u32>,
-    /// The vCPU's thread has noticed that it is limited.
-    pub(crate) limited: bool,
-    /// That slice is a rewriter's; taken back when the log is taken.
-    pub(crate) stretched: bool,
-    /// Pages that were counted when they were metered, and again dirty when they were published: they are sent once.
-    pub(crate) merged: u32,
+    pub(crate) vcpu: VcpuRing<RingPages>,
     /// Entries that the last reset gave back.
     given: u32,
     /// A reset has given some back, so the ring is one of this VM's.
     is_ours: bool,
-    /// When a pass last found that the vCPU's thread has not noticed its limit; `None` where it had.
-    pub(crate) unnoticed: Option<Nanos>,
     /// For the log.
     pub(crate) life: Life,
     pub(crate) seat: Arc<Seat>,
@@ -69,39 +56,23 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new(ring: Ring<RingPages>, seat: Arc<Seat>) -> Self {
-        Self {
-            ring,
-            own: OwnPages::new(),
-            slice: None,
-            limited: false,
-            stretched: false,
-            merged: 0,
-            given: 0,
-            is_ours: false,
-            unnoticed: None,
-            life: Life::default(),
-            seat,
-        }
+        Self { vcpu: VcpuRing::new(ring), given: 0, is_ours: false, life: Life::default(), seat }
     }
 
-    /// How much of a ring a pass collects whose vCPU has not noticed its limit: what the limit has allowed since the last
-    /// one did. So what the guest may dirty anew is no more than that, and a ring of any size fills, and is noticed, where
-    /// the guest writes faster.
-    pub(crate) fn allowance(&mut self, limiter: &VmLimiter, now: Nanos) -> u32 {
-        let since = self.unnoticed.unwrap_or(now);
-        let Some(limit) = limiter.query(self.seat.index, now).and_then(|status| status.effective_limit) else {
-            return self.ring.held_back();
-        };
-        let allowed = limit.price().pages_for(now.saturating_sub(since));
-        let count = allowed.min(self.ring.held_back());
-        // Parts of a page are kept for the next pass; what the guest had no use for is not.
-        self.unnoticed = Some(if count < allowed { now } else { since + limit.price().of(count) });
-        count
+    /// The ring, to look at.
+    pub(crate) const fn ring(&self) -> &Ring<RingPages> {
+        self.vcpu.ring()
     }
 
-    /// Whether there is a limit that the vCPU's thread has not noticed.
-    pub(crate) fn is_to_notice(&self, limiter: &VmLimiter) -> bool {
-        !self.limited && self.seat.cell(limiter).penalty.accept() != Penalty::NONE
+    /// Counts what is new in the ring; returns how many entries are the guest's.
+    fn meter(&mut self, slots: &mut Slots, limiter: &VmLimiter) -> u32 {
+        self.vcpu.meter(self.seat.cell(limiter), |page| slots.meter(page))
+    }
+
+    /// How much of the ring a pass collects.
+    pub(crate) fn to_sweep(&mut self, limiter: &VmLimiter, now: Nanos) -> u32 {
+        let limit = || limiter.query(self.seat.index, now).and_then(|status| status.effective_limit);
+        self.vcpu.to_sweep(self.seat.cell(limiter), now, limit)
     }
 }
 
@@ -165,7 +136,7 @@ impl Harvest {
     }
 
     fn soft_limit(&self) -> u32 {
-        self.places.values().map(|place| place.ring.soft_limit()).min().unwrap_or(0)
+        self.places.values().map(|place| place.ring().soft_limit()).min().unwrap_or(0)
     }
 
     /// What the log may be told.
@@ -173,11 +144,11 @@ impl Harvest {
         State { suspect_resets: self.stats.suspect_resets, soft_limit: self.soft_limit(), ..self.news }
     }
 
-    /// Meters the ring of `id` and passes its place on, with the number of new entries of the guest's; `None` if there is none.
-    pub(crate) fn meter(&mut self, id: u32, limiter: &VmLimiter) -> Option<(&mut Place, u32)> {
+    /// Meters the ring of `id` and passes its place on; `None` if there is none.
+    pub(crate) fn meter(&mut self, id: u32, limiter: &VmLimiter) -> Option<&mut Place> {
         let place = self.places.get_mut(&id)?;
-        let entries = meter(place, &mut self.slots, limiter);
-        Some((place, entries))
+        place.meter(&mut self.slots, limiter);
+        Some(place)
     }
 
     /// Meters rings in the order of their ids, from `from` on, and passes each place on. `Some` is where to go on, when
@@ -193,20 +164,17 @@ impl Harvest {
             if entries >= METERED {
                 return Some(*id);
             }
-            entries += meter(place, &mut self.slots, limiter);
+            entries += place.meter(&mut self.slots, limiter);
             each(*id, place);
         }
         None
     }
 
-    /// Meters every ring, and kicks the vCPUs that dirty pages under a limit that is news to them, unless their rings are
-    /// better left to fill and will have in a few ticks.
+    /// Meters every ring, and kicks the vCPUs that dirty pages under a limit that is news to them.
     pub(crate) fn meter_and_kick(&mut self, limiter: &VmLimiter) {
         for place in self.places.values_mut() {
-            let entries = meter(place, &mut self.slots, limiter);
-            let penalty = place.seat.cell(limiter).penalty.accept();
-            let is_news = entries > 0 && place.is_to_notice(limiter);
-            if is_news && (kicked::ends_slices(penalty) || entries < place.ring.room() / 4) {
+            let entries = place.meter(&mut self.slots, limiter);
+            if place.vcpu.is_news(place.seat.cell(limiter), entries) {
                 place.seat.kick();
             }
         }
@@ -214,23 +182,21 @@ impl Harvest {
 
     /// After a sweep: kicks the vCPUs whose rings were so emptied that they no longer end their slices.
     pub(crate) fn kick_emptied(&mut self) {
-        for place in self.places.values_mut() {
-            if place.slice.is_some_and(|slice| !place.ring.ends(slice)) {
-                place.slice = None;
-                place.seat.kick();
-            }
-        }
+        self.places
+            .values_mut()
+            .filter_map(|place| place.vcpu.take_emptied().then_some(&place.seat))
+            .for_each(|seat| seat.kick());
     }
 
     /// Forgets a vCPU once nothing is left in its ring. In one hold of the lock: no entry comes between, and none that was
     /// collected is published without its reset.
     pub(crate) fn remove(&mut self, id: u32, kernel: &dyn Kernel, limiter: &VmLimiter) -> Result<(), Error> {
-        while let Some((place, _)) = self.meter(id, limiter) {
-            let expected = place.ring.occupied();
+        while let Some(place) = self.meter(id, limiter) {
+            let expected = place.ring().occupied();
             if expected == 0 && self.batch.len() == 0 {
                 break;
             }
-            let all = |other, place: &Place, _| if other == id { place.ring.held_back() } else { 0 };
+            let all = |other, place: &Place, _| if other == id { place.ring().held_back() } else { 0 };
             if self.collect(kernel, all)? == 0 {
                 return Err(Error::ShortReset { given: 0, expected, tries: 1 });
             }
@@ -257,21 +223,14 @@ impl Harvest {
 
     /// The vCPUs whose rings wait for a reset, and none has ever given an entry of theirs back.
     fn foreign(&self) -> impl Iterator<Item = u32> {
-        self.places.iter().filter(|(_, place)| !place.is_ours && place.ring.awaiting_reset() > 0).map(|(&id, _)| id)
+        self.places.iter().filter(|(_, place)| !place.is_ours && place.ring().awaiting_reset() > 0).map(|(&id, _)| id)
     }
 
     /// Frees the slices that vCPUs wait for, all by one reset.
-    pub(crate) fn serve(&mut self, kernel: &dyn Kernel) -> Result<(), Error> {
-        let wanted = |place: &Place| match place.seat.wanted() {
-            0 => 0,
-            slice => place.ring.to_collect(slice),
-        };
-        self.collect(kernel, |_, place, _| wanted(place))?;
+    pub(crate) fn serve(&mut self, kernel: &dyn Kernel, limiter: &VmLimiter) -> Result<(), Error> {
+        self.collect(kernel, |_, place, _| place.vcpu.to_grant(place.seat.cell(limiter)))?;
         self.served = sys::now();
-        for place in self.places.values_mut().filter(|place| place.seat.wanted() > 0 && wanted(place) == 0) {
-            place.ring.freed();
-            place.seat.serve();
-        }
+        self.places.values_mut().for_each(|place| place.vcpu.grant(place.seat.cell(limiter)));
         Ok(())
     }
 
@@ -285,14 +244,14 @@ impl Harvest {
     ) -> Result<u32, Error> {
         let Self { places, batch, .. } = self;
         // A ring without an empty entry stays as it is, and so do its pages: unknown.
-        if let Some((&id, _)) = places.iter().find(|(_, place)| place.ring.occupied() == place.ring.size()) {
+        if let Some((&id, _)) = places.iter().find(|(_, place)| place.ring().occupied() == place.ring().size()) {
             return Err(Error::Overrun(id));
         }
         let mut crowded = None;
         let mut collect = |(&id, place): (&u32, &mut Place)| {
             let room = batch.room();
             let count = choose(id, place, room);
-            place.ring.collect(count.min(room), |page| batch.push(id, page));
+            place.vcpu.collect(count.min(room), |page| batch.push(id, page));
             if count >= room {
                 crowded = crowded.or(Some(id));
             }
@@ -306,7 +265,7 @@ impl Harvest {
         let Self { places, batch, slots, .. } = self;
         let published = batch.len();
         batch.publish(slots, |id, merged| {
-            places.entry(id).and_modify(|place| place.merged += merged);
+            places.entry(id).and_modify(|place| place.vcpu.add_merged(merged));
         });
         Ok(published)
     }
@@ -322,7 +281,7 @@ impl Harvest {
             self.stats.reset_calls += 1;
             let mut given = 0;
             for place in self.places.values_mut() {
-                place.given = place.ring.reclaim();
+                place.given = place.vcpu.reclaim();
                 place.is_ours |= place.given > 0;
                 given += place.given;
             }
@@ -352,47 +311,27 @@ impl Harvest {
 
     /// Entries that are collected and not given back.
     fn waiting(&self) -> u32 {
-        self.places.values().map(|place| place.ring.awaiting_reset()).sum()
+        self.places.values().map(|place| place.ring().awaiting_reset()).sum()
     }
 
     /// The last reset was interrupted. Where it gave back a part of a ring, it stopped there; otherwise it did so at the end of
     /// one of those that it gave back whole, and only KVM knows which, as it goes by the order in which vCPUs were created.
     fn suspect(&mut self) {
         let Self { places, batch, stats, .. } = self;
-        let is_part = |place: &Place| place.given > 0 && place.ring.awaiting_reset() > 0;
+        let is_part = |place: &Place| place.given > 0 && place.ring().awaiting_reset() > 0;
         let is_known = places.values().any(is_part);
         let stopped = places.iter().filter(|(_, place)| is_part(place) || (!is_known && place.given > 0));
         let suspects: usize =
-            stopped.map(|(id, place)| batch.suspect(*id, place.given, place.ring.awaiting_reset())).sum();
+            stopped.map(|(id, place)| batch.suspect(*id, place.given, place.ring().awaiting_reset())).sum();
         stats.suspect_resets += u64::from(suspects > 0);
     }
 
     /// A slot's published pages were handed out. What was a rewriter's slice is so no longer.
     pub(crate) fn taken(&mut self, limiter: &VmLimiter) {
         for place in self.places.values_mut() {
-            if std::mem::replace(&mut place.stretched, false) {
+            if place.vcpu.take_scaled() {
                 place.seat.tell(limiter);
             }
         }
     }
-}
-
-/// Counts what is new in a ring. A page that is to be sent once more than before is net at once; if it is published before
-/// the one before was taken, both are sent as one, and another is free for it. Returns how many entries are the guest's.
-fn meter(place: &mut Place, slots: &mut Slots, limiter: &VmLimiter) -> u32 {
-    let Place { ring, own, .. } = place;
-    let (mut net, mut guest) = (0, 0);
-    let entries = ring.meter_guest(|page| {
-        let metered = slots.meter(page);
-        net += u32::from(metered == Metered::New);
-        let is_guest = !own.is_own(page, metered == Metered::Again);
-        guest += u32::from(is_guest);
-        is_guest
-    });
-    if entries > 0 {
-        let free = net.min(place.merged);
-        place.merged -= free;
-        place.seat.cell(limiter).report.add_pages(net - free, guest);
-    }
-    guest
 }

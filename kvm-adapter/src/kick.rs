@@ -1,17 +1,15 @@
 //! Ending a slice by a signal, where the ring cannot: right after it was emptied, or where it is larger than what the
 //! guest writes to (each page is logged once per reset, so such a ring never fills). When to do so is the core's
-//! ([`dirtylimit_core::kicked`]).
+//! ([`dirtylimit_core::Run`]).
 
 use std::io;
-use std::time::Duration;
 
-use dirtylimit_core::Nanos;
-use dirtylimit_core::kicked::RunTime;
+use dirtylimit_core::{Nanos, TIMERS};
 
 use crate::Error;
 use crate::error::{kick_is_taken, system};
 use crate::seat::Seat;
-use crate::sys::{self, Interrupts, Timer};
+use crate::sys::{Interrupts, Timer};
 
 /// Who ends a slice that the ring does not.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -44,32 +42,20 @@ impl Kick {
     }
 }
 
-/// One vCPU's kicks.
+/// What ends one vCPU's runs.
 #[derive(Debug)]
 pub(crate) struct Kicker {
     kick: Kick,
     timer: Option<Timer>,
     /// With [`Kick::Auto`], from the first lump on; an error where they are not to be had.
     interrupts: Option<io::Result<Interrupts>>,
-    pub(crate) run_time: RunTime,
-    /// Ring entries counted when the vCPU last ran under a kick or timers.
-    gross: Option<u32>,
-    /// When it last ran with timers, until that run is over, and then how long it took.
-    armed: Option<Nanos>,
-    ran: Option<Nanos>,
     /// Kicks by others that were taken note of.
     kicks: u32,
 }
 
 impl Kicker {
-    pub(crate) fn new(kick: Kick) -> Self {
-        let run_time = if kick == Kick::Auto { RunTime::with_timers() } else { RunTime::new() };
-        Self { kick, timer: None, interrupts: None, run_time, gross: None, armed: None, ran: None, kicks: 0 }
-    }
-
-    /// Whether there is somebody to end a slice wherever the ring is.
-    pub(crate) fn is_on(&self) -> bool {
-        self.kick.ends_runs()
+    pub(crate) const fn new(kick: Kick) -> Self {
+        Self { kick, timer: None, interrupts: None, kicks: 0 }
     }
 
     #[cfg(test)]
@@ -83,23 +69,22 @@ impl Kicker {
         interrupts.is_some_and(|interrupts| interrupts.is_ok())
     }
 
-    /// Whether the run that is over was to be ended by a kick, so that its pages are in the ring and nobody metered them;
-    /// or the thread is not the one that kicks go to. No load without a kick signal, and then two.
+    /// Whether somebody else has kicked the vCPU, or the thread is not the one that kicks go to. No load without a kick
+    /// signal, and then two.
     #[inline]
     pub(crate) fn is_due(&self, seat: &Seat) -> bool {
         let bound = || self.timer.as_ref().is_some_and(Timer::is_here);
-        self.gross.is_some() || seat.kick.is_some() && (self.kicks != seat.kicks() || !bound())
+        seat.kick.is_some() && (self.kicks != seat.kicks() || !bound())
     }
 
-    /// The run is over; before the first on a thread, binds it.
-    pub(crate) fn disarm(&mut self, seat: &Seat) -> Result<(), Error> {
-        self.ran = self.armed.take().map(|armed| sys::now().saturating_sub(armed));
+    /// The run is over, and `timed` if its end was armed; before the first on a thread, binds it.
+    pub(crate) fn disarm(&mut self, seat: &Seat, timed: bool) -> Result<(), Error> {
         let Some(signal) = &seat.kick else { return Ok(()) };
         // Before what is pending is taken back: a kick that comes between the two is then seen again.
         let kicks = seat.kicks();
         match &mut self.timer {
             Some(timer) if timer.is_here() => {
-                if self.gross.is_some() || self.kicks != kicks {
+                if timed || self.kicks != kicks {
                     timer.disarm(signal);
                 }
             }
@@ -129,37 +114,18 @@ impl Kicker {
         }
     }
 
-    /// Learns from the run that is over, which was given `slice`, once its pages are metered; whether it was one that a
-    /// kick or timers were to end.
-    pub(crate) fn learn(&mut self, slice: u32, gross: u32) -> bool {
-        let Some(before) = self.gross.take() else {
-            self.run_time.begin();
-            return false;
-        };
-        let pages = gross.wrapping_sub(before);
-        match self.ran.take() {
-            Some(ran) => self.run_time.learn_timed(ran, slice, pages),
-            None => self.run_time.learn(slice, pages),
-        }
-        true
-    }
-
     /// Arms the timers for the run to come.
-    pub(crate) fn arm_timers(&mut self, gross: u32) {
+    pub(crate) fn arm_timers(&mut self, times: [Nanos; TIMERS]) {
         let Some(Ok(interrupts)) = &self.interrupts else { return };
-        self.gross = Some(gross);
-        self.armed = Some(sys::now());
-        if let Err(error) = interrupts.arm(self.run_time.timers()) {
+        if let Err(error) = interrupts.arm(times) {
             self.interrupts = Some(Err(error));
         }
     }
 
     /// Arms a kick for the run to come.
-    pub(crate) fn arm(&mut self, gross: u32) -> Duration {
-        self.gross = Some(gross);
+    pub(crate) fn arm(&mut self, time: Nanos) {
         if let Some(timer) = &mut self.timer {
-            timer.arm(self.run_time.get());
+            timer.arm(time);
         }
-        Duration::from_nanos(self.run_time.get())
     }
 }

@@ -212,7 +212,7 @@ impl DirtyLimit {
     /// # Errors
     /// [`Error::NoVcpu`].
     pub fn held_back(&self, id: u32) -> Result<u32, Error> {
-        self.0.lock().places.get(&id).map(|place| place.ring.held_back()).ok_or(Error::NoVcpu(id))
+        self.0.lock().places.get(&id).map(|place| place.ring().held_back()).ok_or(Error::NoVcpu(id))
     }
 
     /// The ids of the VM's vCPUs, in order.

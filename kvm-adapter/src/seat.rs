@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dirtylimit_core::{Limiter, Nanos, Penalty, Shipped, VcpuCell, VcpuIndex, kicked};
+use dirtylimit_core::{Ended, Limiter, Nanos, Penalty, Shipped, VcpuCell, VcpuIndex, ends_slices};
 
 use crate::sync::{AtomicBool, AtomicI32, AtomicU32, Ordering, VCPUS};
 use crate::sys::{self, KickSignal, RunPage, Wait};
@@ -20,8 +20,6 @@ pub(crate) struct Seat {
     run: RunPage,
     /// Whether a [`crate::Vcpu`] exists.
     taken: AtomicBool,
-    /// Slice to free at the next reset, in pages; 0 when it is free. Raised by the vCPU's thread, lowered by who resets.
-    want: AtomicU32,
     /// Futex: changes whenever the vCPU's thread shall look up from a pause.
     wake: AtomicU32,
     /// Calls of [`Interrupter::interrupt`].
@@ -33,17 +31,6 @@ pub(crate) struct Seat {
     kicks: AtomicU32,
 }
 
-/// Why a pause ended.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Ended {
-    /// Its time was over.
-    Due,
-    /// The penalty is another.
-    Changed,
-    /// A signal, the interrupter, `immediate_exit` or `stop`: the VMM wants its thread back.
-    Wanted,
-}
-
 impl Seat {
     pub(crate) fn new(id: u32, index: VcpuIndex, run: RunPage, kick: Option<KickSignal>) -> Self {
         Self {
@@ -51,7 +38,6 @@ impl Seat {
             index,
             run,
             taken: AtomicBool::new(true),
-            want: AtomicU32::new(0),
             wake: AtomicU32::new(0),
             interrupts: AtomicU32::new(0),
             kick,
@@ -80,24 +66,6 @@ impl Seat {
     pub(crate) fn leave(&self) {
         // Release: pairs with the acquire in `take`.
         self.taken.store(false, Ordering::Release);
-    }
-
-    /// Asks for a slice of so many pages (0: for none). For the vCPU's thread, under the VM's lock.
-    pub(crate) fn ask(&self, slice: u32) {
-        // Relaxed: the lock orders it before the reset that frees the slice.
-        self.want.store(slice, Ordering::Relaxed);
-    }
-
-    /// The slice that was asked for and is not free yet; 0 for none.
-    pub(crate) fn wanted(&self) -> u32 {
-        // Acquire: pairs with the release in `serve`: who reads 0 comes after the reset.
-        self.want.load(Ordering::Acquire)
-    }
-
-    /// A reset has freed the slice. Under the VM's lock.
-    pub(crate) fn serve(&self) {
-        // Release: pairs with the acquire in `wanted`.
-        self.want.store(0, Ordering::Release);
     }
 
     /// Makes a pausing thread look again.
@@ -129,7 +97,7 @@ impl Seat {
     /// Its penalty may be another: ends a pause, and a run where that is of use.
     pub(crate) fn tell(&self, limiter: &VmLimiter) {
         self.poke();
-        if kicked::ends_slices(self.cell(limiter).penalty.accept()) {
+        if ends_slices(self.cell(limiter).penalty.accept()) {
             self.kick();
         }
     }

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 
-use dirtylimit_core::Page;
+use dirtylimit_core::{Metered, Page};
 
 use crate::Error;
 
@@ -59,17 +59,6 @@ fn put(words: &mut [u64], bit: u64, value: bool) -> bool {
     let (mask, old) = (1 << (bit % BITS), *word);
     *word = if value { old | mask } else { old & !mask };
     old & mask != 0
-}
-
-/// What a metered entry says of its page.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Metered {
-    /// It is to be sent once more than before.
-    New,
-    /// It was metered already, and not published since.
-    Again,
-    /// It lies in no slot.
-    Nowhere,
 }
 
 /// The slots of a VM. Entries that name another, or a page beyond a slot's end, are counted and dropped (KVM.md, rule 4).

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::kick::{Kick, Kicker};
+use crate::machine::Ended;
 use crate::penalty::Penalty;
 use crate::policy::Shipped;
 use crate::rate::{Nanos, PageRate};
-use crate::seat::{Ended, Interrupter, Seat, VmLimiter};
+use crate::seat::{Interrupter, Seat, VmLimiter};
 use crate::sys::{self, KickSignal};
 use crate::throttle::ThrottleThread;
 
@@ -72,21 +73,6 @@ impl Vcpu {
     /// `Seat::leave`.
     pub fn leave(&self) {
         self.seat.leave();
-    }
-
-    /// `Seat::ask`.
-    pub fn ask(&self, slice: u32) {
-        self.seat.ask(slice);
-    }
-
-    /// `Seat::wanted`.
-    pub fn wanted(&self) -> u32 {
-        self.seat.wanted()
-    }
-
-    /// `Seat::serve`.
-    pub fn serve(&self) {
-        self.seat.serve();
     }
 
     fn signal(&self) -> &KickSignal {

@@ -18,6 +18,9 @@ pub mod enforce;
 #[path = "../../core-nostd/src/kicked.rs"]
 pub mod kicked;
 #[rustfmt::skip]
+#[path = "../../core-nostd/src/machine.rs"]
+pub mod machine;
+#[rustfmt::skip]
 #[path = "../../core-nostd/src/meter.rs"]
 pub mod meter;
 #[rustfmt::skip]
@@ -36,6 +39,9 @@ pub mod policy;
 #[path = "../../core-nostd/src/rate.rs"]
 pub mod rate;
 #[rustfmt::skip]
+#[path = "../../core-nostd/src/request.rs"]
+pub mod request;
+#[rustfmt::skip]
 #[path = "../../core-nostd/src/ring.rs"]
 pub mod ring;
 #[rustfmt::skip]
@@ -44,6 +50,9 @@ pub mod share;
 #[rustfmt::skip]
 #[path = "../../core-nostd/src/soft_limit.rs"]
 mod soft_limit;
+#[rustfmt::skip]
+#[path = "../../core-nostd/src/vcpu_ring.rs"]
+pub mod vcpu_ring;
 
 #[rustfmt::skip]
 #[expect(dead_code, unreachable_pub, reason = "public in the adapter, and only in part used here")]
@@ -70,6 +79,8 @@ pub mod weaken;
 extern crate self as dirtylimit_core;
 use controller::{Limiter, VcpuCell, VcpuIndex};
 use error::Error;
+use kicked::{TIMERS, ends_slices};
+use machine::Ended;
 use penalty::Penalty;
 use policy::Shipped;
 use rate::Nanos;

@@ -20,15 +20,18 @@ thread_local! {
     static WEAKENED: Cell<Option<Site>> = const { Cell::new(None) };
 }
 
-const SOURCES: [(&str, &str); 11] = [
+const SOURCES: [(&str, &str); 14] = [
     ("controller.rs", include_str!("../../core-nostd/src/controller.rs")),
+    ("machine.rs", include_str!("../../core-nostd/src/machine.rs")),
     ("meter.rs", include_str!("../../core-nostd/src/meter.rs")),
     ("pacer.rs", include_str!("../../core-nostd/src/pacer.rs")),
     ("penalty.rs", include_str!("../../core-nostd/src/penalty.rs")),
     ("policy/mod.rs", include_str!("../../core-nostd/src/policy/mod.rs")),
     ("rate.rs", include_str!("../../core-nostd/src/rate.rs")),
+    ("request.rs", include_str!("../../core-nostd/src/request.rs")),
     ("ring.rs", include_str!("../../core-nostd/src/ring.rs")),
     ("share.rs", include_str!("../../core-nostd/src/share.rs")),
+    ("vcpu_ring.rs", include_str!("../../core-nostd/src/vcpu_ring.rs")),
     ("kick.rs", include_str!("../../kvm-adapter/src/kick.rs")),
     ("seat.rs", include_str!("../../kvm-adapter/src/seat.rs")),
     ("throttle.rs", include_str!("../../kvm-adapter/src/throttle.rs")),

@@ -155,55 +155,6 @@ fn twin_takes_relaxed() {
     fails("take relaxed", ALL, Some(site("seat.rs", "take")), "Causality violation", owners);
 }
 
-/// A vCPU asks for a slice; whoever resets serves it, and it goes on when it sees that, without the lock.
-fn slices(early: bool) {
-    let vcpu = Vcpu::new(false);
-    // The lock says whether it has asked: a look at its word here would hide the store from loom (see explore.rs).
-    let (lock, freed) = (Arc::new(Mutex::new(false)), Arc::new(UnsafeCell::new(())));
-    let thread = thread::spawn({
-        let (vcpu, lock, freed) = (vcpu.clone(), lock.clone(), freed.clone());
-        move || {
-            let mut asked = lock.lock().expect("not poisoned");
-            vcpu.ask(100);
-            *asked = true;
-            drop(asked);
-            if vcpu.wanted() == 0 {
-                freed.with(|_| ());
-            }
-        }
-    });
-    let asked = lock.lock().expect("not poisoned");
-    if *asked {
-        if early {
-            vcpu.serve();
-        }
-        freed.with_mut(|_| ());
-        vcpu.serve();
-    }
-    drop(asked);
-    thread.join().expect("no panic");
-}
-
-#[test]
-fn a_slice_is_free_when_its_reset_is_over() {
-    holds("a_slice_is_free_when_its_reset_is_over", ALL, 6, || slices(false));
-}
-
-#[test]
-fn twin_serves_before_the_reset() {
-    fails("served before the reset", ALL, None, "Causality violation", || slices(true));
-}
-
-#[test]
-fn twin_serves_relaxed() {
-    fails("serve relaxed", ALL, Some(site("seat.rs", "serve")), "Causality violation", || slices(false));
-}
-
-#[test]
-fn twin_looks_for_its_slice_relaxed() {
-    fails("wanted relaxed", ALL, Some(site("seat.rs", "wanted")), "Causality violation", || slices(false));
-}
-
 /// What a twin does wrong about kicks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kicked {

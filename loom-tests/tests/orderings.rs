@@ -3,7 +3,8 @@
 use dirtylimit_loom::weaken::sites;
 
 /// The models with, for each function that orders memory, a twin that has it relaxed.
-const MODELS: [&str; 3] = [include_str!("adapter.rs"), include_str!("penalty.rs"), include_str!("ring.rs")];
+const MODELS: [&str; 4] =
+    [include_str!("adapter.rs"), include_str!("machine.rs"), include_str!("penalty.rs"), include_str!("ring.rs")];
 
 #[test]
 fn every_ordering_has_a_twin_that_fails_without_it() {

@@ -7,11 +7,10 @@
 use core::fmt::{self, Write};
 use core::hint::black_box as any;
 
-use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause, is_to_pay_all};
 use dirtylimit_core::{
-    BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, OwnPages, Paced, Pacer, Page, PageRate, Penalty,
-    PenaltyCell, Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn,
-    Unenforced, VcpuCell, VcpuIndex, VmCell, level, share,
+    BadRingSize, Claim, Counts, Ended, Entry, Full, Limiter, Machine, Meter, Metered, Nanos, Paced, Pacer, Page,
+    PageRate, Penalty, PenaltyCell, Policy, Price, Reading, Report, Request, Ring, Run, Shipped, Status, Step, Stepped,
+    SteppedState, Terms, Totals, Turn, Unenforced, VcpuCell, VcpuIndex, VcpuRing, VmCell, ends_slices, level, share,
 };
 
 #[panic_handler]
@@ -29,6 +28,7 @@ extern "C" fn _start() -> ! {
     cells();
     meters();
     pacers();
+    machines();
     rings();
     policies();
     shares();
@@ -106,19 +106,47 @@ fn pacers() {
     let mut pacer = any(Pacer::new(report));
     any(Pacer::owes(&pacer, report));
     let turn = any(Pacer::settle(&mut pacer, any(0), vm, cell, report));
-    Pacer::forget_stretch(any(&mut pacer));
-    Pacer::forgive(any(&mut pacer));
-    let mut run = any(RunTime::new());
-    RunTime::learn(&mut run, any(0), any(0));
-    any(RunTime::get(&run));
+    any(turn);
     any(ends_slices(any(Penalty::NONE)));
-    RunTime::begin(any(&mut run));
-    let mut timed = any(RunTime::with_timers());
-    RunTime::learn_timed(&mut timed, any(0), any(0), any(0));
-    any(RunTime::timers(&timed));
-    any(RunTime::is_to_fill(&mut run, any(Penalty::NONE), any(0)));
-    any(is_to_pause(any(Penalty::NONE), any(0), any(0)));
-    any(is_to_pay_all(any(Penalty::NONE), &turn, any(0), any(false)));
+}
+
+fn machines() {
+    static MEMORY: [Entry; 256] = [const { Entry::new() }; 256];
+    let (vm, cell) = (&any(VmCell::new()), &any(VcpuCell::new()));
+    let request = &any(Request::new());
+    Request::ask(request, any(0));
+    any(Request::pages(request));
+    Request::grant(request);
+    let Ok(ring) = Ring::starting_at(any(&MEMORY[..]), any(0)) else { return };
+    let mut vcpu = any(VcpuRing::new(ring));
+    any(VcpuRing::ring(&vcpu));
+    any(VcpuRing::meter(&mut vcpu, cell, |page| any((page, Metered::New)).1));
+    any(VcpuRing::collect(&mut vcpu, any(0), |page| _ = any(page)));
+    any(VcpuRing::reclaim(&mut vcpu));
+    VcpuRing::add_merged(&mut vcpu, any(0));
+    VcpuRing::assign(&mut vcpu, any(None), any(false), any(false));
+    any(VcpuRing::slice(&vcpu));
+    any(VcpuRing::to_grant(&vcpu, cell));
+    VcpuRing::grant(&mut vcpu, cell);
+    any(VcpuRing::to_sweep(&mut vcpu, cell, any(0), || any(Some(rate()))));
+    any(VcpuRing::is_news(&vcpu, cell, any(0)));
+    any(VcpuRing::take_emptied(&mut vcpu));
+    any(VcpuRing::take_scaled(&mut vcpu));
+    let mut machine = any(Machine::new(cell, any(0), any(false), any(false)));
+    any(Machine::is_quiet(&machine, cell));
+    any(Machine::is_run_over(&machine));
+    Machine::full_exit(&mut machine, cell);
+    Machine::say_full(any(&mut machine));
+    let machine = any(&mut machine);
+    any(Machine::begin(machine, any(0), vm, cell));
+    any(Machine::busy(machine, any(0), cell));
+    any(Machine::harvested(machine, any(0), vm, cell, &mut vcpu, any(false)));
+    any(Machine::paused(machine, any(0), any(0), any(Ended::Due), vm, cell));
+    any(Machine::has_paused(machine, any(0)));
+    any(Machine::reset_later(machine, any(0), any(0), vm, cell));
+    any(Machine::reset_done(machine, any(0), cell));
+    Machine::armed(machine, any(0));
+    Machine::failed(machine, cell);
 }
 
 fn page() -> Page {
@@ -138,9 +166,6 @@ fn rings() {
     let ring = any(&mut ring);
     let each = |page: Page| _ = any(page);
     any(Ring::meter(ring, each));
-    let mut own = OwnPages::new();
-    let own = any(&mut own);
-    any(Ring::meter_guest(ring, |page| OwnPages::is_own(own, any(page), any(false))));
     any(Ring::collect(ring, any(0), each));
     Ring::for_each_held_back(ring, each);
     any(Ring::reclaim(ring));
@@ -152,10 +177,7 @@ fn rings() {
     any(Ring::is_new(ring));
     any(Ring::soft_limit(ring));
     Ring::full_exit(any(ring));
-    Ring::full_exit_of_kvm(any(ring));
-    Ring::freed(any(ring));
     any(Ring::has_lumps(ring));
-    any(Ring::ends(any(ring), any(0)));
     any(Ring::to_collect(ring, any(0)));
 }
 
@@ -217,4 +239,4 @@ fn texts() {
 }
 
 /// What the calls above return is public as well.
-const _: fn(Turn, Status, Nanos) = |_, _, _| ();
+const _: fn(Turn, Status, Nanos, Step, Run) = |_, _, _, _, _| ();

@@ -4,7 +4,9 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use dirtylimit_core::{Nanos, Pacer, Penalty, PenaltyCell, Report, Turn, VmCell};
+use dirtylimit_core::{
+    Ended, Machine, Nanos, Pacer, Penalty, PenaltyCell, Report, Request, Step, Turn, VcpuCell, VmCell,
+};
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
@@ -40,6 +42,24 @@ functions! {
     fn wait_free_add_pause(report: &Report, pause: Nanos) { report.add_pause(pause) }
     fn wait_free_set_needed_pause(report: &Report, pause: Nanos) { report.set_needed_pause(pause) }
     fn wait_free_net(report: &Report) -> u32 { report.net() }
+    fn wait_free_ask(request: &Request, slice: u32) { request.ask(slice) }
+    fn wait_free_pages(request: &Request) -> u32 { request.pages() }
+    fn wait_free_grant(request: &Request) { request.grant() }
+    fn wait_free_begin(machine: &mut Machine, now: Nanos, vm: &VmCell, cell: &VcpuCell) -> Step {
+        machine.begin(now, vm, cell)
+    }
+    fn wait_free_busy(machine: &mut Machine, now: Nanos, cell: &VcpuCell) -> Step { machine.busy(now, cell) }
+    fn wait_free_paused(
+        machine: &mut Machine, from: Nanos, now: Nanos, ended: Ended, vm: &VmCell, cell: &VcpuCell
+    ) -> Step {
+        machine.paused(from, now, ended, vm, cell)
+    }
+    fn wait_free_reset_later(
+        machine: &mut Machine, now: Nanos, last: Nanos, vm: &VmCell, cell: &VcpuCell
+    ) -> Option<Step> {
+        machine.reset_later(now, last, vm, cell)
+    }
+    fn wait_free_reset_done(machine: &mut Machine, now: Nanos, cell: &VcpuCell) -> Step { machine.reset_done(now, cell) }
 
     // Each breaks one rule.
     fn planted_add(word: &AtomicU32) -> u32 { word.fetch_add(1, Ordering::Relaxed) }

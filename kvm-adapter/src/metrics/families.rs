@@ -32,7 +32,7 @@ impl VmNow {
         let vcpus = places.iter().filter_map(|(id, place)| Some((*id, limiter.query(place.seat.index, now)?)));
         Self {
             stats: harvest.stats(),
-            held_back: places.values().map(|place| u64::from(place.ring.held_back())).sum(),
+            held_back: places.values().map(|place| u64::from(place.ring().held_back())).sum(),
             leased: limiter.vm().is_leased(now),
             max_pause: limiter.vm().max_pause(),
             vm_limit: limiter.vm_limit(),

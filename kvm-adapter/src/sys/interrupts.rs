@@ -9,8 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::null_mut;
 
-use dirtylimit_core::kicked::TIMERS;
-use dirtylimit_core::{Nanos, SECOND};
+use dirtylimit_core::{Nanos, SECOND, TIMERS};
 
 /// The timers of one vCPU.
 #[derive(Debug)]

@@ -42,11 +42,11 @@ fn a_tick_kicks_who_writes_under_a_limit_that_is_news_unless_the_ring_is_better_
 fn a_sweep_kicks_those_whose_rings_no_longer_end_their_slices() {
     let (fake, limit, seat) = vm();
     fake.write_all(0, 0..960);
-    let slice = |slice| limit.vm().lock().places.get_mut(&0).unwrap().slice = slice;
+    let slice = |slice| limit.vm().lock().places.get_mut(&0).unwrap().vcpu.assign(slice, true, false);
     let swept = || {
         let before = seat.kicks();
         limit.sync().unwrap();
-        (seat.kicks() - before, limit.vm().lock().places[&0].slice)
+        (seat.kicks() - before, limit.vm().lock().places[&0].vcpu.slice())
     };
     slice(Some(960));
     assert_eq!(swept(), (0, Some(960)), "the empty ring ends that one");
@@ -57,13 +57,13 @@ fn a_sweep_kicks_those_whose_rings_no_longer_end_their_slices() {
 
 #[test]
 fn a_limit_is_news_until_its_vcpus_thread_knows_it_and_while_there_is_one() {
-    let (_, limit, _) = vm();
-    let is_news = || limit.vm().lock().places[&0].is_to_notice(&limit.vm().limiter);
+    let (_, limit, seat) = vm();
+    let is_news = || limit.vm().lock().places[&0].vcpu.is_news(seat.cell(&limit.vm().limiter), 1);
     assert!(!is_news(), "no limit");
     limit.set_limit(0, PageRate::from_pages_per_sec(4000)).unwrap();
     limit.tick();
     assert!(is_news());
-    limit.vm().lock().places.get_mut(&0).unwrap().limited = true;
+    limit.vm().lock().places.get_mut(&0).unwrap().vcpu.assign(None, true, false);
     assert!(!is_news());
     limit.cancel(0).unwrap();
     limit.tick();

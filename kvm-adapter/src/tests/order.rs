@@ -5,9 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
-use dirtylimit_core::Page;
+use dirtylimit_core::{BATCH, Page};
 
-use crate::batch::BATCH;
 use crate::dirty_log::PIECE;
 use crate::fake::{Fake, PAGES, SLOT};
 use crate::{Config, Vcpu};
@@ -38,7 +37,7 @@ fn vcpus_that_fill_their_rings_at_once_are_served_in_turn() {
     for count in [2, 3, 4, 7] {
         let fake = Fake::new();
         let (limit, _vcpus) = rings(&fake, count);
-        let given = |id: u32| limit.vm().lock().places[&id].ring.held_back();
+        let given = |id: u32| limit.vm().lock().places[&id].ring().held_back();
         let mut freed = vec![0; count as usize];
         for id in 0..count {
             fill(&fake, id);
@@ -47,8 +46,8 @@ fn vcpus_that_fill_their_rings_at_once_are_served_in_turn() {
         for _ in 0..20 * count {
             let before: Vec<_> = (0..count).map(given).collect();
             let mut harvest = limit.vm().lock();
-            harvest.places.values().for_each(|place| place.seat.ask(BATCH));
-            harvest.serve(&fake).unwrap();
+            harvest.places.values().for_each(|place| place.seat.cell(&limit.vm().limiter).request.ask(BATCH));
+            harvest.serve(&fake, &limit.vm().limiter).unwrap();
             drop(harvest);
             for id in 0..count {
                 freed[id as usize] += before[id as usize] - given(id);
@@ -115,7 +114,7 @@ fn rings_are_metered_in_pieces() {
     let vm = limit.vm();
     let (mut seen, mut next, mut pieces) = (Vec::new(), Some(0), 0);
     while let Some(from) = next {
-        next = vm.lock().meter_from(from, &vm.limiter, |id, place| seen.push((id, place.ring.held_back())));
+        next = vm.lock().meter_from(from, &vm.limiter, |id, place| seen.push((id, place.ring().held_back())));
         pieces += 1;
     }
     assert_eq!(seen.iter().map(|(id, _)| *id).collect::<Vec<_>>(), (0..9).collect::<Vec<_>>());

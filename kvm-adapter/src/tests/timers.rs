@@ -137,11 +137,11 @@ fn a_ring_that_others_took_from_proves_no_lumps() {
     let limit = fake.small();
     let mut vcpus = [0, 1].map(|id| limit.add_vcpu(id, &fake.vcpu(1024)).unwrap());
     fake.write_all(0, 0..2000);
-    limit.vm().lock().places.get_mut(&0).unwrap().slice = Some(500);
+    limit.vm().lock().places.get_mut(&0).unwrap().vcpu.assign(Some(500), true, false);
     assert_eq!(limit.pass().unwrap().published, 500, "between its exit and its thread");
     fake.write_all(1, 2000..4000);
     vcpus[1].before_run().unwrap();
     vcpus[0].before_run().unwrap();
     let harvest = limit.vm().lock();
-    assert!(harvest.places.values().all(|place| !place.ring.has_lumps()));
+    assert!(harvest.places.values().all(|place| !place.ring().has_lumps()));
 }

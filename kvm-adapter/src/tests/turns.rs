@@ -11,7 +11,7 @@ use crate::{DirtyLimit, Error, Interrupter, PageRate, Vcpu};
 const SOFT: u32 = 960;
 
 fn slice(limit: &DirtyLimit) -> Option<u32> {
-    limit.vm().lock().places[&0].slice
+    limit.vm().lock().places[&0].vcpu.slice()
 }
 
 /// Limited so that a slice is `pages` or a few more or less, and served until the ring ends it.
@@ -112,9 +112,9 @@ fn one_reset_serves_all_who_wait() {
     {
         let mut harvest = limit.vm().lock();
         for place in harvest.places.values() {
-            place.seat.ask(100);
+            place.seat.cell(&limit.vm().limiter).request.ask(100);
         }
-        harvest.serve(&fake).unwrap();
+        harvest.serve(&fake, &limit.vm().limiter).unwrap();
     }
     assert_eq!((fake.resets(), limit.stats().resets), (1, 400));
     for vcpu in 0..4 {

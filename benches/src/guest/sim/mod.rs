@@ -1,13 +1,13 @@
 //! The simulated guest: for machines without KVM, and the regression test of control quality.
 //!
-//! A deterministic discrete-event simulation in virtual time. It drives the *core* itself (rings, limiter, pacers,
-//! policies); what is modelled is the machine around it:
+//! A deterministic discrete-event simulation in virtual time. It drives the *core* itself, with every decision that it
+//! makes; what is modelled is the machine around it:
 //!
 //! | module | models |
 //! |---|---|
 //! | `kernel` | pages with their protection and version, rings with their soft limit, reset, Intel's PML |
 //! | `cpu` | the workloads, the host's scheduler, and the gaps that the guest sees |
-//! | `vcpu`, `kick`, `adapter` | what `dirtylimit-kvm` does on the vCPU's thread, and under its lock |
+//! | `vcpu`, `adapter` | what `dirtylimit-kvm` does on the vCPU's thread, and under its lock: the core's decisions carried out |
 //! | `run` | throttle ticks, samples, a migration's passes, changes of the limit |
 //! | `costs` | what each of them takes |
 //!
@@ -20,14 +20,13 @@ mod adapter;
 mod costs;
 mod cpu;
 mod kernel;
-mod kick;
 mod run;
 mod vcpu;
 
 use std::time::Duration;
 
 use anyhow::Result;
-use dirtylimit_core::{Policy, Shipped, Stepped};
+use dirtylimit_core::{BATCH, Policy, RESET_GAP, Shipped, Stepped};
 
 use super::Progress;
 use crate::plan::Plan;
@@ -88,8 +87,8 @@ impl Machine {
     /// The longest gap that a guest may see while it is limited: a pause of `max_pause`, the wait for the next reset, and
     /// what the machine itself adds to both.
     pub fn longest_gap(max_pause: Duration) -> Duration {
-        let machine = 2 * costs::MAX_OVERSLEEP + costs::MAX_PREEMPTED + costs::reset(2 * adapter::BATCH, true);
-        max_pause + Duration::from_nanos(adapter::RESET_GAP + machine)
+        let machine = 2 * costs::MAX_OVERSLEEP + costs::MAX_PREEMPTED + costs::reset(2 * BATCH, true);
+        max_pause + Duration::from_nanos(RESET_GAP + machine)
     }
 }
 

@@ -291,7 +291,7 @@ impl<'a, P: Policy> Run<'a, P> {
         for id in 0..self.vcpus.len() {
             let (last, first) = (self.totals(id), self.totals[id]);
             if last.full_exits > 0 {
-                let soft = self.adapter.places[id].ring.soft_limit();
+                let soft = self.adapter.places[id].ring().soft_limit();
                 self.recording.host.soft_limit = Some(self.recording.host.soft_limit.map_or(soft, |low| low.min(soft)));
             }
             let (recorded, cpu) = (&mut self.recording.vcpus[id], &self.vcpus[id].cpu);
@@ -302,7 +302,7 @@ impl<'a, P: Policy> Run<'a, P> {
             recorded.paused = Duration::from_micros(last.paused_us - first.paused_us);
             recorded.net_pages = last.net_pages - first.net_pages;
             recorded.gross_pages = last.gross_pages - first.gross_pages;
-            recorded.held_back_pages = self.adapter.places[id].ring.held_back();
+            recorded.held_back_pages = self.adapter.places[id].ring().held_back();
         }
     }
 

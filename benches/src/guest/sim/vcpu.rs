@@ -1,44 +1,25 @@
-//! The vCPU's thread: the guest, a full exit, and paying before it enters again. As in `dirtylimit-kvm`'s `vcpu.rs`, as
-//! a state machine in virtual time.
+//! The vCPU's thread: the guest, its exits, and the steps of the core's machine in virtual time.
 
-use dirtylimit_core::{Nanos, Pacer, Penalty, Policy, Turn, kicked};
+use dirtylimit_core::{Ended, Machine, Nanos, Penalty, Policy, Run, Step, TIMERS, ends_slices};
 
-use super::adapter::{Adapter, BATCH, RESET_GAP};
+use super::adapter::Adapter;
 use super::costs;
 use super::cpu::Cpu;
-use super::kick::Kicker;
 
-/// The adapter's: how soon a thread that did not get the lock tries again.
-const RETRY: Nanos = 50_000;
 /// The adapter's: the longest single wait of a pause.
 const LOOK: Nanos = 10_000_000;
 
 /// What the thread does until [`Vcpu::at`].
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 enum State {
     /// It is in the guest.
     Guest,
     /// It is on the way out of the guest, with a full ring or kicked.
     Exit { full: bool },
     /// It pauses.
-    Pause(Pay),
+    Pause { from: Nanos, until: Nanos, penalty: Penalty },
     /// It resets.
-    Reset(Pay),
-}
-
-/// One call of `before_run`.
-#[derive(Clone, Copy, Debug)]
-struct Pay {
-    /// No reset is waited for beyond.
-    latest: Nanos,
-    /// From here on it is let through, come what may.
-    patience: Nanos,
-    /// `None` while somebody else harvests.
-    turn: Option<Turn>,
-    until: Nanos,
-    /// When the pause began.
-    since: Nanos,
-    penalty: Penalty,
+    Reset,
 }
 
 /// A vCPU and its thread.
@@ -46,22 +27,11 @@ struct Pay {
 pub(super) struct Vcpu {
     id: usize,
     pub(super) cpu: Cpu,
-    pacer: Pacer,
-    /// A full exit has not been served.
-    full: bool,
-    /// It entered the guest with its slice free.
-    entered_free: bool,
-    /// KVM has just made a full exit of such a run, and it was not looked at yet.
-    filled: bool,
-    kicker: Kicker,
-    /// The slice last given, where only a kick can end it.
-    kicked_slice: Option<u32>,
-    /// The slice last given, where timers are to make the CPU hand its pages over.
-    timed_slice: Option<u32>,
-    /// The run that is over had no page.
-    barren: bool,
-    /// Ring entries counted when it last paused.
-    rested: u32,
+    machine: Machine,
+    /// When the kick's signal arrives; one that comes outside the guest ends the next run at once.
+    kick: Nanos,
+    /// When its timers fire.
+    timers: [Nanos; TIMERS],
     state: State,
     /// When it has something to do next.
     pub(super) at: Nanos,
@@ -70,21 +40,9 @@ pub(super) struct Vcpu {
 impl Vcpu {
     pub(super) fn new<P: Policy>(id: usize, cpu: Cpu, adapter: &Adapter<P>, now: Nanos) -> Self {
         let at = if cpu.is_idle() { Nanos::MAX } else { now };
-        Self {
-            id,
-            cpu,
-            pacer: Pacer::new(&adapter.cell(id).report),
-            full: false,
-            entered_free: true,
-            filled: false,
-            kicker: Kicker::new(adapter.has_timers()),
-            kicked_slice: None,
-            timed_slice: None,
-            barren: false,
-            rested: 0,
-            state: State::Guest,
-            at,
-        }
+        let ring = adapter.places[id].ring().size();
+        let machine = Machine::new(adapter.cell(id), ring, adapter.kicks(), adapter.has_timers());
+        Self { id, cpu, machine, kick: Nanos::MAX, timers: [0; TIMERS], state: State::Guest, at }
     }
 
     /// Whether it is in the guest, and does something there.
@@ -101,94 +59,125 @@ impl Vcpu {
 
     /// The penalty may be another: ends a pause, and a run where that is of use.
     pub(super) fn tell<P: Policy>(&mut self, now: Nanos, adapter: &Adapter<P>) {
-        if matches!(self.state, State::Pause(_)) {
+        if matches!(self.state, State::Pause { .. }) {
             self.at = self.at.min(now + self.cpu.dice.oversleep());
         }
-        if adapter.kicks() && kicked::ends_slices(adapter.cell(self.id).penalty.accept()) {
+        if adapter.kicks() && ends_slices(adapter.cell(self.id).penalty.accept()) {
             self.kick(now);
         }
     }
 
     /// Makes it leave the guest, or leave it again at once.
     pub(super) fn kick(&mut self, now: Nanos) {
-        self.kicker.kick(now, &mut self.cpu.dice);
+        self.kick = self.kick.min(now + self.cpu.dice.signal());
     }
 
     /// Does what is due at `self.at`; in the guest, goes on to `horizon`. Whether a reset has just returned.
     pub(super) fn act<P: Policy>(&mut self, horizon: Nanos, adapter: &mut Adapter<P>, others_run: bool) -> bool {
         let now = self.at;
-        match self.state {
+        let step = match self.state {
             State::Guest => {
-                let Adapter { kernel, memory, .. } = adapter;
-                let ring = &mut kernel[self.id];
-                let timer = self.kicker.timer(now);
-                self.at = self.cpu.run(now, horizon.min(self.kicker.at).min(timer), ring, memory);
-                if self.at >= timer {
-                    ring.flush();
-                    self.at += costs::KERNEL_EXIT;
-                }
-                let full = ring.is_full();
-                if full || self.at >= self.kicker.at {
-                    ring.flush();
-                    ring.account(memory);
-                    self.at += costs::EXIT;
-                    self.state = State::Exit { full };
-                }
-                false
+                self.run(now, horizon, adapter);
+                return false;
             }
             State::Exit { full } => {
                 if full {
-                    adapter.cell(self.id).report.add_full_exit();
-                    self.full = true;
-                    self.filled = self.entered_free;
+                    self.machine.full_exit(adapter.cell(self.id));
                 }
-                self.kicker.disarm();
-                let mut pay = Pay {
-                    latest: now + adapter.limiter.vm().max_pause(),
-                    patience: 0,
-                    turn: None,
-                    until: now,
-                    since: now,
-                    penalty: Penalty::NONE,
-                };
-                self.settle(now, &mut pay, adapter);
-                // A lump may take longer.
-                pay.latest = pay.latest.max(pay.until);
-                pay.patience = pay.latest + RESET_GAP;
-                self.pay(now, pay, adapter, others_run);
-                false
+                self.kick = Nanos::MAX;
+                self.machine.begin(now, adapter.limiter.vm(), adapter.cell(self.id))
             }
-            State::Pause(pay) => {
-                self.pay(now, pay, adapter, others_run);
-                false
+            State::Pause { from, until, penalty } => {
+                let is_changed = adapter.cell(self.id).penalty.accept() != penalty;
+                match (now >= until, is_changed) {
+                    (true, _) => self.paused(from, now, Ended::Due, adapter),
+                    (_, true) => self.paused(from, now, Ended::Changed, adapter),
+                    _ => {
+                        self.at = until.min(now + LOOK) + self.cpu.dice.oversleep();
+                        return false;
+                    }
+                }
             }
-            State::Reset(mut pay) => {
+            State::Reset => {
                 adapter.finish_serving(now);
-                let left = adapter.places[self.id].want != 0;
-                self.full &= left;
-                if left && now < pay.patience {
-                    (pay.until, pay.since) = (now + RETRY, now);
-                    self.pay(now, pay, adapter, others_run);
-                } else {
-                    self.enter(now, adapter);
+                let step = self.machine.reset_done(now, adapter.cell(self.id));
+                self.take(step, now, adapter, others_run);
+                return true;
+            }
+        };
+        self.take(step, now, adapter, others_run);
+        false
+    }
+
+    /// In the guest.
+    fn run<P: Policy>(&mut self, now: Nanos, horizon: Nanos, adapter: &mut Adapter<P>) {
+        let Adapter { kernel, memory, .. } = adapter;
+        let ring = &mut kernel[self.id];
+        // One that fires outside the guest is of no use.
+        let timer = self.timers.into_iter().find(|at| *at > now).unwrap_or(Nanos::MAX);
+        self.at = self.cpu.run(now, horizon.min(self.kick).min(timer), ring, memory);
+        if self.at >= timer {
+            ring.flush();
+            self.at += costs::KERNEL_EXIT;
+        }
+        let full = ring.is_full();
+        if full || self.at >= self.kick {
+            ring.flush();
+            ring.account(memory);
+            self.at += costs::EXIT;
+            self.state = State::Exit { full };
+        }
+    }
+
+    /// Takes the machine's steps, up to one that takes time.
+    fn take<P: Policy>(&mut self, mut step: Step, now: Nanos, adapter: &mut Adapter<P>, others_run: bool) {
+        loop {
+            step = match step {
+                Step::Harvest | Step::Reset if adapter.locked.is_some() => {
+                    self.machine.busy(now, adapter.cell(self.id))
                 }
-                true
+                Step::Harvest => adapter.harvest(self.id, now, &mut self.machine),
+                Step::Pause { until, .. } if until <= now => self.paused(now, now, Ended::Due, adapter),
+                Step::Pause { until, penalty } => {
+                    self.at = until.min(now + LOOK) + self.cpu.dice.oversleep();
+                    self.state = State::Pause { from: now, until, penalty };
+                    return;
+                }
+                Step::Reset => {
+                    let (vm, cell) = (adapter.limiter.vm(), adapter.cell(self.id));
+                    match self.machine.reset_later(now, adapter.served, vm, cell) {
+                        Some(step) => step,
+                        None => match adapter.serve(now, others_run) {
+                            Some(end) => {
+                                (self.state, self.at) = (State::Reset, end);
+                                return;
+                            }
+                            None => self.machine.reset_done(now, adapter.cell(self.id)),
+                        },
+                    }
+                }
+                Step::Enter(run) | Step::Return(run) => return self.enter(run, now, adapter),
+                Step::Wedged(exits) => panic!("the model's ring is wedged: {exits} exits"),
             }
         }
     }
 
-    fn enter<P: Policy>(&mut self, now: Nanos, adapter: &mut Adapter<P>) {
-        if self.kicked_slice.is_some() {
-            let gross = adapter.cell(self.id).report.counts().gross;
-            self.kicker.arm(now, gross, &mut self.cpu.dice);
+    fn paused<P: Policy>(&mut self, from: Nanos, now: Nanos, ended: Ended, adapter: &Adapter<P>) -> Step {
+        self.machine.paused(from, now, ended, adapter.limiter.vm(), adapter.cell(self.id))
+    }
+
+    fn enter<P: Policy>(&mut self, run: Run, now: Nanos, adapter: &mut Adapter<P>) {
+        if let Some(time) = run.kick_after {
+            self.kick(now + time);
         }
+        self.timers = [0; TIMERS];
         let mut entered = now;
-        if self.timed_slice.is_some() {
+        if let Some(times) = run.timers {
             entered = self.cpu.catch_up(now);
-            self.kicker.arm_timers(entered, adapter.cell(self.id).report.counts().gross);
+            self.machine.armed(entered);
+            self.timers = times.map(|time| entered + time);
             entered += self.cpu.dice.entry();
         }
-        self.entered_free = adapter.places[self.id].want == 0;
         let Adapter { kernel, memory, .. } = adapter;
         let ring = &mut kernel[self.id];
         if !ring.is_full() {
@@ -196,142 +185,4 @@ impl Vcpu {
         }
         (self.state, self.at) = (State::Guest, entered);
     }
-
-    /// Meters the ring, charges what was metered, and asks for the next slice.
-    fn settle<P: Policy>(&mut self, now: Nanos, pay: &mut Pay, adapter: &mut Adapter<P>) {
-        pay.since = now;
-        if adapter.locked.is_some() {
-            pay.turn = None;
-            pay.until = now + RETRY;
-        } else {
-            let turn = self.harvest(now, adapter);
-            pay.turn = Some(turn);
-            pay.until = turn.until;
-        }
-        pay.penalty = adapter.cell(self.id).penalty.accept();
-    }
-
-    /// What of that is done under the lock.
-    fn harvest<P: Policy>(&mut self, now: Nanos, adapter: &mut Adapter<P>) -> Turn {
-        adapter.meter(self.id);
-        match std::mem::take(&mut self.filled) {
-            true => adapter.places[self.id].ring.full_exit_of_kvm(),
-            false if self.full => adapter.places[self.id].ring.full_exit(),
-            false => {}
-        }
-        if !adapter.places[self.id].stretched {
-            self.pacer.forget_stretch();
-        }
-        let cell = adapter.cell(self.id);
-        let mut turn = self.pacer.settle(now, adapter.limiter.vm(), &cell.penalty, &cell.report);
-        let gross = cell.report.counts().gross;
-        let in_lumps = turn.slice.is_some() && adapter.places[self.id].ring.has_lumps() && !adapter.kicks();
-        let is_timed = in_lumps && adapter.has_timers();
-        let room = turn.slice.map(|slice| if is_timed { slice.div_ceil(2) } else { slice });
-        adapter.want(self.id, room, self.full);
-        let cell = adapter.cell(self.id);
-        let (penalty, max_pause, kicks) = (cell.penalty.accept(), adapter.limiter.vm().max_pause(), adapter.kicks());
-        let place = &mut adapter.places[self.id];
-        let kicked_slice = turn.slice.filter(|slice| kicks && !place.ring.ends(*slice));
-        self.barren = gross == self.rested;
-        let timed = std::mem::replace(&mut self.timed_slice, turn.slice.filter(|_| is_timed));
-        let given = self.kicked_slice.or(timed).or(turn.slice).unwrap_or(BATCH);
-        if self.kicker.learn(now, given, gross) {
-            if kicked_slice.is_some() && self.kicker.run_time.is_to_fill(penalty, place.ring.room()) {
-                self.pacer.forgive();
-                turn.until = now;
-            }
-            if !kicked::is_to_pause(penalty, gross.wrapping_sub(self.rested), max_pause) {
-                turn.until = turn.until.min(now);
-            }
-        }
-        if !place.limited && turn.slice.is_some() {
-            place.merged = 0;
-        }
-        (place.limited, place.stretched) = (turn.slice.is_some(), turn.stretched);
-        place.slice = room.filter(|_| kicked_slice.is_none());
-        self.kicked_slice = kicked_slice.map(|slice| slice.div_ceil(2));
-        if in_lumps && kicked::is_to_pay_all(penalty, &turn, now, is_timed) {
-            adapter.cell(self.id).report.add_overlong_pause();
-            turn.until = turn.due;
-        }
-        turn
-    }
-
-    /// Pauses, or does what follows a pause that is over at `now`.
-    fn pay<P: Policy>(&mut self, now: Nanos, mut pay: Pay, adapter: &mut Adapter<P>, others_run: bool) {
-        loop {
-            let changed = adapter.cell(self.id).penalty.accept() != pay.penalty;
-            if now < pay.until && !changed {
-                self.at = pay.until.min(now + LOOK) + self.cpu.dice.oversleep();
-                self.state = State::Pause(pay);
-                return;
-            }
-            if pay.until > pay.since && pay.turn.is_some_and(|turn| turn.slice.is_some()) {
-                let report = &adapter.cell(self.id).report;
-                report.add_pause(now - pay.since);
-                self.rested = report.counts().gross;
-            }
-            match pay.turn {
-                Some(turn) if now >= pay.until => match self.free(&turn, now, pay.latest, adapter, others_run) {
-                    Freed::Done => return self.enter(now, adapter),
-                    Freed::At(end) => {
-                        (self.state, self.at) = (State::Reset(pay), end);
-                        return;
-                    }
-                    Freed::Retry(at) => {
-                        (pay.until, pay.since) = (at, now);
-                        pay.penalty = adapter.cell(self.id).penalty.accept();
-                    }
-                },
-                _ => self.settle(now, &mut pay, adapter),
-            }
-            if now >= pay.patience {
-                return self.enter(now, adapter);
-            }
-        }
-    }
-
-    /// After the pause: makes sure that a reset frees the slice.
-    fn free<P: Policy>(
-        &mut self,
-        turn: &Turn,
-        now: Nanos,
-        latest: Nanos,
-        adapter: &mut Adapter<P>,
-        others_run: bool,
-    ) -> Freed {
-        if adapter.places[self.id].want == 0 {
-            self.full = false;
-            return Freed::Done;
-        }
-        if adapter.locked.is_some() {
-            return Freed::Retry(now + RETRY);
-        }
-        let gap = RESET_GAP.min(adapter.limiter.vm().max_pause() / 10 * 9);
-        let next_reset = (adapter.served + gap).min(latest);
-        let ring = adapter.places[self.id].ring.size();
-        let patient = !self.barren && !turn.stretched && turn.slice.is_some_and(|slice| slice < ring / 2);
-        if patient && now < next_reset {
-            return Freed::Retry(next_reset);
-        }
-        match adapter.serve(now, others_run) {
-            Some(end) => Freed::At(end),
-            None => {
-                let left = adapter.places[self.id].want != 0;
-                self.full &= left;
-                if left { Freed::Retry(now + RETRY) } else { Freed::Done }
-            }
-        }
-    }
-}
-
-/// What became of a full ring.
-enum Freed {
-    /// There is room.
-    Done,
-    /// There will be, when the reset returns.
-    At(Nanos),
-    /// Not yet; try again then.
-    Retry(Nanos),
 }

@@ -1,0 +1,398 @@
+//! ACCEPT PENALTY, whole: one vCPU between two KVM_RUNs, without a clock, a lock or a system call.
+//!
+//! ```text
+//!  begin ─► Harvest ─► harvested ┐         ┌► Pause ─► paused ─► (charge again, if the penalty changed)
+//!           (lock had, metered)  ├► charge ┤
+//!  begin ────────────────────────┘         └► Reset ─► reset_later · reset_done ─► Enter
+//! ```
+//! What happened goes in with the time, the next [`Step`] comes out. Whoever drives it (an adapter, a simulator, a model)
+//! takes the step and says how it went: with [`Machine::busy`] where the VM's lock was not to be had.
+
+use core::mem::{replace, take};
+
+use crate::controller::VcpuCell;
+use crate::kicked::{self, RunTime, TIMERS};
+use crate::pacer::{Pacer, Turn};
+use crate::penalty::{Penalty, VmCell};
+use crate::rate::Nanos;
+use crate::ring::Entry;
+use crate::vcpu_ring::VcpuRing;
+
+/// The most entries that are collected for one reset, so that nobody waits for longer than a fraction of a millisecond (the
+/// largest ring of today's kernels takes sixteen); and the room that a vCPU without a limit waits for.
+pub const BATCH: u32 = 4096;
+/// Resets are at least this far apart (at most 476 a second), or nine tenths of a shorter `max_pause`, unless a vCPU waits
+/// for one that has no limit, or dirties the same pages again, or whose slice is half its ring or more, or that has paused
+/// for as long as it may, or had no page since its last pause.
+pub const RESET_GAP: Nanos = 2_100_000;
+/// When a thread that did not get the lock tries again.
+const RETRY: Nanos = 50_000;
+/// A ring is wedged after this number of full exits in a row that moved nothing.
+const WEDGED: u32 = 64;
+
+/// What the vCPU's thread is to do next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum Step {
+    /// Take the VM's lock, meter the vCPU's ring, and call [`Machine::harvested`].
+    Harvest,
+    /// Pause until then, or until the penalty is no longer this one or the VMM wants its thread, and call
+    /// [`Machine::paused`]. In the past: look only whether the VMM wants its thread.
+    Pause {
+        /// When the pause is over.
+        until: Nanos,
+        /// The penalty that it is paid under.
+        penalty: Penalty,
+    },
+    /// Take the VM's lock and ask [`Machine::reset_later`]; unless that has another step, grant what all vCPUs ask for, by
+    /// one reset, and call [`Machine::reset_done`].
+    Reset,
+    /// Enter the guest.
+    Enter(Run),
+    /// The VMM wants its thread back. What is owed stays owed.
+    Return(Run),
+    /// Nothing ends this: the ring is said to be full, that number of times in a row, and nothing moves.
+    Wedged(u32),
+}
+
+/// How the run that comes is to end where the ring does not end it.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Run {
+    /// Kick the vCPU after it has run for that long.
+    pub kick_after: Option<Nanos>,
+    /// Make the CPU hand its pages over, by a timer's interrupt, when it has run for that long: earliest first. Call
+    /// [`Machine::armed`] just before.
+    pub timers: Option<[Nanos; TIMERS]>,
+}
+
+/// Why a pause ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ended {
+    /// Its time was over.
+    Due,
+    /// The penalty is another.
+    Changed,
+    /// The VMM wants its thread back.
+    Wanted,
+}
+
+/// One vCPU's way from an exit to the next entry. Owned by the vCPU's thread; no call waits or loops.
+#[derive(Debug)]
+pub struct Machine {
+    pacer: Pacer,
+    run_time: RunTime,
+    /// Runs can be ended from outside, wherever the ring is.
+    kicks: bool,
+    /// A vCPU whose slice is smaller than that can wait for others' resets.
+    patient_below: u32,
+    /// A full exit has not been served.
+    full: bool,
+    /// KVM_RUN has returned with a full ring, which was not judged yet.
+    exited: bool,
+    /// It was last let go before its slice was freed: others may do so while it runs.
+    unserved: bool,
+    /// The slice last given, where only a kick can end it; and where timers are to make the CPU hand its pages over.
+    kicked_slice: Option<u32>,
+    timed_slice: Option<u32>,
+    /// The run to come, or the one that is over, where a kick or timers are to end it.
+    run: Option<Ending>,
+    /// The run that is over had no page, so that no wait is to follow the pause before it: both are one to the guest.
+    barren: bool,
+    /// Ring entries counted at the end of the last pause.
+    rested: u32,
+    /// Full exits in a row that moved nothing, and the ring entries counted at the last of either kind.
+    idle: u32,
+    idle_gross: u32,
+    call: Call,
+}
+
+/// A run that a kick or timers are to end.
+#[derive(Clone, Copy, Debug)]
+struct Ending {
+    /// Ring entries counted when it began.
+    gross: u32,
+    timers: Timers,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Timers {
+    None,
+    /// They were armed then.
+    Armed(Nanos),
+    /// They were armed, and the run took so long.
+    Over(Nanos),
+}
+
+/// From [`Machine::begin`] to the entry.
+#[derive(Debug)]
+struct Call {
+    /// No reset is waited for beyond, however often the limit changes meanwhile; and a gap later the vCPU is let through,
+    /// come what may.
+    latest: Nanos,
+    /// It has not paused yet.
+    is_new: bool,
+    /// The ring was metered and charged, not left to somebody else who has the lock; under which penalty; and whether there
+    /// was a limit, and time to wait for others' resets.
+    charged: bool,
+    penalty: Penalty,
+    limited: bool,
+    patient: bool,
+    until: Nanos,
+}
+
+impl Machine {
+    /// A vCPU whose pages up to now are nobody's debt. `kicks`: runs can be ended from outside, wherever the ring is;
+    /// `timers`: else by timers, where the CPU hands its pages over in lumps.
+    pub fn new(cell: &VcpuCell, ring_entries: u32, kicks: bool, timers: bool) -> Self {
+        Self {
+            pacer: Pacer::new(&cell.report),
+            run_time: if timers { RunTime::with_timers() } else { RunTime::new() },
+            kicks,
+            patient_below: ring_entries / 2,
+            full: false,
+            exited: false,
+            unserved: false,
+            kicked_slice: None,
+            timed_slice: None,
+            run: None,
+            barren: false,
+            rested: 0,
+            idle: 0,
+            idle_gross: cell.report.counts().gross,
+            call: Call {
+                latest: 0,
+                is_new: true,
+                charged: false,
+                penalty: Penalty::NONE,
+                limited: false,
+                patient: false,
+                until: 0,
+            },
+        }
+    }
+
+    /// Whether the vCPU may enter as it is: one load.
+    #[inline]
+    pub fn is_quiet(&self, cell: &VcpuCell) -> bool {
+        !self.full && self.run.is_none() && !self.pacer.owes(&cell.report)
+    }
+
+    /// Whether a kick or timers were to end the run that is over, which nobody metered yet.
+    #[inline]
+    pub const fn is_run_over(&self) -> bool {
+        self.run.is_some()
+    }
+
+    /// KVM_RUN returned with a full ring.
+    pub fn full_exit(&mut self, cell: &VcpuCell) {
+        cell.report.add_full_exit();
+        (self.full, self.exited) = (true, true);
+    }
+
+    /// The VMM says that the ring is full, for an exit that may be stale.
+    pub const fn say_full(&mut self) {
+        self.full = true;
+    }
+
+    /// The run is over, and the vCPU is about to enter again.
+    ///
+    /// Wait-free: at most 760 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
+    pub fn begin(&mut self, now: Nanos, vm: &VmCell, cell: &VcpuCell) -> Step {
+        if let Some(Ending { timers, .. }) = &mut self.run {
+            if let Timers::Armed(armed) = *timers {
+                *timers = Timers::Over(now.saturating_sub(armed));
+            }
+        }
+        (self.call.latest, self.call.is_new) = (now.saturating_add(vm.max_pause()), true);
+        self.charge(now, vm, cell)
+    }
+
+    /// Charges what was metered, where nobody needs the lock for that.
+    fn charge(&mut self, now: Nanos, vm: &VmCell, cell: &VcpuCell) -> Step {
+        // Before the charge, so that no change between the two goes unseen.
+        (self.call.charged, self.call.limited, self.call.penalty) = (false, false, cell.penalty.accept());
+        if self.full || self.kicks {
+            return Step::Harvest;
+        }
+        let turn = self.pacer.settle(now, vm, &cell.penalty, &cell.report);
+        self.timed_slice = self.timed_slice.filter(|_| turn.slice.is_some());
+        self.decide(now, turn, cell)
+    }
+
+    /// The VM's lock is somebody else's.
+    pub fn busy(&mut self, now: Nanos, cell: &VcpuCell) -> Step {
+        self.pause_until(now.saturating_add(RETRY), now, cell)
+    }
+
+    /// The ring was metered, under the VM's lock: charges that and asks for the next slice. `has_timers`: there are some to
+    /// make the CPU hand its pages over.
+    pub fn harvested<E: AsRef<[Entry]>>(
+        &mut self,
+        now: Nanos,
+        vm: &VmCell,
+        cell: &VcpuCell,
+        vcpu: &mut VcpuRing<E>,
+        has_timers: bool,
+    ) -> Step {
+        match self.full {
+            true if self.exited && !self.unserved => vcpu.ring.full_exit_of_kvm(),
+            true => vcpu.ring.full_exit(),
+            false => {}
+        }
+        if !vcpu.scaled {
+            self.pacer.forget_stretch();
+        }
+        let mut turn = self.pacer.settle(now, vm, &cell.penalty, &cell.report);
+        let limited = turn.slice.is_some();
+        let in_lumps = limited && !self.kicks && vcpu.ring.has_lumps();
+        let is_timed = in_lumps && has_timers;
+        let slice = turn.slice.unwrap_or(BATCH);
+        // Timers are not exact: whatever is handed over from half a slice on ends it.
+        let room = if is_timed { slice.div_ceil(2) } else { slice };
+        if vcpu.ring.to_collect(room) > 0 || (self.full && vcpu.ring.awaiting_reset() > 0) {
+            cell.request.ask(room);
+        } else {
+            cell.request.ask(0);
+            vcpu.ring.freed();
+        }
+        let gross = cell.report.counts().gross;
+        self.barren = gross == self.rested;
+        let kicked_slice = turn.slice.filter(|slice| self.kicks && !vcpu.ring.ends(*slice));
+        let given = self.kicked_slice.or(replace(&mut self.timed_slice, turn.slice.filter(|_| is_timed)));
+        let penalty = cell.penalty.accept();
+        if self.learn(given.unwrap_or(slice), gross) {
+            if kicked_slice.is_some() && self.run_time.is_to_fill(penalty, vcpu.ring.room()) {
+                self.pacer.forgive();
+                turn.until = now;
+            }
+            if !kicked::is_to_pause(penalty, gross.wrapping_sub(self.rested), vm.max_pause()) {
+                turn.until = turn.until.min(now);
+            }
+        }
+        if in_lumps && kicked::is_to_pay_all(penalty, &turn, now, is_timed) {
+            cell.report.add_overlong_pause();
+            turn.until = turn.due;
+        }
+        let by_ring = turn.slice.filter(|_| kicked_slice.is_none()).map(|_| room);
+        vcpu.assign(by_ring, limited, turn.stretched);
+        // A kick is not exact: half a slice, give or take as much, is no more than one.
+        self.kicked_slice = kicked_slice.map(|slice| slice.div_ceil(2));
+        if take(&mut self.exited) {
+            // What others took from the ring since the last full exit was counted, too.
+            let moved = gross != replace(&mut self.idle_gross, gross) || vcpu.ring.occupied() > 0;
+            self.idle = if moved { 0 } else { self.idle.saturating_add(1) };
+            match self.idle {
+                0 => {}
+                exits if exits < WEDGED => turn.until = turn.until.max(now.saturating_add(1000 << exits.min(10))),
+                exits => {
+                    self.unserved = cell.request.pages() != 0;
+                    return Step::Wedged(exits);
+                }
+            }
+        }
+        self.decide(now, turn, cell)
+    }
+
+    /// Learns from the run that is over, which was given `slice`; whether a kick or timers were to end it.
+    fn learn(&mut self, slice: u32, gross: u32) -> bool {
+        let Some(run) = self.run.take() else {
+            self.run_time.begin();
+            return false;
+        };
+        let pages = gross.wrapping_sub(run.gross);
+        match run.timers {
+            Timers::Over(took) => self.run_time.learn_timed(took, slice, pages),
+            Timers::None | Timers::Armed(_) => self.run_time.learn(slice, pages),
+        }
+        true
+    }
+
+    fn decide(&mut self, now: Nanos, turn: Turn, cell: &VcpuCell) -> Step {
+        let is_short = turn.slice.is_some_and(|slice| slice < self.patient_below);
+        (self.call.charged, self.call.limited) = (true, turn.slice.is_some());
+        self.call.patient = is_short && !turn.stretched && !self.barren;
+        if self.call.is_new {
+            // A lump may take longer.
+            self.call.latest = self.call.latest.max(turn.until);
+        }
+        self.pause_until(turn.until.min(self.call.latest), now, cell)
+    }
+
+    fn pause_until(&mut self, until: Nanos, now: Nanos, cell: &VcpuCell) -> Step {
+        if !replace(&mut self.call.is_new, false) && now >= self.call.latest.saturating_add(RESET_GAP) {
+            return Step::Enter(self.run(cell));
+        }
+        self.call.until = until;
+        Step::Pause { until, penalty: self.call.penalty }
+    }
+
+    /// A pause that began at `from` is over at `now`.
+    ///
+    /// Wait-free: at most 800 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
+    pub fn paused(&mut self, from: Nanos, now: Nanos, ended: Ended, vm: &VmCell, cell: &VcpuCell) -> Step {
+        if self.has_paused(from) {
+            cell.report.add_pause(now.saturating_sub(from));
+            self.rested = cell.report.counts().gross;
+        }
+        match ended {
+            Ended::Wanted => Step::Return(self.run(cell)),
+            Ended::Due if self.call.charged => {
+                if cell.request.pages() > 0 {
+                    return Step::Reset;
+                }
+                self.full = false;
+                Step::Enter(self.run(cell))
+            }
+            Ended::Due | Ended::Changed => self.charge(now, vm, cell),
+        }
+    }
+
+    /// Whether what a vCPU has waited for since `from` was a pause under a limit.
+    pub fn has_paused(&self, from: Nanos) -> bool {
+        self.call.until > from && self.call.limited
+    }
+
+    /// Under the VM's lock, with slices last freed at `last`: what to do first, where a reset is better shared with vCPUs that
+    /// will want one soon. `None`: reset now.
+    ///
+    /// Wait-free: at most 60 instructions, and the compiler's division on 32-bit machines.
+    pub fn reset_later(&mut self, now: Nanos, last: Nanos, vm: &VmCell, cell: &VcpuCell) -> Option<Step> {
+        let gap = RESET_GAP.min(vm.max_pause() / 10 * 9);
+        let next = last.saturating_add(gap).min(self.call.latest);
+        (now < next && self.call.patient).then(|| self.pause_until(next, now, cell))
+    }
+
+    /// A reset has granted what it could.
+    ///
+    /// Wait-free: at most 60 instructions.
+    pub fn reset_done(&mut self, now: Nanos, cell: &VcpuCell) -> Step {
+        // What is left over is for the next full exit.
+        let left = cell.request.pages() > 0;
+        self.full &= left;
+        if left { self.busy(now, cell) } else { Step::Enter(self.run(cell)) }
+    }
+
+    fn run(&mut self, cell: &VcpuCell) -> Run {
+        self.unserved = cell.request.pages() > 0;
+        let run = Run {
+            kick_after: self.kicked_slice.map(|_| self.run_time.get()),
+            timers: self.timed_slice.map(|_| self.run_time.timers()),
+        };
+        if run != Run::default() {
+            self.run = Some(Ending { gross: cell.report.counts().gross, timers: Timers::None });
+        }
+        run
+    }
+
+    /// The timers of the run to come are armed now.
+    pub const fn armed(&mut self, now: Nanos) {
+        if let Some(run) = &mut self.run {
+            run.timers = Timers::Armed(now);
+        }
+    }
+
+    /// A reset, or the VM's lock, was in error: the call is over.
+    pub fn failed(&mut self, cell: &VcpuCell) {
+        self.unserved = cell.request.pages() > 0;
+    }
+}
