@@ -249,12 +249,8 @@ impl Machine {
         let slice = turn.slice.unwrap_or(BATCH);
         // Timers are not exact: whatever is handed over from half a slice on ends it.
         let room = if is_timed { slice.div_ceil(2) } else { slice };
-        if vcpu.ring.to_collect(room) > 0 || (self.full && vcpu.ring.awaiting_reset() > 0) {
-            cell.request.ask(room);
-        } else {
-            cell.request.ask(0);
-            vcpu.ring.freed();
-        }
+        let waits = vcpu.ring.to_collect(room) > 0 || (self.full && vcpu.ring.awaiting_reset() > 0);
+        vcpu.ask(cell, if waits { room } else { 0 });
         let gross = cell.report.counts().gross;
         self.barren = gross == self.rested;
         let kicked_slice = turn.slice.filter(|slice| self.kicks && !vcpu.ring.ends(*slice));
@@ -285,7 +281,7 @@ impl Machine {
                 0 => {}
                 exits if exits < WEDGED => turn.until = turn.until.max(now.saturating_add(1000 << exits.min(10))),
                 exits => {
-                    self.unserved = cell.request.pages() != 0;
+                    self.unserved = cell.request.stands();
                     return Step::Wedged(exits);
                 }
             }
@@ -337,7 +333,7 @@ impl Machine {
         match ended {
             Ended::Wanted => Step::Return(self.run(cell)),
             Ended::Due if self.call.charged => {
-                if cell.request.pages() > 0 {
+                if cell.request.stands() {
                     return Step::Reset;
                 }
                 self.full = false;
@@ -367,13 +363,13 @@ impl Machine {
     /// Wait-free: at most 60 instructions.
     pub fn reset_done(&mut self, now: Nanos, cell: &VcpuCell) -> Step {
         // What is left over is for the next full exit.
-        let left = cell.request.pages() > 0;
+        let left = cell.request.stands();
         self.full &= left;
         if left { self.busy(now, cell) } else { Step::Enter(self.run(cell)) }
     }
 
     fn run(&mut self, cell: &VcpuCell) -> Run {
-        self.unserved = cell.request.pages() > 0;
+        self.unserved = cell.request.stands();
         let run = Run {
             kick_after: self.kicked_slice.map(|_| self.run_time.get()),
             timers: self.timed_slice.map(|_| self.run_time.timers()),
@@ -393,6 +389,6 @@ impl Machine {
 
     /// A reset, or the VM's lock, was in error: the call is over.
     pub fn failed(&mut self, cell: &VcpuCell) {
-        self.unserved = cell.request.pages() > 0;
+        self.unserved = cell.request.stands();
     }
 }

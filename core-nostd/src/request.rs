@@ -1,41 +1,42 @@
-//! What a vCPU waits for: its thread says so under the VM's lock, and whoever resets answers.
+//! Whether a vCPU waits for room in its ring: its thread says so under the VM's lock, and who resets answers.
 
 use crate::sync::{Atomic, Ordering, const_fn};
 
-/// The slice that a vCPU has asked for and that no reset has freed yet.
+/// A request of a vCPU's for a slice, which stands until a reset has freed that. How many pages is with the ring, under the
+/// lock; this word is for the vCPU's thread, which looks without it.
 #[derive(Debug)]
 pub struct Request(Atomic<u32>);
 
 impl Request {
     const_fn! {
-        /// None.
+        /// None stands.
         pub fn new() -> Self {
             Self(Atomic::new(0))
         }
     }
 
-    /// Asks for a slice of that many pages; 0 takes a request back. For the vCPU's thread, under the VM's lock.
+    /// Makes it, or takes it back. For the vCPU's thread, under the VM's lock.
     ///
-    /// Wait-free: at most 2 instructions.
-    pub fn ask(&self, slice: u32) {
+    /// Wait-free: at most 3 instructions.
+    pub fn make(&self, stands: bool) {
         // Relaxed: the lock orders it before the reset that frees the slice.
-        self.0.store(slice, Ordering::Relaxed);
+        self.0.store(stands.into(), Ordering::Relaxed);
     }
 
-    /// The slice in pages; 0: nothing is waited for. From any thread.
+    /// Whether it stands. From any thread.
     ///
-    /// Wait-free: at most 2 instructions.
+    /// Wait-free: at most 4 instructions.
     #[inline]
-    pub fn pages(&self) -> u32 {
-        // Acquire: pairs with the release in `grant`: who reads 0 comes after the reset.
-        self.0.load(Ordering::Acquire)
+    pub fn stands(&self) -> bool {
+        // Acquire: pairs with the release in `grant`: a vCPU that sees its slice free comes after the reset.
+        self.0.load(Ordering::Acquire) != 0
     }
 
     /// A reset has freed the slice. Under the VM's lock.
     ///
     /// Wait-free: at most 2 instructions.
     pub fn grant(&self) {
-        // Release: pairs with the acquire in `pages`.
+        // Release: pairs with the acquire in `stands`.
         self.0.store(0, Ordering::Release);
     }
 }

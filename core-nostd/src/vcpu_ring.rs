@@ -28,6 +28,8 @@ pub struct VcpuRing<E> {
     own: OwnPages,
     /// The slice that the vCPU was last given and that the ring ends; `None` while it is not limited, or kicked.
     slice: Option<u32>,
+    /// The slice that the vCPU's thread has asked for, and that no reset has freed yet; 0: none.
+    wanted: u32,
     /// The vCPU's thread has noticed that it is limited.
     limited: bool,
     /// That slice is a scaled one, of a vCPU that dirties the same pages again; taken back when the log is taken.
@@ -42,7 +44,7 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
     /// Of a vCPU that was not limited yet.
     pub const fn new(ring: Ring<E>) -> Self {
         let own = OwnPages::new();
-        Self { ring, own, slice: None, limited: false, scaled: false, merged: 0, unnoticed: None }
+        Self { ring, own, slice: None, wanted: 0, limited: false, scaled: false, merged: 0, unnoticed: None }
     }
 
     /// The ring, to look at.
@@ -101,17 +103,24 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
         self.slice
     }
 
-    /// How many entries to collect for what the vCPU has asked for.
-    pub fn to_grant(&self, cell: &VcpuCell) -> u32 {
-        match cell.request.pages() {
-            0 => 0,
-            slice => self.ring.to_collect(slice),
+    /// The vCPU asks for room for `slice` more pages (0: for nothing), which a reset frees. For its thread.
+    pub fn ask(&mut self, cell: &VcpuCell, slice: u32) {
+        self.wanted = slice;
+        cell.request.make(slice > 0);
+        if slice == 0 {
+            self.ring.freed();
         }
+    }
+
+    /// How many entries to collect for what the vCPU has asked for.
+    pub fn to_grant(&self) -> u32 {
+        if self.wanted > 0 { self.ring.to_collect(self.wanted) } else { 0 }
     }
 
     /// After a reset: answers the vCPU, if what it has asked for is free.
     pub fn grant(&mut self, cell: &VcpuCell) {
-        if cell.request.pages() > 0 && self.to_grant(cell) == 0 {
+        if self.wanted > 0 && self.to_grant() == 0 {
+            self.wanted = 0;
             self.ring.freed();
             cell.request.grant();
         }

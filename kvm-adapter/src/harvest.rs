@@ -228,7 +228,7 @@ impl Harvest {
 
     /// Frees the slices that vCPUs wait for, all by one reset.
     pub(crate) fn serve(&mut self, kernel: &dyn Kernel, limiter: &VmLimiter) -> Result<(), Error> {
-        self.collect(kernel, |_, place, _| place.vcpu.to_grant(place.seat.cell(limiter)))?;
+        self.collect(kernel, |_, place, _| place.vcpu.to_grant())?;
         self.served = sys::now();
         self.places.values_mut().for_each(|place| place.vcpu.grant(place.seat.cell(limiter)));
         Ok(())

@@ -95,7 +95,7 @@ impl Vcpu {
     /// Never.
     pub fn kicks(&self) -> Kicks {
         let mut kicker = Kicker::new(Kick::Signal(0));
-        kicker.disarm(&self.seat).expect("the model binds");
+        kicker.disarm(&self.seat, false).expect("the model binds");
         Kicks(kicker)
     }
 }
@@ -112,7 +112,7 @@ impl Kicks {
     pub fn look(&mut self, vcpu: &Vcpu) -> bool {
         let due = self.0.is_due(&vcpu.seat);
         if due {
-            self.0.disarm(&vcpu.seat).expect("the model disarms");
+            self.0.disarm(&vcpu.seat, false).expect("the model disarms");
         }
         due
     }

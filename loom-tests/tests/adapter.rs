@@ -11,7 +11,6 @@ use dirtylimit_loom::adapter::{Vcpu, throttle};
 use dirtylimit_loom::explore::{ALL, FULL, fails, holds};
 use dirtylimit_loom::weaken::site;
 use loom::cell::UnsafeCell;
-use loom::sync::Mutex;
 use loom::thread;
 
 /// Each of `others` has something for the VMM's thread, which pauses until it has heard of all.

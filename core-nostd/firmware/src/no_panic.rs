@@ -114,8 +114,8 @@ fn machines() {
     static MEMORY: [Entry; 256] = [const { Entry::new() }; 256];
     let (vm, cell) = (&any(VmCell::new()), &any(VcpuCell::new()));
     let request = &any(Request::new());
-    Request::ask(request, any(0));
-    any(Request::pages(request));
+    Request::make(request, any(false));
+    any(Request::stands(request));
     Request::grant(request);
     let Ok(ring) = Ring::starting_at(any(&MEMORY[..]), any(0)) else { return };
     let mut vcpu = any(VcpuRing::new(ring));
@@ -126,7 +126,8 @@ fn machines() {
     VcpuRing::add_merged(&mut vcpu, any(0));
     VcpuRing::assign(&mut vcpu, any(None), any(false), any(false));
     any(VcpuRing::slice(&vcpu));
-    any(VcpuRing::to_grant(&vcpu, cell));
+    VcpuRing::ask(&mut vcpu, cell, any(0));
+    any(VcpuRing::to_grant(&vcpu));
     VcpuRing::grant(&mut vcpu, cell);
     any(VcpuRing::to_sweep(&mut vcpu, cell, any(0), || any(Some(rate()))));
     any(VcpuRing::is_news(&vcpu, cell, any(0)));

@@ -42,8 +42,8 @@ functions! {
     fn wait_free_add_pause(report: &Report, pause: Nanos) { report.add_pause(pause) }
     fn wait_free_set_needed_pause(report: &Report, pause: Nanos) { report.set_needed_pause(pause) }
     fn wait_free_net(report: &Report) -> u32 { report.net() }
-    fn wait_free_ask(request: &Request, slice: u32) { request.ask(slice) }
-    fn wait_free_pages(request: &Request) -> u32 { request.pages() }
+    fn wait_free_make(request: &Request, stands: bool) { request.make(stands) }
+    fn wait_free_stands(request: &Request) -> bool { request.stands() }
     fn wait_free_grant(request: &Request) { request.grant() }
     fn wait_free_begin(machine: &mut Machine, now: Nanos, vm: &VmCell, cell: &VcpuCell) -> Step {
         machine.begin(now, vm, cell)

@@ -111,8 +111,8 @@ fn one_reset_serves_all_who_wait() {
     limit.meter();
     {
         let mut harvest = limit.vm().lock();
-        for place in harvest.places.values() {
-            place.seat.cell(&limit.vm().limiter).request.ask(100);
+        for place in harvest.places.values_mut() {
+            place.vcpu.ask(place.seat.cell(&limit.vm().limiter), 100);
         }
         harvest.serve(&fake, &limit.vm().limiter).unwrap();
     }

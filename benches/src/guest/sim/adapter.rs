@@ -134,7 +134,7 @@ impl<P: Policy> Adapter<P> {
 
     /// Begins to free what vCPUs wait for: as [`Adapter::begin_reset`], and then [`Adapter::finish_serving`].
     pub(super) fn serve(&mut self, now: Nanos, others_run: bool) -> Option<Nanos> {
-        let to_grant = |vcpu: usize| match self.places[vcpu].to_grant(self.cell(vcpu)) {
+        let to_grant = |vcpu: usize| match self.places[vcpu].to_grant() {
             1.. if self.machine.fault == Some(Fault::NothingHeldBack) => self.places[vcpu].ring().held_back(),
             count => count,
         };
