@@ -24,7 +24,7 @@ wanted=$(
     functions $adapter/seat.rs 'Interrupter'
     functions $adapter/vcpu.rs 'Vcpu'
     functions $adapter/limit.rs 'DirtyLimit'
-    functions $adapter/dirty_log.rs 'DirtyLimit'
+    functions $adapter/dirty_log.rs 'DirtyLimit|Round'
 )
 rows=$(sed -nE 's/^\| `([A-Za-z]+::[a-z_]+)`.*/\1/p' "$table")
 bad=0

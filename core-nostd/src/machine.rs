@@ -72,6 +72,8 @@ pub enum Ended {
     Due,
     /// The penalty is another.
     Changed,
+    /// The VMM wants KVM_RUN to be entered, and left at once.
+    Hurry,
     /// The VMM wants its thread back.
     Wanted,
 }
@@ -187,11 +189,6 @@ impl Machine {
     pub fn full_exit(&mut self, cell: &VcpuCell) {
         cell.report.add_full_exit();
         (self.full, self.exited) = (true, true);
-    }
-
-    /// The VMM says that the ring is full, for an exit that may be stale.
-    pub const fn say_full(&mut self) {
-        self.full = true;
     }
 
     /// The run is over, and the vCPU is about to enter again.
@@ -332,6 +329,7 @@ impl Machine {
         }
         match ended {
             Ended::Wanted => Step::Return(self.run(cell)),
+            Ended::Hurry => Step::Enter(self.run(cell)),
             Ended::Due if self.call.charged => {
                 if cell.request.stands() {
                     return Step::Reset;

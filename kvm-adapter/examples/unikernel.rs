@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dirtylimit_kvm::{Config, DirtyLimit, EXIT_DIRTY_RING_FULL, PageRate, Vcpu};
+use dirtylimit_kvm::{Config, Decision, DirtyLimit, EXIT_DIRTY_RING_FULL, PageRate, Vcpu};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
@@ -84,9 +84,12 @@ fn main() -> Result<()> {
 /// The vCPU's loop. The guest never exits on its own, so a full ring is also the time to look at `stop`.
 fn run(mut fd: VcpuFd, mut vcpu: Vcpu, stop: &AtomicBool) -> Result<()> {
     while !stop.load(Ordering::Relaxed) {
-        vcpu.before_run()?; // dirtylimit
+        // dirtylimit: pays what is owed
+        if vcpu.before_run()? == Decision::Return {
+            continue;
+        }
         match fd.run() {
-            Ok(VcpuExit::Unsupported(EXIT_DIRTY_RING_FULL)) => vcpu.ring_full(), // dirtylimit
+            Ok(VcpuExit::Unsupported(EXIT_DIRTY_RING_FULL)) => {} // dirtylimit
             Ok(other) => return Err(format!("the guest stopped: {other:?}").into()),
             Err(error) if error.errno() == libc::EINTR => {}
             Err(error) => return Err(error.into()),
@@ -97,13 +100,13 @@ fn run(mut fd: VcpuFd, mut vcpu: Vcpu, stop: &AtomicBool) -> Result<()> {
 
 /// Bytes dirtied a second, as a migration would see it: every tenth of a second it takes the dirty log.
 fn measure(limit: &DirtyLimit, time: Duration) -> Result<f64> {
-    limit.take_published(SLOT)?; // what was dirty before
+    let mut log = vec![0; MEMORY / 4096 / 64]; // a bit a page, as KVM_GET_DIRTY_LOG
+    limit.round()?.merge(SLOT, &mut log)?; // what was dirty before
     let (start, mut pages) = (Instant::now(), 0);
     while start.elapsed() < time {
         std::thread::sleep(Duration::from_millis(100));
-        limit.pass()?; // dirtylimit: collect → reset → publish, while the guest runs
-        let log = limit.take_published(SLOT)?; // dirtylimit: as KVM_GET_DIRTY_LOG
-        pages += log.iter().map(|word| word.count_ones() as usize).sum::<usize>();
+        // dirtylimit: collect → reset → publish, while the guest runs; `log` says which pages
+        pages += limit.round()?.merge(SLOT, &mut log)?;
     }
     Ok((pages * 4096) as f64 / start.elapsed().as_secs_f64())
 }

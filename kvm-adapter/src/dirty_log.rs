@@ -4,6 +4,8 @@
 //! ring waits for one piece at most, however large the slot and however many the vCPUs.
 
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
+use std::ops::Range;
 
 use crate::error::{Error, system};
 use crate::events;
@@ -16,13 +18,67 @@ use crate::sys;
 /// Words of a slot's bitmap that are taken under the lock before others may have it: the pages of 1 GiB.
 pub(crate) const PIECE: usize = 4096;
 
-/// What a running pass did.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Pass {
-    /// Entries that were collected, reset and published by it.
-    pub published: u64,
-    /// Entries left in the rings of limited vCPUs: their pages stay dirty, for a later pass or the last sync.
-    pub held_back: u64,
+/// One round of the dirty log: everything that it found is published, and is handed over slot by slot.
+///
+/// Its type says what it found. [`DirtyLimit::round`], over a running VM, may leave the newest pages of limited vCPUs for
+/// later; [`DirtyLimit::last_round`], with the vCPUs stopped, leaves nothing. So whatever ends a migration takes a
+/// `Round<Stopped>`, and cannot be handed the other.
+#[derive(Debug)]
+#[must_use = "its pages are to be merged, and sent"]
+pub struct Round<'a, S> {
+    limit: &'a DirtyLimit,
+    /// Entries that it collected, reset and published.
+    published: u64,
+    held_back: u64,
+    state: PhantomData<S>,
+}
+
+/// The vCPUs run: see [`Round`].
+#[derive(Debug)]
+pub enum Running {}
+
+/// No vCPU is in KVM_RUN, and none enters until the log was merged: see [`Round`].
+#[derive(Debug)]
+pub enum Stopped {}
+
+impl<S> Round<'_, S> {
+    /// Ring entries that the round itself collected, reset and published; what vCPUs published since the last merge comes on
+    /// top.
+    pub fn published(&self) -> u64 {
+        self.published
+    }
+
+    /// Ors the dirty pages of a slot into `bitmap`, in the form of `KVM_GET_DIRTY_LOG` (a bit a page, 64 a word), and forgets
+    /// them; returns how many there were. Suspect pages (see [`DirtyLimit::trust_slot`]) are in every one. Allocates nothing,
+    /// and holds the VM's lock for a GiB of guest memory at a time.
+    ///
+    /// # Errors
+    /// [`Error::NoSlot`]; [`Error::BitmapSize`] where `bitmap` has fewer words than the slot: then nothing is forgotten.
+    pub fn merge(&self, slot: u32, bitmap: &mut [u64]) -> Result<u64, Error> {
+        let found = self.limit.0.lock().slots.find(slot)?;
+        let given = bitmap.len();
+        let words = bitmap.get_mut(..found.words).ok_or(Error::BitmapSize { slot, given, needed: found.words })?;
+        self.limit.take(found, words)
+    }
+
+    /// As [`Round::merge`], into a new bitmap: in the place of kvm-ioctls' `get_dirty_log`.
+    ///
+    /// # Errors
+    /// [`Error::NoSlot`].
+    pub fn take(&self, slot: u32) -> Result<Vec<u64>, Error> {
+        let found = self.limit.0.lock().slots.find(slot)?;
+        let mut taken = vec![0; found.words];
+        self.limit.take(found, &mut taken)?;
+        Ok(taken)
+    }
+}
+
+impl Round<'_, Running> {
+    /// Pages that the round left in the rings of limited vCPUs, so that they stay inside their slices: dirty, and not in its
+    /// log. A later round finds them, and the last finds all: they are a floor under the downtime.
+    pub fn held_back(&self) -> u64 {
+        self.held_back
+    }
 }
 
 impl DirtyLimit {
@@ -33,8 +89,11 @@ impl DirtyLimit {
     /// between this call and the moment when it switches the slot's logging on, nor before it switches it on again later.
     /// With `KVM_DIRTY_LOG_INITIALLY_SET` no page of the slot would ever be logged, and KVM has no way to ask.
     ///
+    /// A slot that is known with that size stays as it is, dirty pages and all, so that a start of logging that failed half-way
+    /// can be tried again.
+    ///
     /// # Errors
-    /// [`Error::SlotExists`], [`Error::SlotSize`], [`Error::ManualProtect`], and what a reset may answer.
+    /// [`Error::SlotExists`] with another size, [`Error::SlotSize`], [`Error::ManualProtect`], and what a reset may answer.
     pub fn add_slot(&self, slot: u32, pages: u64) -> Result<(), Error> {
         self.0.caps.forbid_manual_protect(&*self.0.kernel)?;
         // What a former slot of this number left in the rings is not the new one's.
@@ -46,74 +105,67 @@ impl DirtyLimit {
     }
 
     /// Collects, resets, and forgets a slot, **before** it is deleted or changed in KVM. What is dirty in it and not yet
-    /// taken is forgotten with it.
+    /// taken is forgotten with it. One that is not known is none to forget.
     ///
     /// # Errors
-    /// [`Error::NoSlot`], and what a reset may answer.
+    /// What a reset may answer: then it is known still.
     pub fn remove_slot(&self, slot: u32) -> Result<(), Error> {
-        self.0.lock().slots.find(slot)?;
+        if self.0.lock().slots.find(slot).is_err() {
+            return Ok(());
+        }
         self.collect_all()?;
-        let removed = self.0.lock().slots.remove(slot)?;
+        let removed = self.0.lock().slots.remove(slot);
         drop(removed); // not under the lock
         Ok(())
     }
 
-    /// Collects, resets and publishes everything that was logged before the call. With the vCPUs out of KVM_RUN that is
-    /// everything. A limited vCPU may then run a whole ring before its next exit (and pays for it): a pass that comes
-    /// around while it runs is better a [`DirtyLimit::pass`].
+    /// A round of the dirty log over a running VM: collects, resets and publishes. Of limited vCPUs' rings only what their
+    /// slices free is collected (before they have noticed their limit, what it allows since the last round); the rest stays
+    /// dirty, and is counted.
     ///
     /// # Errors
     /// What a reset may answer; nothing is lost by it. [`Error::UnknownPages`], once, after everything was published.
-    pub fn sync(&self) -> Result<(), Error> {
-        self.collect_all()?;
-        self.tell_unknown()
-    }
-
-    /// As [`DirtyLimit::sync`], but leaves limited vCPUs inside their slices: of their rings only what a slice frees is
-    /// collected (before they have noticed their limit, what it allows since the last pass), and the rest, which stays
-    /// dirty, is counted.
-    ///
-    /// # Errors
-    /// As [`DirtyLimit::sync`].
-    pub fn pass(&self) -> Result<Pass, Error> {
+    pub fn round(&self) -> Result<Round<'_, Running>, Error> {
         let now = sys::now();
-        let pass = self.sweep(|place| place.to_sweep(&self.0.limiter, now))?;
+        let round = self.sweep(|place| place.to_sweep(&self.0.limiter, now))?;
         self.tell_unknown()?;
-        Ok(pass)
+        Ok(round)
     }
 
-    /// The dirty pages of a slot since the last call, in the form of `KVM_GET_DIRTY_LOG` (a bit a page, 64 a word):
-    /// complete, in its stead. Syncs first, and where there is a backup bitmap (arm64) reads that too, by
-    /// `KVM_GET_DIRTY_LOG`.
+    /// The last round, with every vCPU out of KVM_RUN: complete. Where there is a backup bitmap (arm64) it reads that too, by
+    /// `KVM_GET_DIRTY_LOG`; call it after the interrupt controller's tables were saved.
     ///
-    /// All or nothing: after an error every page that it would have named is still dirty in the next. Suspect pages (see
-    /// [`DirtyLimit::trust_slot`]) are in every answer.
+    /// On a VM that runs on, what is dirtied during the call may be missing, and a limited vCPU may run a whole ring before its
+    /// next exit (and pays for it).
     ///
     /// # Errors
-    /// [`Error::NoSlot`], [`Error::SlotTooShort`], [`Error::UnknownPages`] (once), and what a reset or `KVM_GET_DIRTY_LOG` may
-    /// answer.
-    pub fn take_dirty_log(&self, slot: u32) -> Result<Vec<u64>, Error> {
-        self.sync()?;
-        let found = self.0.lock().slots.find(slot)?;
-        let mut taken = vec![0; found.words];
-        // What may fail comes first.
+    /// As [`DirtyLimit::round`]; [`Error::SlotTooShort`]; what `KVM_GET_DIRTY_LOG` may answer. What was found until then stays
+    /// dirty for the next.
+    pub fn last_round(&self) -> Result<Round<'_, Stopped>, Error> {
+        let Round { published, held_back, .. } = self.sweep::<Stopped>(|place| place.ring().held_back())?;
+        self.tell_unknown()?;
         if self.0.caps.bitmap {
-            self.backup_log(slot, found, &mut taken)?;
+            let slots = self.0.lock().slots.all();
+            slots.into_iter().try_for_each(|found| self.backup_log(found))?;
         }
-        self.take(found, &mut taken)?;
-        Ok(taken)
+        Ok(Round { limit: self, published, held_back, state: PhantomData })
     }
 
-    /// As [`DirtyLimit::take_dirty_log`], of what was published so far (by [`DirtyLimit::pass`], and by the vCPUs'
-    /// slices) and nothing else.
+    /// Makes pages dirty that no vCPU wrote: what the VMM, its devices or vhost write into guest memory, which KVM does not
+    /// log. They are in the next round, and nobody is charged for them. From any thread.
     ///
     /// # Errors
-    /// [`Error::NoSlot`].
-    pub fn take_published(&self, slot: u32) -> Result<Vec<u64>, Error> {
+    /// [`Error::NoSlot`]; [`Error::SlotSize`] where the range ends beyond the slot: then none of it is marked.
+    pub fn mark_dirty(&self, slot: u32, pages: Range<u64>) -> Result<(), Error> {
         let found = self.0.lock().slots.find(slot)?;
-        let mut taken = vec![0; found.words];
-        self.take(found, &mut taken)?;
-        Ok(taken)
+        if pages.end > found.pages {
+            return Err(Error::PagesBeyond { slot, end: pages.end, pages: found.pages });
+        }
+        for first in pages.clone().step_by(PIECE * 64) {
+            let piece = first..pages.end.min(first + PIECE as u64 * 64);
+            self.0.lock().slots.mark(found, piece)?;
+        }
+        Ok(())
     }
 
     /// Says that a slot's suspect pages are protected again. A reset that was interrupted (the process was stopped, traced
@@ -130,32 +182,49 @@ impl DirtyLimit {
         Ok(())
     }
 
-    /// Ors the published pages of a slot into `taken`.
-    fn take(&self, found: Found, taken: &mut [u64]) -> Result<(), Error> {
+    /// Ors the published pages of a slot into `taken`; returns how many they are.
+    fn take(&self, found: Found, taken: &mut [u64]) -> Result<u64, Error> {
+        let mut pages = 0;
         for (first, piece) in (0..).step_by(PIECE).zip(taken.chunks_mut(PIECE)) {
-            self.0.lock().slots.take(found, first, piece)?;
+            pages += self.0.lock().slots.take(found, first, piece)?;
         }
         self.0.lock().taken(&self.0.limiter);
         self.0.limiter.vm().note_taken(sys::now());
-        Ok(())
+        Ok(pages)
     }
 
-    /// Ors the backup bitmap of a slot into `taken`.
-    fn backup_log(&self, slot: u32, found: Found, taken: &mut [u64]) -> Result<(), Error> {
-        let Err(error) = self.0.kernel.backup_log(slot, taken) else { return Ok(()) };
+    /// What was published so far, and nothing else.
+    #[cfg(test)]
+    pub(crate) fn take_published(&self, slot: u32) -> Result<Vec<u64>, Error> {
+        Round::<Running> { limit: self, published: 0, held_back: 0, state: PhantomData }.take(slot)
+    }
+
+    /// Makes the pages of a slot dirty that its backup bitmap names.
+    fn backup_log(&self, found: Found) -> Result<(), Error> {
+        let mut words = vec![0; found.words];
+        let error = match self.0.kernel.backup_log(found.slot, &mut words) {
+            Ok(()) => {
+                for (first, piece) in (0..).step_by(PIECE).zip(words.chunks(PIECE)) {
+                    self.0.lock().slots.put_back(found, first, piece)?;
+                }
+                return Ok(());
+            }
+            Err(error) => error,
+        };
         if error.raw_os_error() != Some(libc::EFAULT) {
             return Err(system("KVM_GET_DIRTY_LOG")(error));
         }
-        // KVM has forgotten which they were.
+        // The slot is larger in KVM, which has forgotten the log all the same: all that it may have named.
         for first in (0..found.words).step_by(PIECE) {
             self.0.lock().slots.soil(found, first, PIECE)?;
         }
-        Err(Error::SlotTooShort { slot, pages: found.pages })
+        Err(Error::SlotTooShort { slot: found.slot, pages: found.pages })
     }
 
-    /// [`DirtyLimit::sync`], but for what it tells: for callers that must go on all the same.
+    /// Everything that was logged before the call is published, and nobody told of unknown pages: for callers that must go on
+    /// all the same.
     pub(crate) fn collect_all(&self) -> Result<(), Error> {
-        self.sweep(|place| place.ring().held_back()).map(drop)
+        self.sweep::<Stopped>(|place| place.ring().held_back()).map(drop)
     }
 
     /// An error if pages of unknown slots were collected since the last call, by any thread.
@@ -173,35 +242,35 @@ impl DirtyLimit {
     }
 
     /// Collects of each ring as much as `choose` says of it at the start, in batches between which others get the lock.
-    fn sweep(&self, choose: impl FnMut(&mut Place) -> u32) -> Result<Pass, Error> {
+    fn sweep<S>(&self, choose: impl FnMut(&mut Place) -> u32) -> Result<Round<'_, S>, Error> {
         let swept = self.sweep_untold(choose);
         events::tell(&self.0, sys::now());
         swept
     }
 
-    fn sweep_untold(&self, mut choose: impl FnMut(&mut Place) -> u32) -> Result<Pass, Error> {
+    fn sweep_untold<S>(&self, mut choose: impl FnMut(&mut Place) -> u32) -> Result<Round<'_, S>, Error> {
         let mut left = BTreeMap::new();
         self.meter_each(|id, place| {
             left.insert(id, choose(place));
         });
         self.limiter(VmLimiter::fold);
-        let mut pass = Pass::default();
+        let mut sum = 0;
         loop {
             let mut harvest = self.0.lock();
-            let published = harvest.collect(&*self.0.kernel, |id, place, room| {
+            let count = harvest.collect(&*self.0.kernel, |id, place, room| {
                 let Some(left) = left.get_mut(&id) else { return 0 };
                 // Others may have collected some meanwhile, oldest first, as we do.
                 let count = (*left).min(place.ring().held_back()).min(room);
                 *left -= count;
                 count
             })?;
-            pass.published += u64::from(published);
-            if published == 0 {
+            sum += u64::from(count);
+            if count == 0 {
                 if self.0.kick.ends_runs() {
                     harvest.kick_emptied();
                 }
-                pass.held_back = harvest.places.values().map(|place| u64::from(place.ring().held_back())).sum();
-                return Ok(pass);
+                let held_back = harvest.places.values().map(|place| u64::from(place.ring().held_back())).sum();
+                return Ok(Round { limit: self, published: sum, held_back, state: PhantomData });
             }
         }
     }

@@ -88,12 +88,39 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
-    /// The slot is known already.
-    #[error("memory slot {0:#x} is added already: remove it before it is reused")]
-    SlotExists(u32),
+    /// The slot is known already, with another size.
+    #[error(
+        "memory slot {slot:#x} is added already, with {pages} pages: remove it before it is added with another size"
+    )]
+    SlotExists {
+        /// Which.
+        slot: u32,
+        /// Its size as added.
+        pages: u64,
+    },
     /// No such slot.
     #[error("no memory slot {0:#x}: add it (address space << 16 | slot) before it is created in KVM")]
     NoSlot(u32),
+    /// The bitmap is too short for the slot.
+    #[error("a bitmap of {given} words for memory slot {slot:#x}, which takes {needed}: a bit a page, 64 a word")]
+    BitmapSize {
+        /// Which.
+        slot: u32,
+        /// The words that were given.
+        given: usize,
+        /// Those that it takes.
+        needed: usize,
+    },
+    /// Pages that the slot does not have.
+    #[error("pages up to {end} of memory slot {slot:#x}, which has {pages}")]
+    PagesBeyond {
+        /// Which.
+        slot: u32,
+        /// Where the range ends.
+        end: u64,
+        /// The slot's size as added.
+        pages: u64,
+    },
     /// A slot of no pages, or of more than KVM can have.
     #[error("memory slot {slot:#x} of {pages} pages: it must have 1 to 2^31 - 1")]
     SlotSize {
@@ -201,16 +228,19 @@ impl Error {
     pub fn errno(&self) -> i32 {
         match self {
             Self::Unsupported | Self::NoBitmap => libc::EOPNOTSUPP,
-            Self::RingSize { .. } | Self::SlotSize { .. } | Self::SlotTooShort { .. } | Self::KickSignal { .. } => {
-                libc::EINVAL
-            }
+            Self::RingSize { .. }
+            | Self::SlotSize { .. }
+            | Self::SlotTooShort { .. }
+            | Self::BitmapSize { .. }
+            | Self::PagesBeyond { .. }
+            | Self::KickSignal { .. } => libc::EINVAL,
             Self::Enable { source, .. }
             | Self::EnableBitmap(source)
             | Self::ManualProtect(source)
             | Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
             Self::NoSlot(_) | Self::NoVcpu(_) | Self::UnknownPages { .. } => libc::ENOENT,
             Self::VcpuBusy(_) | Self::KickSignalTaken(_) | Self::UsedRing(_) => libc::EBUSY,
-            Self::SlotExists(_) | Self::SameVcpu { .. } => libc::EEXIST,
+            Self::SlotExists { .. } | Self::SameVcpu { .. } => libc::EEXIST,
             Self::OtherVcpu(_) => libc::EBADF,
             Self::ForeignVcpu(_) => libc::EXDEV,
             Self::NoRing { .. } => libc::ENXIO,

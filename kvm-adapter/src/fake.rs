@@ -174,6 +174,11 @@ impl Fake {
         self.state().write(vcpu, page)
     }
 
+    /// KVM_RUN returns with a full ring, wherever that is.
+    pub(crate) fn exit_full(&self, vcpu: usize) {
+        self.state().exit_full(vcpu);
+    }
+
     /// The vCPU leaves the guest for a moment, as for a timer's interrupt: its CPU hands over what it has logged.
     pub(crate) fn interrupt(&self, vcpu: usize) {
         self.state().rings[vcpu].hand_over();

@@ -30,7 +30,7 @@ pub enum Kick {
     /// after that may be kicked at once. The signal gets a handler, which does no more than to block it again where the VMM
     /// has opened it. Not for VMMs that use `KVM_SET_SIGNAL_MASK` themselves.
     Signal(i32),
-    /// The VMM, by its own means: when a limit was set, and when [`crate::Paid::kick_after`] has passed since
+    /// The VMM, by its own means: when a limit was set, and when [`crate::Decision::Enter`]'s `kick_after` has passed since
     /// [`crate::Vcpu::before_run`] returned.
     Vmm,
 }

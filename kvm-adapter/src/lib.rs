@@ -11,8 +11,9 @@
 //! | before a memory slot is created, deleted | [`DirtyLimit::add_slot`], [`DirtyLimit::remove_slot`] |
 //! | after `KVM_CREATE_VCPU` | [`DirtyLimit::add_vcpu`]: a [`Vcpu`] beside the VMM's own handle |
 //! | before each `KVM_RUN` | [`Vcpu::before_run`] |
-//! | at exit 31 | [`Vcpu::ring_full`], from the first instruction on, limit or not |
-//! | instead of `KVM_GET_DIRTY_LOG` | [`DirtyLimit::pass`] and [`DirtyLimit::take_published`] while it runs, [`DirtyLimit::take_dirty_log`] at the end |
+//! | at exit 31 | nothing: the next [`Vcpu::before_run`] sees it, from the first instruction on, limit or not |
+//! | instead of `KVM_GET_DIRTY_LOG` | [`DirtyLimit::round`] while it runs, [`DirtyLimit::last_round`] at the end, and [`Round::merge`] for each slot |
+//! | where the VMM or a device writes guest memory | [`DirtyLimit::mark_dirty`] |
 //! | where vCPUs are kicked | [`Interrupter::interrupt`], if the kick is not a signal to the thread |
 //! | control plane | [`DirtyLimit::set_limit`], [`DirtyLimit::cancel`], [`DirtyLimit::set_vm_limit`], [`DirtyLimit::query`] |
 //! | event loop, or once | [`DirtyLimit::tick`], or [`DirtyLimit::throttle_thread`] |
@@ -81,7 +82,7 @@ mod vcpu;
 mod vm;
 
 pub use caps::{Caps, Config};
-pub use dirty_log::Pass;
+pub use dirty_log::{Round, Running, Stopped};
 pub use dirtylimit_core::{Paced, PageRate, Shipped, Status, Stepped, Unenforced};
 pub use error::Error;
 #[cfg(feature = "planted-bugs")]
@@ -95,7 +96,7 @@ pub use seat::Interrupter;
 #[doc(hidden)]
 pub use sys::PlantedBug;
 pub use throttle::ThrottleThread;
-pub use vcpu::{Paid, Vcpu};
+pub use vcpu::{Decision, Vcpu};
 
 /// The exit reason of a full dirty ring (`KVM_EXIT_DIRTY_RING_FULL`); kvm-ioctls hands it over as
 /// `VcpuExit::Unsupported(31)`.

@@ -150,8 +150,11 @@ impl Seat {
             // changes the word, and the futex does not sleep.
             let word = self.wake.load(Ordering::Acquire);
             let now = sys::now();
-            if self.interrupts() != known || self.immediate_exit() || stop() {
+            if self.interrupts() != known || stop() {
                 return Ended::Wanted;
+            }
+            if self.immediate_exit() {
+                return Ended::Hurry;
             }
             if now >= until {
                 return Ended::Due;

@@ -36,6 +36,10 @@ impl Slot {
         Ok(Self { pages, birth: 0, logged, dirty, suspect: BTreeSet::new() })
     }
 
+    fn found(&self, slot: u32) -> Found {
+        Found { slot, birth: self.birth, pages: self.pages, words: self.dirty.len() }
+    }
+
     /// The words of the page numbers from `first` on, as far as there are both.
     fn words(&self, first: usize, count: usize) -> Range<usize> {
         let end = first.saturating_add(count).min(self.dirty.len());
@@ -46,7 +50,7 @@ impl Slot {
 /// A slot between two looks at it: which, and that it is still the same.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Found {
-    slot: u32,
+    pub(crate) slot: u32,
     birth: u64,
     pub(crate) pages: u64,
     /// Words of its bitmaps.
@@ -85,9 +89,12 @@ pub(crate) struct Unknown {
 }
 
 impl Slots {
+    /// Again as large as it is already: it stays as it is.
     pub(crate) fn add(&mut self, number: u32, slot: Slot) -> Result<(), Error> {
-        if self.slots.contains_key(&number) {
-            return Err(Error::SlotExists(number));
+        match self.slots.get(&number) {
+            Some(known) if known.pages == slot.pages => return Ok(()),
+            Some(known) => return Err(Error::SlotExists { slot: number, pages: known.pages }),
+            None => {}
         }
         self.births += 1;
         self.slots.insert(number, Slot { birth: self.births, ..slot });
@@ -96,10 +103,10 @@ impl Slots {
     }
 
     /// What is returned is to be dropped without the lock.
-    pub(crate) fn remove(&mut self, slot: u32) -> Result<Slot, Error> {
-        let gone = self.slots.remove(&slot).ok_or(Error::NoSlot(slot))?;
+    pub(crate) fn remove(&mut self, slot: u32) -> Option<Slot> {
+        let gone = self.slots.remove(&slot)?;
         self.removed.insert(slot);
-        Ok(gone)
+        Some(gone)
     }
 
     /// Whether there was such a slot, and is none now.
@@ -108,8 +115,11 @@ impl Slots {
     }
 
     pub(crate) fn find(&self, slot: u32) -> Result<Found, Error> {
-        let Slot { birth, pages, dirty, .. } = self.slots.get(&slot).ok_or(Error::NoSlot(slot))?;
-        Ok(Found { slot, birth: *birth, pages: *pages, words: dirty.len() })
+        self.slots.get(&slot).map(|known| known.found(slot)).ok_or(Error::NoSlot(slot))
+    }
+
+    pub(crate) fn all(&self) -> Vec<Found> {
+        self.slots.iter().map(|(number, slot)| slot.found(*number)).collect()
     }
 
     fn again(&mut self, found: Found) -> Result<&mut Slot, Error> {
@@ -151,24 +161,44 @@ impl Slots {
     }
 
     /// Ors the published pages of a slot into `taken`, from word `first` on; from now on they count as clean, but for the
-    /// suspect ones.
-    pub(crate) fn take(&mut self, found: Found, first: usize, taken: &mut [u64]) -> Result<(), Error> {
+    /// suspect ones. How many they are.
+    pub(crate) fn take(&mut self, found: Found, first: usize, taken: &mut [u64]) -> Result<u64, Error> {
         #[cfg(test)]
         {
             self.pieces += 1;
         }
         let slot = self.again(found)?;
         let words = slot.words(first, taken.len());
-        let before = words.start as u64 * BITS;
-        for page in slot.suspect.range(before..words.end as u64 * BITS) {
-            put(taken, page - before, true);
+        for page in slot.suspect.range(words.start as u64 * BITS..words.end as u64 * BITS) {
+            put(&mut slot.dirty, *page, true);
         }
+        let mut pages = 0;
         for (dirty, taken) in slot.dirty[words].iter_mut().zip(taken) {
             // Memory that was never written is not touched.
             if *dirty != 0 {
+                pages += u64::from(dirty.count_ones());
                 *taken |= std::mem::take(dirty);
             }
         }
+        Ok(pages)
+    }
+
+    /// Makes pages dirty whose bits are set in `words`, from word `first` on.
+    pub(crate) fn put_back(&mut self, found: Found, first: usize, words: &[u64]) -> Result<(), Error> {
+        let slot = self.again(found)?;
+        let range = slot.words(first, words.len());
+        slot.dirty[range]
+            .iter_mut()
+            .zip(words)
+            .filter(|(_, word)| **word != 0)
+            .for_each(|(dirty, word)| *dirty |= word);
+        Ok(())
+    }
+
+    /// Makes a range of pages dirty, all of which are the slot's.
+    pub(crate) fn mark(&mut self, found: Found, pages: Range<u64>) -> Result<(), Error> {
+        let slot = self.again(found)?;
+        pages.for_each(|page| _ = put(&mut slot.dirty, page, true));
         Ok(())
     }
 
@@ -267,11 +297,13 @@ mod tests {
     #[test]
     fn bad_slots_are_refused() {
         let mut slots = slots();
-        assert!(matches!(slots.add(1, Slot::new(1, 5).unwrap()), Err(Error::SlotExists(1))));
+        slots.add(1, Slot::new(1, 100).unwrap()).unwrap(); // as it is
+        let other = slots.add(1, Slot::new(1, 5).unwrap());
+        assert!(matches!(other, Err(Error::SlotExists { slot: 1, pages: 100 })));
         for pages in [0, 1 << 31, u64::MAX] {
             assert!(matches!(Slot::new(7, pages), Err(Error::SlotSize { slot: 7, .. })));
         }
-        assert!(matches!(slots.remove(7), Err(Error::NoSlot(7))));
+        assert!(slots.remove(7).is_none());
         assert!(matches!(slots.find(7), Err(Error::NoSlot(7))));
         let found = slots.find(1).unwrap();
         slots.remove(1).unwrap();

@@ -11,17 +11,19 @@ use crate::seat::{Interrupter, Seat};
 use crate::sys;
 use crate::vm::Vm;
 
-/// What [`Vcpu::before_run`] did.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Paid {
-    /// How long it paused.
-    pub paused: Duration,
-    /// A signal, the [`Interrupter`], `immediate_exit` or `stop` ended it: the thread is wanted elsewhere. What is owed
-    /// stays owed.
-    pub interrupted: bool,
-    /// The vCPU should not run for longer than that: its ring cannot end its slice. A timer is armed with
-    /// [`crate::Kick::Signal`]; with [`crate::Kick::Vmm`] the VMM makes KVM_RUN return.
-    pub kick_after: Option<Duration>,
+/// What the vCPU's thread is to do after [`Vcpu::before_run`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use = "where it is to return, KVM_RUN might return at once, again and again"]
+pub enum Decision {
+    /// Call KVM_RUN.
+    Enter {
+        /// The vCPU should not run for longer than that: its ring cannot end its slice. With [`crate::Kick::Vmm`] the VMM makes
+        /// KVM_RUN return; with [`crate::Kick::Signal`] a timer is armed.
+        kick_after: Option<Duration>,
+    },
+    /// A signal, the [`Interrupter`] or `stop` ended a pause: the VMM wants its thread for something else. See to that first,
+    /// and call [`Vcpu::before_run`] again: what is owed stays owed, and the ring may be full.
+    Return,
 }
 
 /// One vCPU, as its thread sees it: a field beside the VMM's own handle.
@@ -38,6 +40,8 @@ pub struct Vcpu {
     prompt: bool,
     /// Interrupts that were answered.
     answered: u32,
+    /// How long the last call paused.
+    paused: Duration,
 }
 
 impl Vcpu {
@@ -46,7 +50,7 @@ impl Vcpu {
         let cell = seat.cell(&vm.limiter);
         let machine = Machine::new(cell, vm.ring_entries, vm.kick.ends_runs(), vm.kick == Kick::Auto);
         let answered = seat.interrupts();
-        Self { vm, seat, machine, kicker, prompt: false, answered }
+        Self { vm, seat, machine, kicker, prompt: false, answered, paused: Duration::ZERO }
     }
 
     /// Whether it has made timers.
@@ -60,12 +64,9 @@ impl Vcpu {
         Interrupter(self.seat.clone())
     }
 
-    /// To be called when KVM_RUN returned [`crate::EXIT_DIRTY_RING_FULL`] (kvm-ioctls: `VcpuExit::Unsupported(31)`). The
-    /// work is done by [`Vcpu::before_run`], which sees that exit even so; calling it twice, or for the stale exit reason of
-    /// a KVM_RUN that failed, does no harm. The exit's reason in `kvm_run` becomes `KVM_EXIT_INTR` once it is noted.
-    pub fn ring_full(&mut self) {
-        self.machine.say_full();
-        self.note_exit();
+    /// How long the last [`Vcpu::before_run`] paused; [`crate::Status::totals`] has the sum.
+    pub fn paused(&self) -> Duration {
+        self.paused
     }
 
     /// Notes a full exit, if there was one since the last call.
@@ -76,16 +77,19 @@ impl Vcpu {
     }
 
     /// To be called before each KVM_RUN: pays what is owed and frees room in a full ring. Two loads when there is neither.
+    /// It sees for itself whether KVM_RUN returned with a full ring ([`crate::EXIT_DIRTY_RING_FULL`]; kvm-ioctls:
+    /// `VcpuExit::Unsupported(31)`), so the VMM does nothing at that exit but come here; the exit's reason in `kvm_run` becomes
+    /// `KVM_EXIT_INTR` once it is noted, so that a KVM_RUN that fails leaves no stale one.
     ///
     /// Pauses at most `max_pause` a call, and 2.1 ms where others hold the VM's lock, but where a lump takes longer: nothing
     /// ends it ([`crate::Kick::Off`]), or timers miss too many. The kernel ends a pause up to the thread's timer slack late,
-    /// 50 µs unless PR_SET_TIMERSLACK says less. KVM_RUN may follow in any case: a ring that is still full exits again at
-    /// once.
+    /// 50 µs unless PR_SET_TIMERSLACK says less. With `immediate_exit` set there is no pause: the VMM wants KVM_RUN to be
+    /// called.
     ///
     /// # Errors
     /// [`Error::Wedged`], and what a reset may answer.
     #[inline]
-    pub fn before_run(&mut self) -> Result<Paid, Error> {
+    pub fn before_run(&mut self) -> Result<Decision, Error> {
         self.before_run_unless(|| false)
     }
 
@@ -95,24 +99,25 @@ impl Vcpu {
     /// # Errors
     /// As [`Vcpu::before_run`].
     #[inline]
-    pub fn before_run_unless(&mut self, mut stop: impl FnMut() -> bool) -> Result<Paid, Error> {
+    pub fn before_run_unless(&mut self, mut stop: impl FnMut() -> bool) -> Result<Decision, Error> {
+        self.paused = Duration::ZERO;
         let is_quiet = || self.machine.is_quiet(self.seat.cell(&self.vm.limiter));
         if !self.seat.is_full() && !self.kicker.is_due(&self.seat) && is_quiet() {
-            return Ok(Paid::default());
+            return Ok(Decision::Enter { kick_after: None });
         }
         self.pay(&mut stop)
     }
 
     #[cold]
-    fn pay(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Paid, Error> {
+    fn pay(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Decision, Error> {
         self.note_exit();
         self.kicker.disarm(&self.seat, self.machine.is_run_over())?;
         self.wake_promptly();
-        let paid = self.drive(stop);
-        if paid.is_err() {
+        let decision = self.drive(stop);
+        if decision.is_err() {
             self.machine.failed(self.seat.cell(&self.vm.limiter));
         }
-        paid
+        decision
     }
 
     /// With [`crate::Config::prompt`], from the first pause under a limit until it is lifted.
@@ -126,10 +131,9 @@ impl Vcpu {
     }
 
     /// Takes the machine's steps up to the entry.
-    fn drive(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Paid, Error> {
+    fn drive(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Decision, Error> {
         let (vm, seat) = (self.vm.clone(), self.seat.clone());
         let (words, cell) = (vm.limiter.vm(), seat.cell(&vm.limiter));
-        let mut paid = Paid::default();
         let mut now = sys::now();
         let mut step = self.machine.begin(now, words, cell);
         loop {
@@ -140,20 +144,16 @@ impl Vcpu {
                     let ended = seat.pause(until, cell, penalty, self.answered, stop);
                     now = sys::now();
                     if self.machine.has_paused(from) {
-                        paid.paused += Duration::from_nanos(now - from);
+                        self.paused += Duration::from_nanos(now - from);
                     }
                     self.machine.paused(from, now, ended, words, cell)
                 }
                 Step::Reset => self.reset(now)?,
-                Step::Enter(run) => {
-                    self.arm(run, &mut paid);
-                    return Ok(paid);
-                }
+                Step::Enter(run) => return Ok(Decision::Enter { kick_after: self.arm(run) }),
                 Step::Return(run) => {
                     self.answered = seat.interrupts();
-                    paid.interrupted = true;
-                    self.arm(run, &mut paid);
-                    return Ok(paid);
+                    self.arm(run);
+                    return Ok(Decision::Return);
                 }
                 Step::Wedged(exits) => return Err(Error::Wedged { id: seat.id, exits }),
             }
@@ -187,16 +187,16 @@ impl Vcpu {
         Ok(machine.reset_done(now, cell))
     }
 
-    /// Arms what is to end the run to come.
-    fn arm(&mut self, run: Run, paid: &mut Paid) {
+    /// Arms what is to end the run to come; when the VMM is to, if it is its part.
+    fn arm(&mut self, run: Run) -> Option<Duration> {
         if let Some(time) = run.kick_after {
-            paid.kick_after = Some(Duration::from_nanos(time));
             self.kicker.arm(time);
         }
         if let Some(times) = run.timers {
             self.machine.armed(sys::now());
             self.kicker.arm_timers(times);
         }
+        run.kick_after.map(Duration::from_nanos)
     }
 }
 

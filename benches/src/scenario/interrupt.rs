@@ -7,9 +7,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use dirtylimit_kvm::{Config, DirtyLimit, Interrupter, PageRate, ThrottleThread};
+use dirtylimit_kvm::{Config, Decision, DirtyLimit, Interrupter, PageRate, ThrottleThread};
 
-use crate::guest::kvm::{Exit, Kicker, Load, Machine, SLOT};
+use crate::guest::kvm::{Kicker, Load, Machine, SLOT};
 use crate::payload::{self, Mode};
 
 /// The longest pause that there is: interruptions come much sooner.
@@ -56,13 +56,13 @@ impl Paused {
         let drive = move || {
             cpu.bind_to_this_thread();
             while !stopped.load(Relaxed) {
-                let paid = vcpu.before_run()?;
+                let decision = vcpu.before_run()?;
                 let now = Instant::now();
-                if paid.interrupted && !stopped.load(Relaxed) {
+                if decision == Decision::Return && !stopped.load(Relaxed) {
                     // What was owed still is, so the next turn pauses on.
                     tell.send(now).context("nobody listens")?;
-                } else if cpu.run()? == Exit::RingFull {
-                    vcpu.ring_full();
+                } else {
+                    cpu.run()?;
                 }
             }
             Ok(())

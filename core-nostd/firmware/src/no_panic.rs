@@ -137,7 +137,6 @@ fn machines() {
     any(Machine::is_quiet(&machine, cell));
     any(Machine::is_run_over(&machine));
     Machine::full_exit(&mut machine, cell);
-    Machine::say_full(any(&mut machine));
     let machine = any(&mut machine);
     any(Machine::begin(machine, any(0), vm, cell));
     any(Machine::busy(machine, any(0), cell));

@@ -41,7 +41,7 @@ fn the_bitmap_comes_after_the_ring_and_into_every_take() {
     let limit = fake.limit(&Config::new()).unwrap();
     assert_eq!(fake.enabled(), [(ACQ_REL, 65_536), (BITMAP, 0)]);
     limit.add_slot(SLOT, 200).unwrap();
-    assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()), [69]);
+    assert_eq!(pages(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()), [69]);
 }
 
 #[test]
@@ -102,12 +102,12 @@ fn a_take_is_all_or_nothing() {
     let log = (0..100).collect::<Vec<_>>();
     fake.write_all(0, log.iter().copied());
     fake.backup_fails(Some(libc::ENOENT));
-    assert_eq!(limit.take_dirty_log(SLOT).unwrap_err().errno(), libc::ENOENT);
+    assert_eq!(limit.last_round().and_then(|round| round.take(SLOT)).unwrap_err().errno(), libc::ENOENT);
     assert_eq!(pages(&limit.take_published(SLOT).unwrap()), log);
     fake.write_all(0, log.iter().copied());
-    assert_eq!(limit.take_dirty_log(SLOT).unwrap_err().errno(), libc::ENOENT);
+    assert_eq!(limit.last_round().and_then(|round| round.take(SLOT)).unwrap_err().errno(), libc::ENOENT);
     fake.backup_fails(None);
-    assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()), log);
+    assert_eq!(pages(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()), log);
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn a_slot_that_is_larger_in_kvm_is_told_and_dirty_as_a_whole() {
     let fake = Fake::new().with(BITMAP, 1);
     let limit = fake.small();
     fake.backup_fails(Some(libc::EFAULT));
-    let error = limit.take_dirty_log(SLOT).unwrap_err();
+    let error = limit.last_round().and_then(|round| round.take(SLOT)).unwrap_err();
     assert!(matches!(error, Error::SlotTooShort { slot: SLOT, pages: PAGES }), "{error}");
     assert_eq!(pages(&limit.take_published(SLOT).unwrap()), (0..PAGES).collect::<Vec<_>>());
     assert_eq!(pages(&limit.take_published(SLOT).unwrap()), [0; 0]);

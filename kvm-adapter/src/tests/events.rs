@@ -104,12 +104,11 @@ fn a_limited_vcpu_that_runs_and_ticks_that_come_tell_nothing() {
     told();
     for round in 0..20 {
         assert!(fake.write_all(0, (0..PAGES).cycle().skip(round * 1000).take(5000)) > 0);
-        vcpu.ring_full();
         while fake.write_all(0, 0..1) == 0 {
-            vcpu.before_run().unwrap();
+            _ = vcpu.before_run().unwrap();
         }
         limit.tick();
-        limit.pass().unwrap();
+        drop(limit.round().unwrap());
     }
     assert!(limit.query(0).unwrap().totals.full_exits > 0);
     assert_eq!(told(), []);
@@ -121,13 +120,12 @@ fn what_vcpu_threads_meet_is_told_by_the_next_tick_alone() {
     let mut vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
     let mut full = || {
         fake.write_all(0, 0..PAGES);
-        vcpu.ring_full();
         vcpu.before_run().map_err(|error| error.errno())
     };
     limit.tick();
     told();
     fake.script([Goes::Disturbed]);
-    full().unwrap();
+    _ = full().unwrap();
     assert_eq!(told(), []);
     limit.tick();
     assert!(matches!(&told()[..], [(Warn, message)] if message.starts_with("1 resets were short or disturbed")));
@@ -142,11 +140,11 @@ fn what_vcpu_threads_meet_is_told_by_the_next_tick_alone() {
     assert!(failed.iter().any(|(level, message)| *level == Error && message.contains("errno 19")), "{failed:?}");
     assert_eq!(failed.iter().filter(|(level, _)| *level == Error).count(), 1, "{failed:?}");
     fake.always(None);
-    full().unwrap();
+    _ = full().unwrap();
     limit.tick();
     assert_eq!(told(), info("KVM_RESET_DIRTY_RINGS works again"));
 
-    limit.take_dirty_log(crate::fake::SLOT).unwrap();
+    limit.last_round().and_then(|round| round.take(crate::fake::SLOT)).unwrap();
     fake.wedge(0);
     while full() != Err(libc::EIO) {}
     assert_eq!(told(), []);
@@ -163,8 +161,8 @@ fn a_soft_limit_that_is_not_as_assumed_is_told() {
     limit.tick();
     told();
     fake.write_all(0, 0..500);
-    vcpu.ring_full();
-    vcpu.before_run().unwrap();
+    fake.exit_full(0);
+    _ = vcpu.before_run().unwrap();
     assert_eq!(told(), []);
     limit.tick();
     assert_eq!(told(), info("a ring is full at 500 entries, not 960"));
@@ -189,8 +187,8 @@ fn a_tick_that_comes_too_late_says_so() {
     assert_eq!(late(), [lapsed.clone(), holds.clone()]);
     // Where no tick ever comes, the thread that takes the log tells.
     limit.vm().limiter.tick(sys::now() - 2 * VmCell::LEASE);
-    limit.pass().unwrap();
-    limit.pass().unwrap();
+    drop(limit.round().unwrap());
+    drop(limit.round().unwrap());
     assert_eq!(told(), [lapsed]);
     limit.tick();
     assert_eq!(told(), [holds]);
@@ -209,10 +207,10 @@ fn a_limit_that_is_not_enforced_is_told_once_and_when_it_is_again() {
     let mut seconds = |pages| {
         for _ in 0..3 {
             assert_eq!(u64::from(fake.write_all(0, 0..pages)), pages, "a ring that fills");
-            limit.take_dirty_log(SLOT).unwrap();
+            limit.last_round().and_then(|round| round.take(SLOT)).unwrap();
             now += SECOND;
             limit.vm().limiter.tick(now);
-            limit.sync().unwrap();
+            limit.last_round().map(drop).unwrap();
         }
         told()
     };
@@ -248,10 +246,10 @@ fn a_vcpu_whose_full_exits_nobody_serves_is_told_once() {
     let unserved = "vCPU 3 left KVM_RUN with a full ring over a second ago, and its thread has not called before_run since: it \
                     is stopped, or the VMM forgets to";
     assert_eq!(seconds(30), [(Warn, unserved.to_owned())], "once, and not of one that was not full");
-    first.before_run().unwrap();
+    _ = first.before_run().unwrap();
     fake.write_all(0, 0..PAGES);
     assert_eq!(seconds(9), [], "it goes on");
-    first.before_run().unwrap();
+    _ = first.before_run().unwrap();
     assert_eq!(seconds(30), [], "served");
     fake.write_all(0, 2000..PAGES);
     assert_eq!(seconds(30), [(Warn, unserved.to_owned())], "again");

@@ -45,7 +45,7 @@ fn a_sweep_kicks_those_whose_rings_no_longer_end_their_slices() {
     let slice = |slice| limit.vm().lock().places.get_mut(&0).unwrap().vcpu.assign(slice, true, false);
     let swept = || {
         let before = seat.kicks();
-        limit.sync().unwrap();
+        limit.last_round().map(drop).unwrap();
         (seat.kicks() - before, limit.vm().lock().places[&0].vcpu.slice())
     };
     slice(Some(960));

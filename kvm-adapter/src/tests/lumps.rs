@@ -21,7 +21,7 @@ fn runs_under(limit: u32, max_pause: Duration, lump: u32, own: Option<u64>) {
     // The first is of a ring of pages that are forgiven.
     let mut run = || {
         limiter.tick();
-        vcpu.before_run().unwrap();
+        _ = vcpu.before_run().unwrap();
         copy.take(&fake, &limiter.take_published(SLOT).unwrap());
         fake.run(0, own, &mut offsets)
     };
@@ -40,7 +40,7 @@ fn runs_under(limit: u32, max_pause: Duration, lump: u32, own: Option<u64>) {
     assert!(longest <= 4 && 6 * empty <= runs.len(), "{told}: {runs:?}");
     let allowed = f64::from(limit) * seconds;
     assert!(f64::from(wrote) <= 1.1 * allowed + f64::from(2 * lump + 16), "{told}");
-    copy.take(&fake, &limiter.take_dirty_log(SLOT).unwrap());
+    copy.take(&fake, &limiter.last_round().and_then(|round| round.take(SLOT)).unwrap());
     assert_eq!(copy.lost(&fake), 0, "{told}");
 }
 

@@ -1,4 +1,4 @@
-//! How much a running pass takes from the ring of a limited vCPU.
+//! Rounds: how much a running one takes from the ring of a limited vCPU, and how they are handed over.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use dirtylimit_core::Page;
 
 use crate::batch::Batch;
-use crate::fake::{Fake, SLOT};
+use crate::dirty_log::PIECE;
+use crate::fake::{Fake, PAGES, SLOT, pages};
 use crate::slots::{Slot, Slots};
-use crate::{DirtyLimit, PageRate, Vcpu};
+use crate::{DirtyLimit, Error, PageRate, Vcpu};
 
 /// A VM whose vCPU, with 960 entries to its soft limit, has written `pages` and does not know of its limit of a page in
 /// 10 ms: the host may stand still for seconds before the ring is what ends a pass.
@@ -24,14 +25,14 @@ fn unnoticed(pages: u64) -> (Fake, DirtyLimit, Vcpu) {
 fn a_pass_takes_what_the_limit_allows_of_who_has_not_noticed_it() {
     let (fake, limit, _vcpu) = unnoticed(960);
     let before = Instant::now();
-    assert_eq!((limit.pass().unwrap().published, limit.held_back(0).unwrap()), (0, 960));
+    assert_eq!((limit.round().unwrap().published(), limit.held_back(0).unwrap()), (0, 960));
     let (after, mut next, mut published, mut last) = (Instant::now(), 960, 0, Instant::now());
     for _ in 0..30 {
         // One page and a part of one.
         sleep(Duration::from_millis(16));
         limit.tick();
         last = Instant::now();
-        let taken = limit.pass().unwrap().published;
+        let taken = limit.round().unwrap().published();
         fake.write_all(0, next..next + taken);
         (published, next) = (published + taken, next + taken);
     }
@@ -43,14 +44,14 @@ fn a_pass_takes_what_the_limit_allows_of_who_has_not_noticed_it() {
 #[test]
 fn what_the_limit_allowed_and_nobody_wrote_is_not_kept_for_later() {
     let (fake, limit, _vcpu) = unnoticed(10);
-    limit.pass().unwrap();
+    drop(limit.round().unwrap());
     sleep(Duration::from_millis(200));
     limit.tick();
-    assert_eq!(limit.pass().unwrap().published, 10, "all that there is");
+    assert_eq!(limit.round().unwrap().published(), 10, "all that there is");
     limit.tick();
     let before = Instant::now();
     fake.write_all(0, 10..910);
-    let published = u128::from(limit.pass().unwrap().published);
+    let published = u128::from(limit.round().unwrap().published());
     assert!(published <= before.elapsed().as_millis() / 10 + 1, "{published}");
 }
 
@@ -59,8 +60,8 @@ fn a_pass_takes_what_a_slice_frees_and_no_more() {
     let (fake, limit, _, _vcpu) = super::vm();
     fake.write_all(0, 0..960);
     limit.vm().lock().places.get_mut(&0).unwrap().vcpu.assign(Some(10), true, false);
-    let pass = limit.pass().unwrap();
-    assert_eq!((pass.published, pass.held_back), (10, 950));
+    let pass = limit.round().unwrap();
+    assert_eq!((pass.published(), pass.held_back()), (10, 950));
 }
 
 #[test]
@@ -79,4 +80,56 @@ fn who_wrote_what_was_dirty_already_is_told_apart() {
     let mut merged = Vec::new();
     batch.publish(&mut slots, |vcpu, pages| merged.push((vcpu, pages)));
     assert_eq!(merged, [(0, 0), (1, 3)]);
+}
+
+#[test]
+fn a_round_is_ored_into_the_callers_words_and_forgotten_once_it_was_handed_over_whole() {
+    let (fake, limit, _, _vcpu) = super::vm();
+    fake.write_all(0, [3, 64, 9_999]);
+    let words = PAGES.div_ceil(64) as usize;
+    let round = limit.last_round().unwrap();
+    assert_eq!(round.published(), 3);
+    let mut bitmap = vec![0; words + 1];
+    (bitmap[0], bitmap[words]) = (1, 7);
+    assert!(matches!(
+        round.merge(SLOT, &mut bitmap[..words - 1]),
+        Err(Error::BitmapSize { slot: SLOT, given, needed }) if (given, needed) == (words - 1, words)
+    ));
+    assert!(matches!(round.merge(SLOT + 1, &mut bitmap), Err(Error::NoSlot(_))));
+    assert_eq!(round.merge(SLOT, &mut bitmap).unwrap(), 3);
+    assert_eq!((bitmap[0], bitmap[1], bitmap[words - 1], bitmap[words]), (0b1001, 1, 1 << (9_999 % 64), 7));
+    assert_eq!(round.merge(SLOT, &mut bitmap).unwrap(), 0, "once");
+}
+
+#[test]
+fn what_the_vmm_writes_itself_is_in_the_next_round_and_charged_to_nobody() {
+    let (fake, limit, _, _vcpu) = super::vm();
+    fake.write_all(0, [5]);
+    limit.mark_dirty(SLOT, 4..7).unwrap();
+    limit.mark_dirty(SLOT, 9_999..10_000).unwrap();
+    limit.mark_dirty(SLOT, 20..20).unwrap();
+    assert!(matches!(limit.mark_dirty(SLOT, 9..10_001), Err(Error::PagesBeyond { end: 10_001, pages: PAGES, .. })));
+    assert!(matches!(limit.mark_dirty(7, 0..1), Err(Error::NoSlot(7))));
+    let taken = limit.round().and_then(|round| round.take(SLOT)).unwrap();
+    assert_eq!(pages(&taken), [4, 5, 6, 9_999]);
+    assert_eq!(limit.query(0).unwrap().totals.net_pages, 1);
+    // A range of several pieces, of a slot that no vCPU writes.
+    let large = 64 * PIECE as u64 * 3;
+    limit.add_slot(9, large).unwrap();
+    limit.mark_dirty(9, 1..large - 1).unwrap();
+    let mut bitmap = vec![0; large as usize / 64];
+    assert_eq!(limit.round().and_then(|round| round.merge(9, &mut bitmap)).unwrap(), large - 2);
+    assert_eq!((bitmap[0], bitmap[PIECE], bitmap.last().copied()), (!1, u64::MAX, Some(u64::MAX >> 1)));
+}
+
+#[test]
+fn a_slot_is_added_and_removed_as_often_as_its_logging_is_switched() {
+    let (fake, limit, _, _vcpu) = super::vm();
+    fake.write_all(0, [5]);
+    limit.add_slot(SLOT, PAGES).unwrap();
+    assert_eq!(pages(&limit.round().and_then(|round| round.take(SLOT)).unwrap()), [5], "what is dirty stays so");
+    limit.remove_slot(SLOT).unwrap();
+    limit.remove_slot(SLOT).unwrap();
+    limit.add_slot(SLOT, PAGES).unwrap();
+    assert_eq!(pages(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()), [0; 0]);
 }

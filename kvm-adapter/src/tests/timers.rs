@@ -45,7 +45,6 @@ impl Guest {
                 self.fake.interrupt(0);
             }
         }
-        self.vcpu.ring_full();
         wrote
     }
 
@@ -55,10 +54,9 @@ impl Guest {
     }
 
     fn paid(&mut self) -> Duration {
-        let paid = self.vcpu.before_run().unwrap();
-        self.limit.pass().unwrap();
-        self.limit.take_published(SLOT).unwrap();
-        paid.paused
+        _ = self.vcpu.before_run().unwrap();
+        self.limit.round().unwrap().take(SLOT).unwrap();
+        self.vcpu.paused()
     }
 }
 
@@ -138,10 +136,10 @@ fn a_ring_that_others_took_from_proves_no_lumps() {
     let mut vcpus = [0, 1].map(|id| limit.add_vcpu(id, &fake.vcpu(1024)).unwrap());
     fake.write_all(0, 0..2000);
     limit.vm().lock().places.get_mut(&0).unwrap().vcpu.assign(Some(500), true, false);
-    assert_eq!(limit.pass().unwrap().published, 500, "between its exit and its thread");
+    assert_eq!(limit.round().unwrap().published(), 500, "between its exit and its thread");
     fake.write_all(1, 2000..4000);
-    vcpus[1].before_run().unwrap();
-    vcpus[0].before_run().unwrap();
+    _ = vcpus[1].before_run().unwrap();
+    _ = vcpus[0].before_run().unwrap();
     let harvest = limit.vm().lock();
     assert!(harvest.places.values().all(|place| !place.ring().has_lumps()));
 }

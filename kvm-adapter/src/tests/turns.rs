@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::vm;
 use crate::fake::{Fake, Goes, PAGES, SLOT, immediate_exit, pages};
-use crate::{DirtyLimit, Error, Interrupter, PageRate, Vcpu};
+use crate::{Decision, DirtyLimit, Error, Interrupter, PageRate, Vcpu};
 
 const SOFT: u32 = 960;
 
@@ -19,8 +19,7 @@ fn throttled(fake: &Fake, limit: &DirtyLimit, vcpu: &mut Vcpu, rate: u32) -> u32
     limit.set_limit(0, PageRate::from_pages_per_sec(rate)).unwrap();
     limit.tick();
     assert_eq!(fake.write_all(0, 0..PAGES), SOFT);
-    vcpu.ring_full();
-    vcpu.before_run().unwrap();
+    _ = vcpu.before_run().unwrap();
     slice(limit).expect("limited")
 }
 
@@ -29,7 +28,6 @@ fn one_page_a_second(fake: &Fake, limit: &DirtyLimit, vcpu: &mut Vcpu) {
     throttled(fake, limit, vcpu, 100_000);
     limit.set_limit(0, PageRate::from_pages_per_sec(1)).unwrap();
     assert!(fake.write_all(0, 2000..PAGES) > 0);
-    vcpu.ring_full();
 }
 
 #[test]
@@ -37,8 +35,8 @@ fn an_unlimited_vcpu_gets_its_whole_ring_and_pays_nothing() {
     let (fake, limit, _file, mut vcpu) = vm();
     for round in 0..5 {
         assert_eq!(fake.write_all(0, (0..PAGES).cycle().skip(round * 1000)), SOFT);
-        vcpu.ring_full();
-        assert_eq!(vcpu.before_run().unwrap().paused, Duration::ZERO);
+        _ = vcpu.before_run().unwrap();
+        assert_eq!(vcpu.paused(), Duration::ZERO);
     }
     assert_eq!((limit.query(0).unwrap().totals.full_exits, limit.stats().soft_limit), (5, SOFT));
 }
@@ -49,12 +47,11 @@ fn a_limited_vcpu_exits_after_exactly_its_slice() {
     let mut slice_now = throttled(&fake, &limit, &mut vcpu, 20_000);
     for round in 1..8 {
         assert_eq!(fake.write_all(0, (0..PAGES).skip(1000 * round)), slice_now);
-        vcpu.ring_full();
-        vcpu.before_run().unwrap();
+        _ = vcpu.before_run().unwrap();
         slice_now = slice(&limit).unwrap();
         assert!(slice_now < SOFT / 2);
         // Served twice for one exit, or without one: nothing changes.
-        vcpu.before_run().unwrap();
+        _ = vcpu.before_run().unwrap();
     }
     assert!(limit.query(0).unwrap().totals.paused_us > 0);
 }
@@ -63,12 +60,12 @@ fn a_limited_vcpu_exits_after_exactly_its_slice() {
 fn a_pass_leaves_the_slice_alone_and_a_take_is_complete() {
     let (fake, limit, _file, mut vcpu) = vm();
     let slice = throttled(&fake, &limit, &mut vcpu, 20_000);
-    let pass = limit.pass().unwrap();
-    assert_eq!((pass.published, pass.held_back), (0, u64::from(SOFT - slice)));
+    let pass = limit.round().unwrap();
+    assert_eq!((pass.published(), pass.held_back()), (0, u64::from(SOFT - slice)));
     assert_eq!((limit.held_back(0).ok(), limit.held_back(1).ok()), (Some(SOFT - slice), None));
     assert_eq!(pages(&limit.take_published(SLOT).unwrap()).len(), slice as usize);
     assert_eq!(limit.query(0).unwrap().totals.net_pages, u64::from(SOFT));
-    assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), (SOFT - slice) as usize);
+    assert_eq!(pages(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()).len(), (SOFT - slice) as usize);
     assert_eq!(limit.held_back(0).unwrap(), 0);
     let totals = limit.query(0).unwrap().totals;
     assert_eq!((totals.net_pages, totals.gross_pages), (u64::from(SOFT), u64::from(SOFT)));
@@ -85,13 +82,13 @@ fn a_page_counts_as_often_as_it_is_to_be_sent() {
         };
         let take = || pages(&limit.take_published(SLOT).unwrap()).len();
         fake.write_all(0, 5000..5100);
-        limit.sync().unwrap();
+        limit.last_round().map(drop).unwrap();
         fake.write_all(0, 5000..5040); // armed by the sync: logged again, not yet handed out
         assert_eq!(counted(), (140, 140));
         if taken_between {
             assert_eq!(take(), 100);
         }
-        limit.sync().unwrap();
+        limit.last_round().map(drop).unwrap();
         assert_eq!((take(), counted()), (if taken_between { 40 } else { 100 }, (140, 140)));
         fake.write_all(0, 6000..6050);
         // Sent once after all, 40 pages were counted twice: as many are free.
@@ -127,14 +124,13 @@ fn one_reset_serves_all_who_wait() {
 fn who_finds_the_lock_taken_lets_the_guest_try_again() {
     let (fake, limit, _file, mut vcpu) = vm();
     fake.write_all(0, 0..PAGES);
-    vcpu.ring_full();
     let locked = limit.vm().lock();
     thread::scope(|scope| {
         scope.spawn(|| vcpu.before_run().unwrap());
     });
     drop(locked);
     assert_eq!(fake.write_all(0, 0..PAGES), 0, "still full");
-    vcpu.before_run().unwrap();
+    _ = vcpu.before_run().unwrap();
     assert_eq!(fake.write_all(0, 5000..PAGES), SOFT);
 }
 
@@ -144,7 +140,6 @@ fn a_wedged_ring_is_an_error_after_a_bounded_number_of_exits() {
     fake.wedge(0);
     for exits in 1..=1000 {
         assert_eq!(fake.write_all(0, 0..1), 0);
-        vcpu.ring_full();
         match vcpu.before_run() {
             Ok(_) => {}
             Err(Error::Wedged { id: 0, exits: told }) => {
@@ -162,11 +157,10 @@ fn a_wedged_ring_is_an_error_after_a_bounded_number_of_exits() {
 fn what_a_reset_answers_reaches_the_vcpu_and_the_next_one_frees_it() {
     let (fake, _limit, _file, mut vcpu) = vm();
     fake.write_all(0, 0..PAGES);
-    vcpu.ring_full();
     fake.always(Some(Goes::Short(0)));
     assert!(matches!(vcpu.before_run(), Err(Error::ShortReset { .. })));
     fake.always(None);
-    vcpu.before_run().unwrap();
+    _ = vcpu.before_run().unwrap();
     assert!(fake.write(0, dirtylimit_core::Page { slot: SLOT, offset: 9000 }));
 }
 
@@ -176,12 +170,12 @@ fn immediate_exit_lets_through_unpaid() {
     one_page_a_second(&fake, &limit, &mut vcpu);
     immediate_exit(&file, true);
     for _ in 0..3 {
-        let paid = vcpu.before_run().unwrap();
-        assert!(paid.interrupted && paid.paused < Duration::from_millis(10), "{paid:?}");
+        assert!(matches!(vcpu.before_run().unwrap(), Decision::Enter { .. }), "to complete what it has begun");
+        assert!(vcpu.paused() < Duration::from_millis(10), "{vcpu:?}");
     }
     immediate_exit(&file, false);
-    let paid = vcpu.before_run().unwrap();
-    assert!(!paid.interrupted && paid.paused >= Duration::from_millis(10), "it stays owed: {paid:?}");
+    assert!(matches!(vcpu.before_run().unwrap(), Decision::Enter { .. }));
+    assert!(vcpu.paused() >= Duration::from_millis(10), "it stays owed: {vcpu:?}");
 }
 
 #[test]
@@ -191,14 +185,14 @@ fn an_interrupt_before_a_pause_ends_it_and_only_it() {
     one_page_a_second(&fake, &limit, &mut vcpu);
     interrupter.interrupt();
     interrupter.interrupt();
-    assert!(vcpu.before_run().unwrap().interrupted);
-    assert!(!vcpu.before_run().unwrap().interrupted, "two interrupts before a pause are one");
+    assert_eq!(vcpu.before_run().unwrap(), Decision::Return);
+    assert_ne!(vcpu.before_run().unwrap(), Decision::Return, "two interrupts before a pause are one");
     let mut asked = 0;
     let stop = || {
         asked += 1;
         true
     };
-    assert!(vcpu.before_run_unless(stop).unwrap().interrupted);
+    assert_eq!(vcpu.before_run_unless(stop).unwrap(), Decision::Return);
     assert_eq!(asked, 1);
 }
 
@@ -213,13 +207,13 @@ fn an_interrupt_and_a_cancel_end_a_pause_that_has_begun() {
         one_page_a_second(&fake, &limit, &mut vcpu);
         let interrupter = vcpu.interrupter();
         let (begun, waits) = std::sync::mpsc::channel();
-        let paid = thread::scope(|scope| {
+        let (decision, paused) = thread::scope(|scope| {
             let paying = scope.spawn(move || {
                 let stop = || {
                     let _ = begun.send(());
                     false
                 };
-                vcpu.before_run_unless(stop).unwrap()
+                (vcpu.before_run_unless(stop).unwrap(), vcpu.paused())
             });
             waits.recv().unwrap();
             if cancel {
@@ -229,8 +223,8 @@ fn an_interrupt_and_a_cancel_end_a_pause_that_has_begun() {
             }
             paying.join().unwrap()
         });
-        assert_eq!(paid.interrupted, !cancel);
-        assert!(paid.paused < Duration::from_secs(1), "{paid:?}");
+        assert_eq!(decision == Decision::Return, !cancel);
+        assert!(paused < Duration::from_secs(1), "{paused:?}");
     }
 }
 
@@ -240,15 +234,12 @@ fn a_handle_comes_back_to_the_same_ring() {
     assert!(matches!(limit.add_vcpu(0, &file), Err(Error::VcpuBusy(0))));
     assert!(matches!(limit.remove_vcpu(0), Err(Error::VcpuBusy(0))));
     fake.write_all(0, 0..PAGES);
-    let mut ended = vcpu;
-    ended.ring_full();
-    drop(ended);
+    drop(vcpu);
     let mut vcpu = limit.add_vcpu(0, &file).unwrap();
-    vcpu.before_run().unwrap();
-    vcpu.ring_full();
-    vcpu.before_run().unwrap();
+    _ = vcpu.before_run().unwrap();
+    _ = vcpu.before_run().unwrap();
     assert_eq!(fake.write_all(0, 5000..PAGES), SOFT);
-    assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), 2 * SOFT as usize);
+    assert_eq!(pages(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()).len(), 2 * SOFT as usize);
 }
 
 #[test]
@@ -261,7 +252,7 @@ fn a_removed_vcpu_leaves_its_pages_and_nothing_else() {
     assert!(matches!(limit.remove_vcpu(0), Err(Error::NoVcpu(0))));
     assert!(matches!(limit.query(0), Err(Error::NoVcpu(0))));
     assert_eq!(limit.vcpus(), [0; 0]);
-    assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()).len(), 70);
+    assert_eq!(pages(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()).len(), 70);
     let _new = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
     let status = limit.query(0).unwrap();
     assert_eq!((status.limit, status.totals.net_pages), (None, 0));

@@ -16,7 +16,7 @@ fn what_comes_while_a_vcpu_is_removed_is_not_lost() {
     fake.script([Goes::ThenWrites(9000), Goes::ThenWrites(9001)]);
     limit.remove_vcpu(0).unwrap();
     let mut copy = Copy::default();
-    copy.take(&fake, &limit.take_dirty_log(SLOT).unwrap());
+    copy.take(&fake, &limit.last_round().and_then(|round| round.take(SLOT)).unwrap());
     assert_eq!((copy.lost(&fake), fake.writes(9000), fake.writes(9001)), (0, 1, 1));
 }
 
@@ -50,7 +50,7 @@ fn what_was_collected_is_reset_before_its_ring_is_forgotten() {
     let (fake, limit, _file, _vcpu) = vm();
     fake.write_all(0, 0..100);
     fake.script([Goes::Fails(libc::EIO)]);
-    limit.sync().unwrap_err();
+    limit.last_round().map(drop).unwrap_err();
     limit.vm().lock().remove(0, &fake, &limit.vm().limiter).unwrap();
     let mut copy = Copy::default();
     copy.take(&fake, &limit.take_published(SLOT).unwrap());
@@ -100,25 +100,23 @@ fn a_vcpu_of_another_vm_is_told_until_it_is_removed_and_costs_no_page() {
     let mut foreign = limit.add_vcpu(1, &other.vcpu(1024)).unwrap();
     fake.write_all(0, 0..100);
     other.write_all(0, 5000..PAGES);
-    foreign.ring_full();
     let mut copy = Copy::default();
     for _ in 0..2 {
         assert!(matches!(foreign.before_run(), Err(Error::ForeignVcpu(1))));
-        assert!(matches!(limit.take_dirty_log(SLOT), Err(Error::ForeignVcpu(1))));
+        assert!(matches!(limit.last_round().and_then(|round| round.take(SLOT)), Err(Error::ForeignVcpu(1))));
         assert!(matches!(limit.remove_vcpu(0), Err(Error::VcpuBusy(0))));
     }
     // The others wait until then, and are told why; a reset that was disturbed proves nothing.
     fake.write_all(0, 100..2000);
-    vcpu.ring_full();
     assert!(matches!(vcpu.before_run(), Err(Error::ForeignVcpu(1))));
     fake.always(Some(Goes::FalseAlarm));
-    assert!(matches!(limit.sync(), Err(Error::ShortReset { .. })));
+    assert!(matches!(limit.last_round().map(drop), Err(Error::ShortReset { .. })));
     fake.always(None);
     drop((vcpu, foreign));
     assert!(matches!(limit.remove_vcpu(0), Err(Error::ForeignVcpu(1))));
     assert_eq!(limit.vcpus(), [0, 1], "the VM's own stays");
     limit.remove_vcpu(1).unwrap();
-    copy.take(&fake, &limit.take_dirty_log(SLOT).unwrap());
+    copy.take(&fake, &limit.last_round().and_then(|round| round.take(SLOT)).unwrap());
     assert_eq!((copy.lost(&fake), limit.vcpus()), (0, vec![0]));
     // One of which entries were given back is the VM's, whatever resets do later.
     fake.write_all(0, 0..10);
@@ -142,7 +140,7 @@ fn a_ring_that_was_consumed_is_refused_and_one_that_was_written_is_followed() {
     let early = fake.vcpu(1024);
     fake.write_all(1, 100..150);
     let _vcpu = limit.add_vcpu(1, &early).unwrap();
-    assert_eq!(pages(&limit.take_dirty_log(SLOT).unwrap()), (100..150).collect::<Vec<_>>());
+    assert_eq!(pages(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()), (100..150).collect::<Vec<_>>());
 }
 
 #[test]

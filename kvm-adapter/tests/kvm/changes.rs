@@ -58,7 +58,7 @@ fn slots_go_and_come_back_under_load() {
             let gone = 1 + round % 2;
             rig.stop(gone)?;
             rig.remove_slot(gone)?;
-            ensure!(matches!(rig.limit.take_published(u32::try_from(gone)?), Err(Error::NoSlot(_))));
+            ensure!(matches!(rig.limit.mark_dirty(u32::try_from(gone)?, 0..1), Err(Error::NoSlot(_))));
             rig.run_for(Duration::from_millis(20))?;
             rig.add_slot(gone)?;
             rig.start(gone)?;
@@ -119,7 +119,7 @@ fn a_thread_that_has_left_its_vcpu_is_not_kicked() {
         }
     };
     assert!(kicked(), "a limit is told to who runs");
-    vcpu.1.before_run().unwrap(); // takes the signal back
+    _ = vcpu.1.before_run().unwrap(); // takes the signal back
     drop(vcpu.1);
     assert!(!kicked());
 }

@@ -31,11 +31,8 @@ pub(crate) fn vcpu(machine: &Machine, limit: &DirtyLimit, index: usize) -> Resul
 /// Runs a vCPU on this thread, its exits served, until `enough` says so after one of them.
 pub(crate) fn drive((cpu, vcpu): &mut Limited, mut enough: impl FnMut(Exit) -> bool) -> Result<()> {
     loop {
-        vcpu.before_run()?;
+        _ = vcpu.before_run()?;
         let exit = cpu.run()?;
-        if exit == Exit::RingFull {
-            vcpu.ring_full();
-        }
         if enough(exit) {
             return Ok(());
         }

@@ -9,7 +9,7 @@ use crate::common::{Copy, here, machine, vcpu};
 use crate::rig::{Copying, Rig};
 use crate::stopped::{PAGE, alone};
 use anyhow::{Result, ensure};
-use dirtylimit_bench::guest::kvm::{Exit, Load, SLOT, kvm_or_skip};
+use dirtylimit_bench::guest::kvm::{Load, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PageRate, PlantedBug};
 
@@ -99,12 +99,10 @@ fn storm(bug: Option<PlantedBug>, rounds: u32) -> Result<usize> {
     for round in 1..=rounds {
         let goal = machine.stats(0).accesses() + PAGES;
         while machine.stats(0).accesses() < goal {
-            vcpu.1.before_run()?;
-            if sheltered(|| vcpu.0.run())? == Exit::RingFull {
-                vcpu.1.ring_full();
-            }
+            _ = vcpu.1.before_run()?;
+            sheltered(|| vcpu.0.run())?;
         }
-        copy.take(&limit.take_dirty_log(SLOT)?)?;
+        copy.take(&limit.last_round().and_then(|round| round.take(SLOT))?)?;
         if copy.lost() > 0 {
             eprintln!("{bug:?}: {} pages lost in round {round}", copy.lost());
             return Ok(copy.lost());

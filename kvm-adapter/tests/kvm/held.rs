@@ -60,7 +60,7 @@ fn a_vcpu_whose_ring_somebody_empties_again_and_again_is_told_to_be_unlimited() 
     let start = Instant::now();
     let why = loop {
         // Complete, and so it leaves the vCPU a ring to run on.
-        rig.limit.sync().unwrap();
+        rig.limit.last_round().map(drop).unwrap();
         rig.run_for(Duration::from_millis(3)).unwrap();
         let why = rig.limit.query(0).unwrap().unenforced;
         if why.is_some() || start.elapsed() > here(Duration::from_secs(40)) {
@@ -85,7 +85,7 @@ fn a_log_that_nobody_takes_is_told_until_somebody_does() {
     limit.set_limit(0, PageRate::from_pages_per_sec(2560)).unwrap();
     let why = || limit.query(0).unwrap().unenforced;
     drive(&mut vcpu, |_| why() == Some(Unenforced::LogNotTaken)).unwrap();
-    limit.take_published(SLOT).unwrap();
+    limit.round().and_then(|round| round.take(SLOT)).unwrap();
     drive(&mut vcpu, |_| why().is_none()).unwrap();
 }
 

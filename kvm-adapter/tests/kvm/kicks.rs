@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::Result;
 use dirtylimit_bench::guest::kvm::{Exit, Load, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
-use dirtylimit_kvm::{Config, DirtyLimit, Error, Kick, PageRate};
+use dirtylimit_kvm::{Config, Decision, DirtyLimit, Error, Kick, PageRate};
 
 use crate::common::{Limited, drive, here, machine, vcpu};
 use crate::rig::Watchdog;
@@ -44,7 +44,7 @@ fn a_kick_left_pending_does_not_freeze_the_next_handle() {
     let (mut cpu, mut handle) = vcpu(&machine, &limit, 0).unwrap();
     cpu.bind_to_this_thread();
     for _ in 0..3 {
-        handle.before_run().unwrap();
+        _ = handle.before_run().unwrap();
         raise(signal()); // as its timer may, at any time
         drop(handle);
         handle = limit.add_vcpu(0, cpu.fd()).unwrap();
@@ -52,7 +52,7 @@ fn a_kick_left_pending_does_not_freeze_the_next_handle() {
         let accesses = machine.stats(0).accesses();
         let mut runs = 0;
         while machine.stats(0).accesses() == accesses {
-            handle.before_run().unwrap();
+            _ = handle.before_run().unwrap();
             // What gets it out of the guest again.
             let kicker = cpu.kicker();
             thread::scope(|scope| {
@@ -88,14 +88,11 @@ fn kicked(limited: &mut Limited, limit: &DirtyLimit, times: u32) -> Result<()> {
         });
         while kicks < times && !late.load(Relaxed) {
             limit.tick();
-            limit.take_dirty_log(0)?; // so that it has pages to dirty
-            let paid = limited.1.before_run()?;
+            limit.last_round().and_then(|round| round.take(0))?; // so that it has pages to dirty
+            let decision = limited.1.before_run()?;
             let exit = limited.0.run()?;
             kicks += u32::from(armed && exit == Exit::Interrupted);
-            armed = paid.kick_after.is_some();
-            if exit == Exit::RingFull {
-                limited.1.ring_full();
-            }
+            armed = matches!(decision, Decision::Enter { kick_after: Some(_) });
         }
         drop(alive);
         Ok::<_, anyhow::Error>(())
@@ -141,7 +138,7 @@ fn a_handle_may_be_used_first_inside_a_signal_handler() {
     extern "C" fn pay(_: libc::c_int) {
         HANDLED.with_borrow_mut(|limited| {
             if let Some((_, vcpu)) = limited {
-                vcpu.before_run().unwrap();
+                _ = vcpu.before_run().unwrap();
                 PAID.fetch_add(1, Relaxed);
             }
         });
@@ -186,7 +183,7 @@ fn a_handle_may_be_used_first_inside_a_signal_handler() {
     limit.set_limit(0, PageRate::from_pages_per_sec(2000)).unwrap();
     for _ in 0..100 {
         limit.tick();
-        limit.take_dirty_log(0).unwrap();
+        limit.last_round().and_then(|round| round.take(0)).unwrap();
         raise(own);
         run();
     }

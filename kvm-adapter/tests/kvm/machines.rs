@@ -119,11 +119,11 @@ fn a_vcpu_of_another_vm_is_told_by_the_first_reset_and_costs_no_page() {
     drive(&mut first, |exit| exit == Exit::RingFull).unwrap();
     let error = foreign.0.before_run().unwrap_err();
     assert!(matches!(error, Error::ForeignVcpu(1)), "{error}");
-    assert!(matches!(limit.take_dirty_log(SLOT), Err(Error::ForeignVcpu(1))));
+    assert!(matches!(limit.last_round().and_then(|round| round.take(SLOT)), Err(Error::ForeignVcpu(1))));
     drop(foreign.0);
     limit.remove_vcpu(1).unwrap();
     for _ in 0..3 {
-        copy.take(&limit.take_dirty_log(SLOT).unwrap()).unwrap();
+        copy.take(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()).unwrap();
         assert_eq!(copy.lost(), 0);
         drive(&mut first, |exit| exit == Exit::RingFull).unwrap();
     }
@@ -140,16 +140,16 @@ fn a_slot_removed_while_it_is_logged_comes_back_clean() {
         drive(&mut vcpu, |exit| exit == Exit::RingFull).unwrap();
         // The ring is full of its entries.
         limit.remove_slot(SLOT).unwrap();
-        assert!(matches!(limit.take_dirty_log(SLOT), Err(Error::NoSlot(SLOT))));
+        assert!(matches!(limit.last_round().and_then(|round| round.take(SLOT)), Err(Error::NoSlot(SLOT))));
         machine.unplug_memory().unwrap();
         limit.add_slot(SLOT, machine.memory().pages() as u64).unwrap();
         machine.plug_memory(true).unwrap();
-        let log = limit.take_dirty_log(SLOT).unwrap();
+        let log = limit.last_round().and_then(|round| round.take(SLOT)).unwrap();
         assert!(log.iter().all(|word| *word == 0), "the new slot inherits");
         let mut copy = Copy::new(machine.memory());
         for _ in 0..10 {
             drive(&mut vcpu, |exit| exit == Exit::RingFull).unwrap();
-            copy.take(&limit.take_dirty_log(SLOT).unwrap()).unwrap();
+            copy.take(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()).unwrap();
             assert_eq!(copy.lost(), 0);
         }
     }
@@ -179,7 +179,7 @@ fn a_vcpus_thread_ends_and_another_takes_it_up() {
         })
         .join()
         .unwrap();
-        let copied = copy.take(&limit.take_dirty_log(SLOT).unwrap()).unwrap();
+        let copied = copy.take(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()).unwrap();
         assert!(copied > 1000, "{copied} pages in generation {generation}");
         assert_eq!(copy.lost(), 0);
     }
@@ -202,16 +202,14 @@ fn the_guest_counts_each_pause_by_itself() {
     let (mut pauses, mut dirtied) = (0, 0);
     while pauses < 600 {
         limit.tick();
-        let paid = vcpu.before_run().unwrap();
+        _ = vcpu.before_run().unwrap();
         limit.meter();
         // A guest that has dirtied nothing since the last pause is still in the same gap: its slice was not free yet.
         let gross = limit.query(0).unwrap().totals.gross_pages;
-        if paid.paused > load.stall && std::mem::replace(&mut dirtied, gross) != gross {
+        if vcpu.paused() > load.stall && std::mem::replace(&mut dirtied, gross) != gross {
             pauses += 1;
         }
-        if cpu.run().unwrap() == Exit::RingFull {
-            vcpu.ring_full();
-        }
+        cpu.run().unwrap();
     }
     // The guest may not have come to count the last of them.
     let gaps = machine.stats(0).histogram().iter().sum::<u64>();
@@ -262,10 +260,9 @@ fn several_limited_vcpus_passed_and_taken_in_a_loop_lose_nothing() {
                 _ => {}
             }
             let log = if round % 3 == 0 {
-                limit.take_dirty_log(SLOT).unwrap()
+                limit.last_round().and_then(|round| round.take(SLOT)).unwrap()
             } else {
-                limit.pass().unwrap();
-                limit.take_published(SLOT).unwrap()
+                limit.round().and_then(|round| round.take(SLOT)).unwrap()
             };
             copy.take(&log).unwrap();
         }
@@ -280,7 +277,7 @@ fn several_limited_vcpus_passed_and_taken_in_a_loop_lose_nothing() {
         }
         // Handed back, not dropped: the vCPUs' descriptors are open until the last take is done.
         let _stopped: Vec<Limited> = running.into_iter().map(|thread| thread.join().unwrap()).collect();
-        copy.take(&limit.take_dirty_log(SLOT).unwrap()).unwrap();
+        copy.take(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()).unwrap();
     });
     assert_eq!(copy.lost(), 0);
     assert_eq!(limit.stats().dropped, 0);

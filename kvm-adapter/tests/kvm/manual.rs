@@ -55,7 +55,7 @@ fn lost(when: Before, argument: u64) -> Result<Option<usize>> {
     let mut copy = Copy::new(machine.memory());
     for _ in 0..3 {
         run(3000)?;
-        copy.take(&limit.take_dirty_log(SLOT)?)?;
+        copy.take(&limit.last_round().and_then(|round| round.take(SLOT))?)?;
     }
     Ok(offered.then(|| copy.lost()))
 }

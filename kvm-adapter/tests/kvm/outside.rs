@@ -80,14 +80,13 @@ fn a_table_that_kvm_saves_outside_any_vcpu_is_in_the_last_log() {
     assert_eq!(machine.memory().page(page)[0].load(std::sync::atomic::Ordering::Relaxed), 0, "KVM wrote no table");
     let names = |log: &[u64]| log[page / 64] >> (page % 64) & 1 == 1;
     // It is in no ring, and so in nothing that a running pass publishes.
-    limit.pass().unwrap();
-    let published = limit.take_published(SLOT).unwrap();
+    let published = limit.round().and_then(|round| round.take(SLOT)).unwrap();
     assert!(!names(&published));
     copy.take(&published).unwrap();
     assert!(copy.lost() > 0, "the pages that are held back, and the table");
-    let last = limit.take_dirty_log(SLOT).unwrap();
+    let last = limit.last_round().and_then(|round| round.take(SLOT)).unwrap();
     assert!(names(&last));
     copy.take(&last).unwrap();
     assert_eq!(copy.lost(), 0);
-    assert!(!names(&limit.take_dirty_log(SLOT).unwrap()), "it is told once");
+    assert!(!names(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()), "it is told once");
 }

@@ -32,10 +32,9 @@ fn a_vcpu_that_runs_on_with_a_full_ring_gets_nowhere_and_loses_nothing() {
             assert_eq!(vcpu.0.run().unwrap(), Exit::RingFull);
         }
         assert_eq!(machine.stats(0).accesses(), before);
-        vcpu.1.ring_full();
         drive(&mut vcpu, |exit| exit == Exit::RingFull).unwrap();
         assert!(machine.stats(0).accesses() > before);
-        copy.take(&limit.take_dirty_log(SLOT).unwrap()).unwrap();
+        copy.take(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()).unwrap();
         assert_eq!(copy.lost(), 0);
     }
 }
@@ -86,7 +85,7 @@ fn a_ring_that_somebody_else_consumes_is_told() {
         if steals_all {
             // The adapter waits for entries that KVM has not come to yet.
             assert!(matches!(error, Error::ForeignVcpu(0)), "{error}");
-            assert!(matches!(limit.take_dirty_log(SLOT), Err(Error::ForeignVcpu(0))));
+            assert!(matches!(limit.last_round().and_then(|round| round.take(SLOT)), Err(Error::ForeignVcpu(0))));
         } else {
             assert!(stolen < 64, "{stolen}");
             assert!(matches!(error, Error::Wedged { id: 0, exits: 64 }), "{error}");
@@ -136,7 +135,7 @@ fn a_kernel_that_writes_past_its_reserve_is_told_or_loses_nothing() {
             exits += 1;
             exits >= 20
         });
-        let taken = limit.take_dirty_log(SLOT);
+        let taken = limit.last_round().and_then(|round| round.take(SLOT));
         match (ran, taken) {
             (Ok(()), Ok(log)) => {
                 copy.take(&log).unwrap();
@@ -148,7 +147,7 @@ fn a_kernel_that_writes_past_its_reserve_is_told_or_loses_nothing() {
                 let error: Error = error.downcast().unwrap();
                 assert!(matches!(error, Error::Overrun(0)), "{error}");
                 // It goes on being told.
-                assert!(matches!(limit.pass(), Err(Error::Overrun(0))));
+                assert!(matches!(limit.round(), Err(Error::Overrun(0))));
                 return;
             }
         }

@@ -259,7 +259,7 @@ impl Rig {
             let (slot, pages) = (u32::try_from(index)?, self.pages(index));
             self.set_region(index, pages.len(), false)?;
             self.set_region(index, pages.len(), true)?;
-            copies.copy.take_at(pages.start, &self.limit.take_dirty_log(slot)?, None)?;
+            copies.copy.take_at(pages.start, &self.limit.last_round().and_then(|round| round.take(slot))?, None)?;
             self.limit.trust_slot(slot)?;
         }
         Ok(())
@@ -319,7 +319,7 @@ impl Rig {
         }
         self.throttle = None;
         let mut copies = self.copies();
-        copies.take(|slot| self.limit.take_dirty_log(slot))?;
+        copies.take(|slot| self.limit.last_round().and_then(|round| round.take(slot)))?;
         Ok(copies.copy.lost())
     }
 }
@@ -357,10 +357,9 @@ fn copier(limit: &DirtyLimit, copies: &Mutex<Copies>, stop: &AtomicBool) -> Resu
         }
         thread::sleep(Duration::from_millis(3));
         if round % 4 == 0 && copies().copying != Copying::Passes {
-            copies().take(|slot| limit.take_dirty_log(slot))?;
+            copies().take(|slot| limit.last_round().and_then(|round| round.take(slot)))?;
         } else {
-            limit.pass()?;
-            copies().take(|slot| limit.take_published(slot))?;
+            copies().take(|slot| limit.round().and_then(|round| round.take(slot)))?;
         }
     }
     Ok(())

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use dirtylimit_bench::guest::kvm::{Exit, GuestCpu, Load, Machine, SLOT, kvm_or_skip};
+use dirtylimit_bench::guest::kvm::{GuestCpu, Load, Machine, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, DirtyLimit, Kick, PageRate};
 
@@ -47,7 +47,7 @@ struct Rounds {
 impl Rounds {
     /// Takes the log into `dirty`.
     fn take(&self, dirty: &mut [u64]) -> Result<()> {
-        dirty.iter_mut().zip(self.limit.take_dirty_log(SLOT)?).for_each(|(word, more)| *word |= more);
+        self.limit.last_round()?.merge(SLOT, dirty)?;
         Ok(())
     }
 
@@ -67,10 +67,8 @@ impl Rounds {
             let running = scope.spawn(|| -> Result<()> {
                 cpu.bind_to_this_thread();
                 while !stop.load(Relaxed) {
-                    vcpu.before_run()?;
-                    if cpu.run()? == Exit::RingFull {
-                        vcpu.ring_full();
-                    }
+                    _ = vcpu.before_run()?;
+                    cpu.run()?;
                 }
                 Ok(())
             });
@@ -90,7 +88,7 @@ impl Rounds {
             self.take(&mut dirty)?;
         }
         // Nothing was logged since the last take, so these are the suspect pages.
-        let suspects = self.limit.take_published(SLOT)?;
+        let suspects = self.limit.round().and_then(|round| round.take(SLOT))?;
         let (address, number) = guest::in_hand(cpu)?;
         let at = usize::try_from(address / 4096)?;
         let wrong = self.verify(&dirty, &suspects, round, at);

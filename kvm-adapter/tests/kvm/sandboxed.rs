@@ -44,7 +44,7 @@ fn run(refused: Option<i32>) -> Result<Stats> {
         let mut copy = Copy::new(machine.memory());
         for _ in 0..20 {
             drive(&mut vcpu, |exit| exit == Exit::RingFull)?;
-            copy.take(&limit.take_dirty_log(SLOT)?)?;
+            copy.take(&limit.last_round().and_then(|round| round.take(SLOT))?)?;
             ensure!(copy.lost() == 0, "{} pages lost", copy.lost());
         }
         Ok(limit.stats())

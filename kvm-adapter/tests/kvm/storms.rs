@@ -139,7 +139,7 @@ fn be_stormed(role: &str) -> Result<()> {
     while start.elapsed() < least || (limit.stats().suspect_resets < cut && start.elapsed() < most) {
         run_a_while(&mut vcpu)?;
         limit.meter(); // so that little but resets is left to do
-        copy.take(&limit.take_dirty_log(SLOT)?)?;
+        copy.take(&limit.last_round().and_then(|round| round.take(SLOT))?)?;
         takes += 1;
         if copy.lost() > 0 {
             break;
@@ -152,9 +152,9 @@ fn be_stormed(role: &str) -> Result<()> {
     // As a VMM does that wants no page twice.
     machine.plug_memory(false)?;
     machine.plug_memory(true)?;
-    copy.take(&limit.take_dirty_log(SLOT)?)?;
+    copy.take(&limit.last_round().and_then(|round| round.take(SLOT))?)?;
     limit.trust_slot(SLOT)?;
-    let left = limit.take_dirty_log(SLOT)?.iter().map(|word| word.count_ones()).sum::<u32>();
+    let left = limit.last_round().and_then(|round| round.take(SLOT))?.iter().map(|word| word.count_ones()).sum::<u32>();
     println!("\nended {lost} {} {} {left} {takes}", stats.suspect_resets, stats.suspect_pages);
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use dirtylimit_bench::guest::kvm::{Exit, Load, SLOT, kvm_or_skip};
+use dirtylimit_bench::guest::kvm::{Load, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PlantedBug};
 
@@ -142,13 +142,11 @@ fn completions(bug: Option<PlantedBug>) -> Result<Option<(u64, usize)>> {
     loop {
         let goal = machine.stats(0).accesses() + PAGES;
         while machine.stats(0).accesses() < goal {
-            vcpu.1.before_run()?;
-            if vcpu.0.run()? == Exit::RingFull {
-                vcpu.1.ring_full();
-            }
+            _ = vcpu.1.before_run()?;
+            vcpu.0.run()?;
         }
         ended += timeouts.renew()?;
-        copy.take(&limit.take_dirty_log(SLOT)?)?;
+        copy.take(&limit.last_round().and_then(|round| round.take(SLOT))?)?;
         let (short, lost) = (limit.stats().suspect_resets, copy.lost());
         if lost > 0 || short >= 20 || Instant::now() >= end {
             eprintln!("{bug:?}: {ended} timeouts ended, {short} resets were short, {lost} pages lost");

@@ -220,7 +220,7 @@ impl Run<'_> {
         let Self { vcpus, copier, limit, mut done, .. } = self;
         let stopped = vcpus.stop()?;
         let mut shadow = copier.finish()?;
-        let log = limit.take_dirty_log(SLOT).context("the last sync of the dirty log")?;
+        let log = limit.last_round().and_then(|round| round.take(SLOT)).context("the last sync of the dirty log")?;
         shadow.copy(&log)?;
         done.recording.lost_pages = Some(shadow.lost().len() as u64);
         let stats = limit.stats();

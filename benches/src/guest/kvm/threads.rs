@@ -117,9 +117,10 @@ fn drive((mut cpu, mut vcpu): Limited, pin: Option<usize>, stop: &AtomicBool, he
             thread::park();
             continue;
         }
-        vcpu.before_run().with_context(|| format!("vCPU {index}: serving its ring"))?;
+        // Signals are not blocked outside KVM_RUN here, so whatever ended a pause is over.
+        _ = vcpu.before_run().with_context(|| format!("vCPU {index}: serving its ring"))?;
         match cpu.run()? {
-            Exit::RingFull => vcpu.ring_full(),
+            Exit::RingFull => {}
             Exit::Doorbell => thread::sleep(REST),
             Exit::Interrupted => {}
         }
@@ -145,8 +146,8 @@ impl Copier {
                 match written.recv_timeout(next.saturating_duration_since(Instant::now())) {
                     Ok(page) => shadow.host_wrote(page),
                     Err(RecvTimeoutError::Timeout) => {
-                        limit.pass().context("a pass over the dirty log")?;
-                        shadow.copy(&limit.take_published(SLOT).context("taking the dirty log")?)?;
+                        let log = limit.round().and_then(|round| round.take(SLOT));
+                        shadow.copy(&log.context("a round of the dirty log")?)?;
                         next = (next + interval).max(Instant::now());
                     }
                     Err(RecvTimeoutError::Disconnected) => return Ok(shadow),
