@@ -83,7 +83,7 @@ fn harvest(criterion: &mut Criterion) {
     let ours = |entries: &Vec<Entry>, slots: &mut Slots, batch: &mut Vec<Page>| {
         let mut ring = Ring::new(entries.as_slice()).expect("a good size");
         let mut net = 0;
-        ring.meter(|page| net += u32::from(slots.meter(page) == slots::Metered::New));
+        ring.meter(|page| net += u32::from(slots.meter(page) == dirtylimit_core::Metered::New));
         ring.collect(LOGGED, |page| batch.push(page));
         entries.iter().map_while(Entry::reset).for_each(drop); // the kernel's part
         ring.reclaim();
