@@ -27,10 +27,10 @@ pub struct Config {
 }
 
 impl Default for Config {
-    /// Rings of 4,096 entries, pauses of at most 10 ms, paced, [`Kick::Auto`], threads scheduled as they are.
+    /// Rings of 1,024 entries, pauses of at most 10 ms, paced, [`Kick::Auto`], threads scheduled as they are.
     fn default() -> Self {
         Self {
-            ring_entries: 4096,
+            ring_entries: 1024,
             max_pause: 10_000_000,
             policy: Shipped::default(),
             kick: Kick::Auto,
@@ -49,10 +49,25 @@ impl Config {
 
     /// Entries in each vCPU's ring, of 16 bytes: a power of two, at least a page of them (256 of 4 KiB) and more than KVM
     /// keeps in reserve (64, and 512 with Intel's PML, so 1,024 there), at most what KVM says, which is 65,536 (Linux 6.18).
-    /// A small ring is exact sooner after it was emptied; a large one costs an unlimited guest fewer exits.
+    /// A small ring is exact sooner after it was emptied, and holds less back: see [`Config::ring_for`]. A large one costs an
+    /// unlimited guest fewer exits.
     #[must_use]
     pub fn ring_entries(self, entries: u32) -> Self {
         Self { ring_entries: entries, ..self }
+    }
+
+    /// The largest ring whose pages that rounds hold back take at most half of a migration's downtime to send.
+    ///
+    /// A limited vCPU runs inside its slice because its ring is kept full but for that: its soft limit less the slice stays
+    /// in the ring, dirty, until the vCPU is stopped, and no running round drains it. `bandwidth` in bytes a second, of the
+    /// wire; `vcpus` those that write. From 1,024, which is the least with Intel's PML, to 65,536 entries: where even 1,024
+    /// take longer, the downtime is not to be had with that many vCPUs.
+    #[must_use]
+    pub fn ring_for(downtime: Duration, bandwidth: u64, vcpus: u32) -> u32 {
+        let bytes = u128::from(bandwidth).saturating_mul(downtime.as_millis()) / 1000 / 2;
+        let pages = bytes / u128::from(sys::page_size()) / u128::from(vcpus.max(1));
+        let pages = u32::try_from(pages).unwrap_or(u32::MAX).clamp(1024, 65_536);
+        1 << pages.ilog2()
     }
 
     /// The longest single pause of a vCPU, from 100 µs to 1 s (clamped).

@@ -12,8 +12,9 @@ use crate::events::{self, Limit, info};
 use crate::harvest::{Place, Stats};
 use crate::kick::Kick;
 use crate::seat::{Seat, VmLimiter};
+use crate::sync::AtomicU32;
 use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, SignalsBlocked, VmFd};
-use crate::throttle::ThrottleThread;
+use crate::throttle::{self, ThrottleThread};
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
 
@@ -24,7 +25,7 @@ pub struct DirtyLimit(pub(crate) Arc<Vm>);
 impl DirtyLimit {
     /// Enables the dirty ring on a VM: right after KVM_CREATE_VM, before its slots and vCPUs. `vm` is duplicated.
     ///
-    /// From here on `KVM_GET_DIRTY_LOG` fails with ENXIO on x86: [`DirtyLimit::take_dirty_log`] takes its place.
+    /// From here on `KVM_GET_DIRTY_LOG` fails with ENXIO on x86: [`DirtyLimit::round`] and [`DirtyLimit::last_round`] take its place.
     ///
     /// # Errors
     /// Where KVM offers no ring, the size is not allowed, or KVM refuses: each says what to do.
@@ -243,7 +244,23 @@ impl DirtyLimit {
         events::tell(&self.0, now);
     }
 
-    /// Ticks every `period` (1 ms to 1 s, clamped) from a thread of its own, which ends when it is dropped.
+    /// Ticks every `period` (1 ms to 1 s, clamped) on the calling thread, whose name, priority and filters are the VMM's, until
+    /// `stop`, which is asked before each tick.
+    pub fn run_throttle(&self, period: Duration, mut stop: impl FnMut() -> bool) {
+        throttle::run(
+            || {
+                !stop() && {
+                    self.tick();
+                    true
+                }
+            },
+            &AtomicU32::new(0),
+            throttle::nanos(period),
+        );
+    }
+
+    /// Ticks every `period` (1 ms to 1 s, clamped) from a thread of its own, which ends when it is dropped. It has the filters
+    /// of the calling thread; a VMM that wants others for it uses [`DirtyLimit::run_throttle`].
     ///
     /// # Errors
     /// Where no thread can be started.

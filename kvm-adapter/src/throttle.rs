@@ -22,9 +22,7 @@ pub struct ThrottleThread {
 impl ThrottleThread {
     /// Calls `tick` every `period`, until it returns false.
     pub(crate) fn spawn(tick: impl FnMut() -> bool + Send + 'static, period: Duration) -> Result<Self, Error> {
-        // Penalties lapse when ticks are further apart than the lease.
-        let period = period.clamp(Duration::from_millis(1), Duration::from_secs(1));
-        let period = Nanos::try_from(period.as_nanos()).unwrap_or(Nanos::MAX);
+        let period = nanos(period);
         let stop = Arc::new(AtomicU32::new(0));
         let word = stop.clone();
         // The thread inherits the mask, so that it has no moment with signals open.
@@ -37,7 +35,14 @@ impl ThrottleThread {
     }
 }
 
-fn run(mut tick: impl FnMut() -> bool, stop: &AtomicU32, period: Nanos) {
+/// Penalties lapse when ticks are further apart than the lease.
+pub(crate) fn nanos(period: Duration) -> Nanos {
+    let period = period.clamp(Duration::from_millis(1), Duration::from_secs(1));
+    Nanos::try_from(period.as_nanos()).unwrap_or(Nanos::MAX)
+}
+
+/// Calls `tick` every `period`, until it returns false or `stop` is not 0.
+pub(crate) fn run(mut tick: impl FnMut() -> bool, stop: &AtomicU32, period: Nanos) {
     let mut next = sys::now();
     // Relaxed: a flag by itself; the futex sees it at the latest.
     while stop.load(Ordering::Relaxed) == 0 {

@@ -1,10 +1,12 @@
 //! What KVM may offer and refuse.
 
+use std::time::Duration;
+
 use dirtylimit_bench::guest::kvm::kvm_or_skip;
 use dirtylimit_core::{Shipped, Stepped};
 
 use crate::fake::{Fake, PAGES, SLOT, pages};
-use crate::sys::{Kernel, VmFd, page_size};
+use crate::sys::{self, Kernel, VmFd, page_size};
 use crate::{Caps, Config, Error, Kick};
 
 const MANUAL: u32 = 168;
@@ -25,11 +27,11 @@ fn the_better_ring_is_enabled_and_the_plain_one_where_x86_allows_it() {
     let both = Fake::new().with(RING, 1 << 20);
     let caps = both.limit(&Config::new()).unwrap().caps();
     assert_eq!((caps.acq_rel, caps.bitmap, caps.max_entries), (true, false, 65_536));
-    assert_eq!(both.enabled(), [(ACQ_REL, 65_536)]);
+    assert_eq!(both.enabled(), [(ACQ_REL, 16_384)]);
     let plain = Fake::default().with(RING, 1 << 16);
     let limit = plain.limit(&Config::new());
     if cfg!(target_arch = "x86_64") {
-        assert_eq!((limit.unwrap().caps().acq_rel, plain.enabled()), (false, vec![(RING, 65_536)]));
+        assert_eq!((limit.unwrap().caps().acq_rel, plain.enabled()), (false, vec![(RING, 16_384)]));
     } else {
         assert!(matches!(limit, Err(Error::Unsupported)));
     }
@@ -39,7 +41,7 @@ fn the_better_ring_is_enabled_and_the_plain_one_where_x86_allows_it() {
 fn the_bitmap_comes_after_the_ring_and_into_every_take() {
     let fake = Fake::new().with(BITMAP, 1);
     let limit = fake.limit(&Config::new()).unwrap();
-    assert_eq!(fake.enabled(), [(ACQ_REL, 65_536), (BITMAP, 0)]);
+    assert_eq!(fake.enabled(), [(ACQ_REL, 16_384), (BITMAP, 0)]);
     limit.add_slot(SLOT, 200).unwrap();
     assert_eq!(pages(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()), [69]);
 }
@@ -73,7 +75,7 @@ fn sizes_that_kvm_would_refuse_are_refused_with_what_is_allowed() {
 fn refusals_carry_the_kernels_answer() {
     for errno in [libc::EINVAL, libc::E2BIG] {
         let error = Fake::new().refusing(ACQ_REL, errno).limit(&Config::new()).unwrap_err();
-        assert!(matches!(error, Error::Enable { entries: 4096, .. }), "{error}");
+        assert!(matches!(error, Error::Enable { entries: 1024, .. }), "{error}");
         assert_eq!(error.errno(), errno);
         let error = Fake::new().with(BITMAP, 1).refusing(BITMAP, errno).limit(&Config::new()).unwrap_err();
         assert!(matches!(error, Error::EnableBitmap(_)), "{error}");
@@ -88,7 +90,7 @@ fn manual_protection_is_switched_off_before_the_ring_and_with_each_slot() {
     let limit = fake.limit(&Config::new()).unwrap();
     limit.add_slot(SLOT, 200).unwrap();
     limit.add_slot(SLOT + 1, 200).unwrap();
-    assert_eq!(fake.enabled(), [(MANUAL, 0), (ACQ_REL, 65_536), (MANUAL, 0), (MANUAL, 0)]);
+    assert_eq!(fake.enabled(), [(MANUAL, 0), (ACQ_REL, 16_384), (MANUAL, 0), (MANUAL, 0)]);
     let error = Fake::new().with(MANUAL, 3).refusing(MANUAL, libc::EINVAL).limit(&Config::new()).unwrap_err();
     assert!(matches!(error, Error::ManualProtect(_)), "{error}");
     assert_eq!(error.errno(), libc::EINVAL);
@@ -189,4 +191,30 @@ fn a_policy_and_prompt_pauses_are_as_configured() {
     assert!(matches!(config.policy, Shipped::Stepped(_)) && matches!(Config::new().policy, Shipped::Paced(_)));
     let prompt = |config| Fake::new().limit(config).unwrap().vm().prompt;
     assert!(prompt(&config) && !prompt(&Config::new()));
+}
+
+#[test]
+fn a_ring_is_as_small_as_the_downtime_asks() {
+    let page = u64::from(page_size());
+    let ring = |millis, pages_a_second: u64, vcpus| {
+        Config::ring_for(Duration::from_millis(millis), pages_a_second * page, vcpus)
+    };
+    // Half of 300 ms at 51,200 pages a second (200 MiB/s) is 7,680 pages.
+    assert_eq!([1, 2, 7, 8].map(|vcpus| ring(300, 51_200, vcpus)), [4096, 2048, 1024, 1024]);
+    assert_eq!((ring(0, 51_200, 1), ring(300, 0, 1), ring(300, 51_200, 0)), (1024, 1024, 4096));
+    assert_eq!(Config::ring_for(Duration::MAX, u64::MAX, 1), 65_536);
+}
+
+#[test]
+fn the_throttle_runs_on_the_callers_thread_until_it_is_told_to_stop() {
+    let limit = Fake::new().small();
+    let is_leased = || limit.vm().limiter.vm().is_leased(sys::now());
+    limit.run_throttle(Duration::ZERO, || true);
+    assert!(!is_leased(), "no tick");
+    let mut left = 3;
+    limit.run_throttle(Duration::ZERO, || {
+        left -= 1;
+        left == 0
+    });
+    assert!(is_leased() && left == 0);
 }

@@ -12,11 +12,11 @@ fn a_vcpu_takes_less_than_a_kibibyte_beside_its_ring() {
     let core = (size_of::<Limiter<Shipped, { 2 * MORE }>>() - size_of::<Limiter<Shipped, MORE>>()) / MORE;
     let (place, seat, vcpu) = (size_of::<Place>(), size_of::<Seat>(), size_of::<Vcpu>());
     let sum = core + place + seat + vcpu;
-    let ring = 4096 * size_of::<Entry>();
+    let ring = 1024 * size_of::<Entry>();
     println!(
         "memory of a vCPU, bytes: {sum} (core's cells and row {core}, place {place}, seat {seat}, handle {vcpu}); \
-         beside its ring, {ring} in the kernel at 4,096 entries"
+         beside its ring, {ring} in the kernel at 1,024 entries"
     );
     assert!(core <= 320 && sum <= 1024);
-    assert_eq!(ring, 65_536);
+    assert_eq!(ring, 16_384);
 }

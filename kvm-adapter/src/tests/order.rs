@@ -12,7 +12,7 @@ use crate::fake::{Fake, PAGES, SLOT};
 use crate::{Config, Vcpu};
 
 fn rings(fake: &Fake, count: u32) -> (crate::DirtyLimit, Vec<(File, Vcpu)>) {
-    let limit = fake.limit(&Config::new()).unwrap();
+    let limit = fake.limit(&Config::new().ring_entries(4096)).unwrap();
     limit.add_slot(SLOT, PAGES).unwrap();
     let vcpu = |id| {
         let file = fake.vcpu(4096);
