@@ -193,7 +193,7 @@ impl Machine {
 
     /// The run is over, and the vCPU is about to enter again.
     ///
-    /// Wait-free: at most 760 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
+    /// Wait-free: at most 1100 instructions, [`Pacer::settle`] among them.
     pub fn begin(&mut self, now: Nanos, vm: &VmCell, cell: &VcpuCell) -> Step {
         if let Some(Ending { timers, .. }) = &mut self.run {
             if let Timers::Armed(armed) = *timers {
@@ -205,6 +205,8 @@ impl Machine {
     }
 
     /// Charges what was metered, where nobody needs the lock for that.
+    ///
+    /// Wait-free: at most 1000 instructions, [`Pacer::settle`] among them.
     fn charge(&mut self, now: Nanos, vm: &VmCell, cell: &VcpuCell) -> Step {
         // Before the charge, so that no change between the two goes unseen.
         (self.call.charged, self.call.limited, self.call.penalty) = (false, false, cell.penalty.accept());
@@ -217,6 +219,8 @@ impl Machine {
     }
 
     /// The VM's lock is somebody else's.
+    ///
+    /// Wait-free: at most 200 instructions.
     pub fn busy(&mut self, now: Nanos, cell: &VcpuCell) -> Step {
         self.pause_until(now.saturating_add(RETRY), now, cell)
     }
@@ -300,6 +304,7 @@ impl Machine {
         true
     }
 
+    #[inline]
     fn decide(&mut self, now: Nanos, turn: Turn, cell: &VcpuCell) -> Step {
         let is_short = turn.slice.is_some_and(|slice| slice < self.patient_below);
         (self.call.charged, self.call.limited) = (true, turn.slice.is_some());
@@ -311,6 +316,7 @@ impl Machine {
         self.pause_until(turn.until.min(self.call.latest), now, cell)
     }
 
+    #[inline]
     fn pause_until(&mut self, until: Nanos, now: Nanos, cell: &VcpuCell) -> Step {
         if !replace(&mut self.call.is_new, false) && now >= self.call.latest.saturating_add(RESET_GAP) {
             return Step::Enter(self.run(cell));
@@ -321,24 +327,25 @@ impl Machine {
 
     /// A pause that began at `from` is over at `now`.
     ///
-    /// Wait-free: at most 800 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
+    /// Wait-free: at most 1400 instructions, [`Pacer::settle`] among them.
     pub fn paused(&mut self, from: Nanos, now: Nanos, ended: Ended, vm: &VmCell, cell: &VcpuCell) -> Step {
         if self.has_paused(from) {
             cell.report.add_pause(now.saturating_sub(from));
             self.rested = cell.report.counts().gross;
         }
-        match ended {
-            Ended::Wanted => Step::Return(self.run(cell)),
-            Ended::Hurry => Step::Enter(self.run(cell)),
-            Ended::Due if self.call.charged => {
-                if cell.request.stands() {
-                    return Step::Reset;
-                }
-                self.full = false;
-                Step::Enter(self.run(cell))
-            }
-            Ended::Due | Ended::Changed => self.charge(now, vm, cell),
+        if ended == Ended::Wanted {
+            return Step::Return(self.run(cell));
         }
+        if ended == Ended::Changed || ended == Ended::Due && !self.call.charged {
+            return self.charge(now, vm, cell);
+        }
+        if ended == Ended::Due {
+            if cell.request.stands() {
+                return Step::Reset;
+            }
+            self.full = false;
+        }
+        Step::Enter(self.run(cell))
     }
 
     /// Whether what a vCPU has waited for since `from` was a pause under a limit.
@@ -349,7 +356,7 @@ impl Machine {
     /// Under the VM's lock, with slices last freed at `last`: what to do first, where a reset is better shared with vCPUs that
     /// will want one soon. `None`: reset now.
     ///
-    /// Wait-free: at most 60 instructions, and the compiler's division on 32-bit machines.
+    /// Wait-free: at most 260 instructions.
     pub fn reset_later(&mut self, now: Nanos, last: Nanos, vm: &VmCell, cell: &VcpuCell) -> Option<Step> {
         let gap = RESET_GAP.min(vm.max_pause() / 10 * 9);
         let next = last.saturating_add(gap).min(self.call.latest);
@@ -358,7 +365,7 @@ impl Machine {
 
     /// A reset has granted what it could.
     ///
-    /// Wait-free: at most 60 instructions.
+    /// Wait-free: at most 360 instructions.
     pub fn reset_done(&mut self, now: Nanos, cell: &VcpuCell) -> Step {
         // What is left over is for the next full exit.
         let left = cell.request.stands();
@@ -366,6 +373,7 @@ impl Machine {
         if left { self.busy(now, cell) } else { Step::Enter(self.run(cell)) }
     }
 
+    #[inline]
     fn run(&mut self, cell: &VcpuCell) -> Run {
         self.unserved = cell.request.stands();
         let run = Run {

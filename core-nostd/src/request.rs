@@ -25,7 +25,7 @@ impl Request {
 
     /// Whether it stands. From any thread.
     ///
-    /// Wait-free: at most 4 instructions.
+    /// Wait-free: at most 6 instructions.
     #[inline]
     pub fn stands(&self) -> bool {
         // Acquire: pairs with the release in `grant`: a vCPU that sees its slice free comes after the reset.
@@ -34,7 +34,7 @@ impl Request {
 
     /// A reset has freed the slice. Under the VM's lock.
     ///
-    /// Wait-free: at most 2 instructions.
+    /// Wait-free: at most 4 instructions.
     pub fn grant(&self) {
         // Release: pairs with the acquire in `stands`.
         self.0.store(0, Ordering::Release);

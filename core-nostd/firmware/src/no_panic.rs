@@ -138,13 +138,13 @@ fn machines() {
     any(Machine::is_run_over(&machine));
     Machine::full_exit(&mut machine, cell);
     let machine = any(&mut machine);
-    any(Machine::begin(machine, any(0), vm, cell));
-    any(Machine::busy(machine, any(0), cell));
-    any(Machine::harvested(machine, any(0), vm, cell, &mut vcpu, any(false)));
-    any(Machine::paused(machine, any(0), any(0), any(Ended::Due), vm, cell));
+    _ = any(Machine::begin(machine, any(0), vm, cell));
+    _ = any(Machine::busy(machine, any(0), cell));
+    _ = any(Machine::harvested(machine, any(0), vm, cell, &mut vcpu, any(false)));
+    _ = any(Machine::paused(machine, any(0), any(0), any(Ended::Due), vm, cell));
     any(Machine::has_paused(machine, any(0)));
-    any(Machine::reset_later(machine, any(0), any(0), vm, cell));
-    any(Machine::reset_done(machine, any(0), cell));
+    _ = any(Machine::reset_later(machine, any(0), any(0), vm, cell));
+    _ = any(Machine::reset_done(machine, any(0), cell));
     Machine::armed(machine, any(0));
     Machine::failed(machine, cell);
 }
