@@ -6,7 +6,8 @@
 use std::hint::black_box;
 
 use dirtylimit_core::{
-    Entry, Limiter, Nanos, Pacer, Page, PageRate, PenaltyCell, Report, Ring, SECOND, Shipped, Stepped, VcpuIndex,
+    Ended, Entry, Limiter, Machine, Metered, Nanos, Pacer, Page, PageRate, PenaltyCell, Report, Ring, SECOND, Shipped,
+    Step, Stepped, VcpuIndex, VcpuRing,
 };
 
 /// Calls of the smaller paths; what the loop around them takes is counted too.
@@ -26,6 +27,7 @@ fn main() {
         "report" => report(),
         "settle-paced" => settle(Shipped::default()),
         "settle-stepped" => settle(Shipped::Stepped(Stepped::default())),
+        "exit" => exit(),
         "meter-4032" => meter(),
         "collect-4032" => collect(),
         "tick-1" => tick::<1>(Shipped::default(), false),
@@ -90,6 +92,52 @@ fn settle(policy: Shipped) {
         }
     });
     assert_eq!(slices, CALLS, "limited all the time");
+}
+
+/// A limited vCPU's exits with a full ring, each up to its next entry: what the machine and the ring take beside the entries of
+/// a slice.
+fn exit() {
+    let (limiter, vcpus) = limited::<1>(Shipped::default(), false);
+    let (vm, cell) = (limiter.vm(), limiter.cell(vcpus[0]).expect("registered"));
+    let entries = full_ring();
+    let mut vcpu = VcpuRing::new(Ring::new(entries.as_slice()).expect("a good size"));
+    let mut machine = Machine::new(cell, 4096, false, false);
+    let at = |index: u32| &entries[index as usize % entries.len()];
+    let (mut now, mut dirty, mut reset, mut entered) = (NOW, 4032, 0, 0);
+    counted(|| {
+        for _ in 0..CALLS {
+            machine.full_exit(cell);
+            let mut step = machine.begin(now, vm, cell);
+            loop {
+                step = match step {
+                    Step::Harvest => {
+                        vcpu.meter(cell, |_| Metered::New);
+                        machine.harvested(now, vm, cell, &mut vcpu, false)
+                    }
+                    Step::Pause { until, .. } => {
+                        let from = now;
+                        now = now.max(until);
+                        machine.paused(from, now, Ended::Due, vm, cell)
+                    }
+                    Step::Reset => {
+                        vcpu.collect(vcpu.to_grant(), |_| ());
+                        // The kernel, and the guest's next slice.
+                        while at(reset).reset().is_some() {
+                            at(dirty).push(Page { slot: 1, offset: dirty.into() });
+                            (dirty, reset) = (dirty + 1, reset + 1);
+                        }
+                        vcpu.reclaim();
+                        vcpu.grant(cell);
+                        machine.reset_done(now, cell)
+                    }
+                    Step::Enter(_) | Step::Return(_) | Step::Wedged(_) => break,
+                };
+            }
+            entered += 1;
+        }
+    });
+    assert_eq!((entered, cell.report.counts().full_exits), (CALLS, CALLS));
+    assert!(cell.report.counts().net > 4032 + 50 * CALLS, "it runs on");
 }
 
 fn full_ring() -> Vec<Entry> {

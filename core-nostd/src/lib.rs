@@ -4,36 +4,52 @@
 //!  control plane ──set/cancel/query──► Limiter::tick ─► PREPARE ─► CALCULATE ─► SET PENALTY ─┐
 //!                                         ▲            meter       policy       penalty     │ one wait-free store
 //!                                         └─ every period           share                   ▼
-//!  vCPU thread: KVM_RUN ─► exit, ring full ─► Ring::meter ─► ACCEPT PENALTY: Pacer::settle (one wait-free load), pause
+//!  vCPU thread: KVM_RUN ─► exit, ring full ─► VcpuRing::meter ─► ACCEPT PENALTY: Machine (one wait-free load), pause
 //! ```
-//! Each stage is the module of its name. `dirtylimit-kvm` puts KVM under it; an embedder of another kind (a unikernel's
+//! Each stage is the module of its name; a vCPU from an exit to its next entry is one [`Machine`], which decides, and leaves
+//! clocks, locks and system calls to its driver. `dirtylimit-kvm` puts KVM under it; an embedder of another kind (a unikernel's
 //! VMM, firmware) drives the same parts:
 //!
 //! ```
-//! use dirtylimit_core::{Entry, Limiter, PageRate, Paced, Pacer, Ring, SECOND};
+//! use dirtylimit_core::{Ended, Entry, Limiter, Machine, Metered, PageRate, Paced, Ring, SECOND, Step, VcpuRing};
 //!
 //! static LIMITER: Limiter<Paced, 4> = Limiter::new(Paced);
 //! static MEMORY: [Entry; 1024] = [const { Entry::new() }; 1024];
 //!
 //! let vcpu = LIMITER.register()?;
 //! let cell = LIMITER.cell(vcpu).ok_or("no such vCPU")?;
-//! let (mut ring, mut pacer) = (Ring::new(&MEMORY[..])?, Pacer::new(&cell.report));
+//! let (mut ring, mut machine) = (VcpuRing::new(Ring::new(&MEMORY[..])?), Machine::new(cell, 1024, false, false));
 //!
 //! // Control plane: 1 MiB/s, in pages of 4 KiB; and the tick, every 10 to 100 ms.
 //! LIMITER.set_limit(vcpu, Some(PageRate::from_bytes_per_sec(1 << 20, 4096)));
 //! LIMITER.tick(100 * SECOND);
 //!
-//! // vCPU thread, at an exit with a full ring: meter, settle, pause until `turn.until`, free the next slice.
-//! let pages = ring.meter(|page| { /* gross and net are the same here */ });
-//! cell.report.add_pages(pages, pages);
-//! let turn = pacer.settle(100 * SECOND, LIMITER.vm(), &cell.penalty, &cell.report);
-//! ring.collect(ring.to_collect(turn.slice.unwrap_or(u32::MAX)), |page| { /* dirty: publish it after the reset */ });
+//! // vCPU thread, at an exit with a full ring.
+//! let (vm, now) = (LIMITER.vm(), 100 * SECOND);
+//! machine.full_exit(cell);
+//! let mut step = machine.begin(now, vm, cell);
+//! loop {
+//!     step = match step {
+//!         Step::Harvest => {
+//!             ring.meter(cell, |page| Metered::New);
+//!             machine.harvested(now, vm, cell, &mut ring, false)
+//!         }
+//!         Step::Pause { until, .. } => machine.paused(now, until.max(now), Ended::Due, vm, cell), // sleep until then
+//!         Step::Reset => {
+//!             ring.collect(ring.to_grant(), |page| { /* dirty: publish it after the reset */ });
+//!             ring.reclaim(); // after the kernel's reset
+//!             ring.grant(cell);
+//!             machine.reset_done(now, cell)
+//!         }
+//!         Step::Enter(_) | Step::Return(_) | Step::Wedged(_) => break,
+//!     };
+//! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! # Wait-freedom
 //! [`PenaltyCell::set`] is one store, [`PenaltyCell::accept`] and [`Pacer::owes`] one load each, [`Report`]'s counters a
-//! load and a store, and [`Pacer::settle`] has no loop over its eight loads and a store. Each says how many instructions it
+//! load and a store, [`Pacer::settle`] has no loop over its eight loads and a store, and no step of a [`Machine`] has one. Each says how many instructions it
 //! takes at most, in the optimised code of x86-64, 64-bit Arm and Cortex-M4 (`ci/wait-free.sh` counts them). [`Ring::meter`]
 //! and [`Ring::collect`] visit each entry of the ring at most once a call.
 #![no_std]

@@ -8,7 +8,8 @@ use core::ops::RangeInclusive;
 use cortex_m_rt::entry;
 use cortex_m_semihosting::{debug, hprintln};
 use dirtylimit_core::{
-    BadRingSize, Entry, Limiter, Nanos, Paced, Pacer, Page, PageRate, Ring, SECOND, VcpuCell, VmCell,
+    BadRingSize, Ended, Entry, Limiter, Machine, Metered, Nanos, Paced, Page, PageRate, Ring, SECOND, Step, VcpuCell,
+    VcpuRing, VmCell,
 };
 
 static LIMITER: Limiter<Paced, 4> = Limiter::new(Paced);
@@ -34,18 +35,20 @@ fn leave(status: debug::ExitStatus) -> ! {
 /// A vCPU with its ring and, in `dirty` and `reset`, what a kernel knows of that.
 struct Vcpu {
     cell: &'static VcpuCell,
-    ring: Ring<&'static [Entry]>,
-    pacer: Pacer,
+    vcpu: VcpuRing<&'static [Entry]>,
+    machine: Machine,
     now: Nanos,
     next_tick: Nanos,
     dirty: u32,
     reset: u32,
+    served: Nanos,
 }
 
 impl Vcpu {
     fn new(cell: &'static VcpuCell) -> Result<Self, BadRingSize> {
-        let (ring, pacer) = (Ring::new(&MEMORY[..])?, Pacer::new(&cell.report));
-        Ok(Self { cell, ring, pacer, now: SECOND, next_tick: 0, dirty: 0, reset: 0 })
+        let vcpu = VcpuRing::new(Ring::new(&MEMORY[..])?);
+        let machine = Machine::new(cell, vcpu.ring().size(), false, false);
+        Ok(Self { cell, vcpu, machine, now: SECOND, next_tick: 0, dirty: 0, reset: 0, served: 0 })
     }
 
     fn entry(index: u32) -> &'static Entry {
@@ -54,7 +57,7 @@ impl Vcpu {
 
     /// KVM_RUN: the guest writes until its ring is full.
     fn run(&mut self, ticks: bool) {
-        while self.dirty.wrapping_sub(self.reset) < self.ring.soft_limit() {
+        while self.dirty.wrapping_sub(self.reset) < self.vcpu.ring().soft_limit() {
             Self::entry(self.dirty).push(Page { slot: 0, offset: self.dirty.into() });
             self.dirty = self.dirty.wrapping_add(1);
             self.now += WRITE;
@@ -65,20 +68,40 @@ impl Vcpu {
         }
     }
 
-    /// The full exit: meter, settle, pause, free the next slice.
+    /// From the full exit to the next entry.
     fn serve(&mut self) {
-        let report = &self.cell.report;
-        let pages = self.ring.meter(|_| ());
-        report.add_full_exit();
-        report.add_pages(pages, pages);
-        let turn = self.pacer.settle(self.now, LIMITER.vm(), &self.cell.penalty, report);
-        report.add_pause(turn.until.saturating_sub(self.now));
-        self.now = self.now.max(turn.until);
-        self.ring.collect(self.ring.to_collect(turn.slice.unwrap_or(u32::MAX)), |_| ());
-        while Self::entry(self.reset).reset().is_some() {
-            self.reset = self.reset.wrapping_add(1);
+        let Self { cell, vcpu, machine, now, reset, served, .. } = self;
+        let vm = LIMITER.vm();
+        machine.full_exit(cell);
+        let mut step = machine.begin(*now, vm, cell);
+        loop {
+            step = match step {
+                Step::Harvest => {
+                    vcpu.meter(cell, |_| Metered::New);
+                    machine.harvested(*now, vm, cell, vcpu, false)
+                }
+                Step::Pause { until, .. } => {
+                    let from = *now;
+                    *now = from.max(until);
+                    machine.paused(from, *now, Ended::Due, vm, cell)
+                }
+                Step::Reset => {
+                    if let Some(later) = machine.reset_later(*now, *served, vm, cell) {
+                        step = later;
+                        continue;
+                    }
+                    vcpu.collect(vcpu.to_grant(), |_| ());
+                    while Self::entry(*reset).reset().is_some() {
+                        *reset = reset.wrapping_add(1);
+                    }
+                    vcpu.reclaim();
+                    vcpu.grant(cell);
+                    *served = *now;
+                    machine.reset_done(*now, cell)
+                }
+                Step::Enter(_) | Step::Return(_) | Step::Wedged(_) => return,
+            };
         }
-        self.ring.reclaim();
     }
 
     /// Runs so long, and returns the dirty page rate.
