@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use dirtylimit_bench::guest::kvm::{Exit, Load, SLOT, kvm_or_skip};
 use dirtylimit_bench::payload::Mode;
-use dirtylimit_kvm::{Config, PageRate};
+use dirtylimit_kvm::{Config, PageRate, Unenforced};
 
 use crate::common::{Copy, machine, vcpu};
 use crate::rig::Watchdog;
@@ -55,9 +55,10 @@ fn a_guest_with_steal_time_makes_progress_under_every_limit() {
         assert!(full >= 150, "{told}");
         // KVM pushes more where the host takes the CPU away: such a slice may be used up, and the next has room for it.
         assert!(longest <= 8 && empty <= 60, "{told}");
-        // With room for a reset, and for a host that has no CPU for the thread.
+        // None was longer than the longest on purpose, as for a lump. How late the host ends one is not judged here.
+        limiter.tick();
         let why = limiter.query(0).unwrap().unenforced;
-        assert!(paused < PAUSE + Duration::from_millis(500), "{told}: {paused:?}, {why:?}");
+        assert_ne!(why, Some(Unenforced::Lumps), "{told}");
         copy.take(&limiter.last_round().and_then(|round| round.take(SLOT)).unwrap()).unwrap();
         assert_eq!(copy.lost(), 0, "{told}");
     }
