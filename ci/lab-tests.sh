@@ -20,11 +20,11 @@ done
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# The three programs that have such tests, and by a test of its own the harness; as ci/tests.sh has built them.
+# The programs that have such tests, and by a test of its own the harness; as ci/tests.sh has built them.
 cargo test --quiet --workspace --locked --no-run --lib --test kvm --test output --message-format=json >"$work/built"
 bench=${CARGO_TARGET_DIR:-target}/debug/dirtylimit-bench
 # A crate's target, and where its tests on KVM are.
-programs=("kvm" "dirtylimit_bench guest::kvm:: probe::" "dirtylimit_kvm tests::enabling::")
+programs=("kvm" "dirtylimit_test_vm tests::" "dirtylimit_bench guest::kvm:: probe::" "dirtylimit_kvm tests::enabling::")
 
 # Freezers of both versions, for the tests that freeze a process.
 prepare="export DIRTYLIMIT_STORM_SECONDS=${DIRTYLIMIT_STORM_SECONDS:-1} DIRTYLIMIT_SOAK_SECONDS=${DIRTYLIMIT_SOAK_SECONDS:-2}

@@ -34,8 +34,7 @@ for kind in "${kinds[@]}"; do
             archive=tsan flags=(-Zbuild-std) bug=race finds="ThreadSanitizer: data race"
             # It holds signals back until their thread makes a call that it knows, so the handler runs too late.
             only=(--skip a_handle_may_be_used_first_inside_a_signal_handler) ;;
-        # The harness builds three times as fast unoptimised, and here that costs its tests little.
-        address) only=() archive=asan flags=(--config profile.dev.package.dirtylimit-bench.opt-level=0) bug=freed finds="AddressSanitizer: heap-use-after-free" ;;
+        address) only=() archive=asan flags=() bug=freed finds="AddressSanitizer: heap-use-after-free" ;;
         *) echo "sanitizers: $kind: thread and address are what there is" >&2; exit 2 ;;
     esac
     # As clang links it: before all else, or GNU ld finds some of its references only half resolved.

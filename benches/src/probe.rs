@@ -14,9 +14,9 @@ use kvm_ioctls::Kvm;
 
 use crate::guest::kvm::raw_ring::{self, RawRing};
 use crate::guest::kvm::{self, Exit, Load, Machine, affinity};
-use crate::payload::{self, Mode};
 use crate::record::Host;
 use crate::units::PAGE_SIZE;
+use dirtylimit_test_vm::payload::{self, Mode};
 
 /// Entries of the ring that the probe's guest fills; the size that a run has by default.
 const RING: u32 = 4096;
@@ -174,14 +174,14 @@ fn look_at_kvm(kvm: &Kvm, report: &mut Report) {
     }
     match run_guest() {
         Ok(seen) => report_guest(&seen, report),
-        Err(error) => report.add(kvm::arch::LEVEL, "no", Verdict::Bad, format!("{error:#}")),
+        Err(error) => report.add(dirtylimit_test_vm::LEVEL, "no", Verdict::Bad, format!("{error:#}")),
     }
 }
 
 fn report_guest(seen: &Seen, report: &mut Report) {
     let mib = seen.accesses as f64 * f64::from(PAGE_SIZE) / seen.time.as_secs_f64() / f64::from(1 << 20);
     report.add(
-        kvm::arch::LEVEL,
+        dirtylimit_test_vm::LEVEL,
         format!("{mib:.0} MiB/s"),
         Verdict::Good,
         "of page touches by one writer, tracked, unlimited",

@@ -7,9 +7,7 @@ use std::fmt;
 use std::time::Duration;
 
 use dirtylimit_core::PageRate;
-
-/// Bytes of a page: the guest is x86-64 and KVM's dirty ring counts its host's 4 KiB pages.
-pub const PAGE_SIZE: u32 = 4096;
+pub use dirtylimit_test_vm::PAGE_SIZE;
 
 const MIB: f64 = (1u64 << 20) as f64;
 /// The largest size: 16 TiB, more than any host has.

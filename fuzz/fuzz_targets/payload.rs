@@ -11,23 +11,9 @@ use libfuzzer_sys::{
     fuzz_target,
 };
 
-#[path = "../../benches/src/guest/kvm/layout.rs"]
-#[expect(dead_code, unreachable_pub, reason = "the harness's own file; some of it is for its machine alone")]
-mod layout;
-#[path = "../../benches/src/payload.rs"]
-#[expect(dead_code, unreachable_pub, reason = "as above")]
-mod payload;
-#[path = "../../benches/src/units.rs"]
-#[expect(dead_code, unreachable_pub, reason = "as above")]
-mod units;
-#[path = "../../benches/src/workload.rs"]
-#[expect(dead_code, unreachable_pub, reason = "as above")]
-mod workload;
-
-use layout::{Layout, Load, MAX_VCPUS};
-use payload::{IMAGE_MAX, Mode, Parameters, WORKLOAD_ADDRESS};
-use units::PAGE_SIZE;
-use workload::Workload;
+use dirtylimit_test_vm::layout::Layout;
+use dirtylimit_test_vm::payload::{self, IMAGE_MAX, Mode, Parameters, WORKLOAD_ADDRESS};
+use dirtylimit_test_vm::{Load, MAX_VCPUS, PAGE_SIZE};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -49,18 +35,11 @@ struct AnyLoad {
     delay: u64,
     stall_us: u32,
     half_period_us: u32,
-    /// As the command line would have it.
-    plain: bool,
 }
 
 impl AnyLoad {
     fn load(&self) -> Load {
         let bytes = self.bytes.unwrap_or(u64::from(self.pages) * PAGE);
-        if self.plain {
-            let of: [fn(u64) -> Workload; 6] =
-                [Workload::Write, Workload::Random, Workload::Read, Workload::Slow, Workload::Steady, Workload::Burst];
-            return Load::of(of.get(usize::from(self.mode % 7)).map_or(Workload::Idle, |of| of(bytes).maskable()));
-        }
         let mode = [Mode::Write, Mode::Read, Mode::Random, Mode::Idle, Mode::Burst][usize::from(self.mode % 5)];
         let us = |us: u32| Duration::from_micros(us.into());
         let (stall, half_period) = (us(self.stall_us), us(self.half_period_us));

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 
-use crate::payload::Parameters;
+use dirtylimit_test_vm::payload::Parameters;
 
 /// # Errors
 /// Always.

@@ -15,8 +15,8 @@ use qapi::qmp::{self, DirtyRateMeasureMode};
 use qapi::{ExecuteError, Qmp, Stream};
 
 use crate::guest::kvm::layout::STATS;
-use crate::payload::stats;
 use crate::units::PAGE_SIZE;
+use dirtylimit_test_vm::payload::stats;
 
 /// A QEMU that has not answered by then is stuck.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -1,7 +1,7 @@
 //! The ROM that brings another hypervisor's vCPUs to where the harness' own guest begins.
 //!
 //! QEMU starts a machine at its reset vector, not at a register state of ours. This ROM (`-bios`) does what firmware
-//! would: real mode, protected mode, page tables, long mode, CPL 3, and there the same [payload](crate::payload) by the
+//! would: real mode, protected mode, page tables, long mode, CPL 3, and there the same [payload](dirtylimit_test_vm::payload) by the
 //! same ABI, with parameter blocks, stats pages and stacks at the same places. The boot vCPU starts the others by
 //! INIT and SIPI.
 //!
@@ -22,7 +22,7 @@
 use anyhow::{Context, Result, ensure};
 
 use crate::guest::kvm::layout::{HUGE_PAGE, MAX_VCPUS, PAGE_TABLES, PARAMETERS, STACK_BYTES, STACKS, STATS};
-use crate::payload::{self, IMAGE_ADDRESS, PARAMETER_WORDS, Parameters};
+use dirtylimit_test_vm::payload::{self, IMAGE_ADDRESS, PARAMETER_WORDS, Parameters};
 
 /// Bytes of the ROM; what QEMU takes is a multiple of this.
 const BYTES: usize = 0x1_0000;
@@ -220,7 +220,7 @@ pub(super) fn image(blocks: &[Parameters], ram: u64, payload: &[u8]) -> Result<V
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::payload::Mode;
+    use dirtylimit_test_vm::payload::Mode;
 
     const BLOCK: Parameters = Parameters {
         start: 0x100_0000,

@@ -9,17 +9,17 @@ use anyhow::Result;
 use super::qemu::{Counters, Qemu};
 use super::rom;
 use crate::guest::kvm::affinity::{allowed_cpus, pin_thread};
-use crate::guest::kvm::arch::host_tsc_hz;
 use crate::guest::kvm::layout::Layout;
-use crate::guest::kvm::{self, Hold, Load, Mark, Script, Scripted};
+use crate::guest::kvm::{self, Hold, Mark, Script, Scripted};
 use crate::guest::{Phase, Progress, VcpuNow};
 use crate::measure::Measures;
-use crate::payload::{self, Parameters, stats};
 use crate::plan::Plan;
 use crate::probe;
 use crate::record::{GuestKind, Recording, Sample, Stalls, VcpuRecording};
 use crate::report::progress::Interrupt;
 use crate::units::{PAGE_SIZE, mib_per_sec};
+use dirtylimit_test_vm::host_tsc_hz;
+use dirtylimit_test_vm::payload::{self, Parameters, stats};
 
 /// Distance between two readings of the guest's counters.
 const SAMPLE: Duration = Duration::from_millis(20);
@@ -125,7 +125,7 @@ fn sample(at: Duration, count: u64) -> Sample {
 /// # Errors
 /// A guest for which there is no room.
 pub(super) fn rom_of(plan: &Plan) -> Result<(Vec<u8>, u64)> {
-    let loads: Vec<_> = plan.vcpus.iter().map(|vcpu| Load::of(vcpu.workload)).collect();
+    let loads: Vec<_> = plan.vcpus.iter().map(|vcpu| vcpu.workload.into()).collect();
     let layout = Layout::new(&loads)?;
     // No doorbell: QEMU has no device there, and each store would cost it a lookup under its big lock.
     let blocks: Vec<Parameters> = (0..loads.len()).map(|index| layout.parameters(index, host_tsc_hz(), 0)).collect();

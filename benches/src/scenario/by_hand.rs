@@ -10,9 +10,9 @@ use anyhow::{Context, Result, anyhow, bail};
 use super::trial::HandServed;
 use crate::guest::kvm::raw_ring::{self, RawRing};
 use crate::guest::kvm::{Exit, GuestCpu, Load, Machine};
-use crate::payload::{self, Mode};
 use crate::plan::Plan;
 use crate::workload::Workload;
+use dirtylimit_test_vm::payload::{self, Mode};
 
 /// Runs the one writer of `plan` for as long as the plan says, and gives its accesses per second of the limited phase.
 ///

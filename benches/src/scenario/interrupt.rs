@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use dirtylimit_kvm::{Config, Decision, DirtyLimit, Interrupter, PageRate, ThrottleThread};
 
 use crate::guest::kvm::{Kicker, Load, Machine, SLOT};
-use crate::payload::{self, Mode};
+use dirtylimit_test_vm::payload::{self, Mode};
 
 /// The longest pause that there is: interruptions come much sooner.
 const PAUSE: Duration = Duration::from_secs(1);

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use dirtylimit_bench::guest::kvm::kvm_or_skip;
 use dirtylimit_core::{Shipped, Stepped};
+use dirtylimit_test_vm::kvm_or_skip;
 
 use crate::fake::{Fake, PAGES, SLOT, pages};
 use crate::sys::{self, Kernel, VmFd, page_size};

@@ -8,9 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use dirtylimit_bench::guest::kvm::{Exit, Load, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, Error, Kick, Paced, PageRate, Shipped, Stepped};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::{Exit, Load, kvm_or_skip};
 
 use crate::common::{drive, here, machine, vcpu};
 use crate::rig::{Copying, Rig};

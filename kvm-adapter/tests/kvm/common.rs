@@ -5,9 +5,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use dirtylimit_bench::guest::kvm::{Exit, GuestCpu, GuestMemory, Load, Machine, SLOT};
-use dirtylimit_bench::payload::{self, Mode};
 use dirtylimit_kvm::{Config, DirtyLimit, Vcpu};
+use dirtylimit_test_vm::payload::{self, Mode};
+use dirtylimit_test_vm::{Exit, GuestCpu, GuestMemory, Load, Machine, SLOT};
 
 /// A vCPU with its limiter.
 pub(crate) type Limited = (GuestCpu, Vcpu);

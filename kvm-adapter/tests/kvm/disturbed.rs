@@ -9,9 +9,9 @@ use crate::common::{Copy, here, machine, vcpu};
 use crate::rig::{Copying, Rig};
 use crate::stopped::{PAGE, alone};
 use anyhow::{Result, ensure};
-use dirtylimit_bench::guest::kvm::{Load, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PageRate, PlantedBug};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::{Load, SLOT, kvm_or_skip};
 
 fn config(entries: u32, bug: Option<PlantedBug>) -> Config {
     let config = Config::new().ring_entries(entries);

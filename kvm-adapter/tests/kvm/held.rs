@@ -4,9 +4,9 @@ use std::io::BufRead;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use dirtylimit_bench::guest::kvm::{Load, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PageRate, Unenforced};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::{Load, SLOT, kvm_or_skip};
 
 use crate::common::{drive, here, machine, vcpu};
 use crate::rig::{Copying, Rig, Watchdog};

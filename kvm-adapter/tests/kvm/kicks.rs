@@ -8,9 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
-use dirtylimit_bench::guest::kvm::{Exit, Load, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, Decision, DirtyLimit, Error, Kick, PageRate};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::{Exit, Load, kvm_or_skip};
 
 use crate::common::{Limited, drive, here, machine, vcpu};
 use crate::rig::Watchdog;

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
-use dirtylimit_bench::guest::kvm::{Exit, Load, Machine, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::{self, Mode};
 use dirtylimit_kvm::{Config, DirtyLimit, Error, Kick, PageRate};
+use dirtylimit_test_vm::payload::{self, Mode};
+use dirtylimit_test_vm::{Exit, Load, Machine, SLOT, kvm_or_skip};
 
 use crate::common::{Copy, Limited, drive, machine, smallest_ring, vcpu};
 use crate::rig::Watchdog;
@@ -272,7 +272,7 @@ fn several_limited_vcpus_passed_and_taken_in_a_loop_lose_nothing() {
         }
         stop.store(true, Relaxed);
         while running.iter().any(|thread| !thread.is_finished()) {
-            kickers.iter().for_each(dirtylimit_bench::guest::kvm::Kicker::kick);
+            kickers.iter().for_each(dirtylimit_test_vm::Kicker::kick);
             thread::sleep(Duration::from_millis(1));
         }
         // Handed back, not dropped: the vCPUs' descriptors are open until the last take is done.

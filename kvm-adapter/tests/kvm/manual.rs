@@ -1,9 +1,9 @@
 //! Manual protection of the dirty log (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`): left on, a VM with a ring logs nothing at all.
 
 use anyhow::{Result, ensure};
-use dirtylimit_bench::guest::kvm::{Exit, Load, Machine, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::{self, Mode};
 use dirtylimit_kvm::{Config, DirtyLimit};
+use dirtylimit_test_vm::payload::{self, Mode};
+use dirtylimit_test_vm::{Exit, Load, Machine, SLOT, kvm_or_skip};
 use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, kvm_enable_cap};
 
 use crate::common::{Copy, drive};

@@ -1,9 +1,9 @@
 //! 64-bit Arm: memory that KVM writes outside any vCPU, for an interrupt translation service (ITS). Such a page is in no ring.
 
 use anyhow::{Context, Result};
-use dirtylimit_bench::guest::kvm::{Exit, Load, Machine, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PageRate};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::{Exit, Load, Machine, SLOT, kvm_or_skip};
 use kvm_bindings::{
     KVM_DEV_ARM_ITS_SAVE_TABLES, KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
     KVM_DEV_ARM_VGIC_GRP_ITS_REGS, KVM_VGIC_ITS_ADDR_TYPE, KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST,

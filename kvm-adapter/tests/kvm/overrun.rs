@@ -5,10 +5,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
-use dirtylimit_bench::guest::kvm::raw_ring::{self, RawRing};
-use dirtylimit_bench::guest::kvm::{Exit, Load, Machine, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, DirtyLimit, Error};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::raw_ring::{self, RawRing};
+use dirtylimit_test_vm::{Exit, Load, Machine, SLOT, kvm_or_skip};
 
 use crate::common::{Copy, Limited, drive, machine, smallest_ring, vcpu};
 use crate::rig::Watchdog;

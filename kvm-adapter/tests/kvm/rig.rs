@@ -11,9 +11,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail};
-use dirtylimit_bench::guest::kvm::{Exit, GuestCpu, Kicker, Load, Machine};
-use dirtylimit_bench::payload;
 use dirtylimit_kvm::{Config, DirtyLimit, ThrottleThread};
+use dirtylimit_test_vm::payload;
+use dirtylimit_test_vm::{Exit, GuestCpu, Kicker, Load, Machine};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 
 use crate::common::{Copy, Limited, drive, here};
@@ -335,7 +335,7 @@ impl Drop for Rig {
 }
 
 /// The first page of the workload's memory: what lies before it is the host's to lay out.
-const WORKLOAD_PAGE: usize = (dirtylimit_bench::payload::WORKLOAD_ADDRESS / 4096) as usize;
+const WORKLOAD_PAGE: usize = (dirtylimit_test_vm::payload::WORKLOAD_ADDRESS / 4096) as usize;
 
 /// A vCPU's thread.
 fn work(mut limited: Limited, stop: &AtomicBool) -> Result<GuestCpu> {

@@ -14,9 +14,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use dirtylimit_bench::guest::kvm::{GuestCpu, Load, Machine, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, DirtyLimit, Kick, PageRate};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::{GuestCpu, Load, Machine, SLOT, kvm_or_skip};
 
 use crate::rig::Watchdog;
 

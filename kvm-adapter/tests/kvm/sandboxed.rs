@@ -4,9 +4,9 @@ use std::ptr::null_mut;
 use std::thread;
 
 use anyhow::{Result, ensure};
-use dirtylimit_bench::guest::kvm::{Exit, Load, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, Stats};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::{Exit, Load, SLOT, kvm_or_skip};
 
 use crate::common::{Copy, drive, machine, vcpu};
 use crate::stopped::alone;

@@ -11,9 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use dirtylimit_bench::guest::kvm::{Load, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, Kick};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::{Load, kvm_or_skip};
 use fastrand::Rng;
 
 use crate::changes::{change_a_limit, starve};

@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-use dirtylimit_bench::guest::kvm::{Exit, Load, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PageRate, Unenforced};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::{Exit, Load, SLOT, kvm_or_skip};
 
 use crate::common::{Copy, machine, vcpu};
 use crate::rig::Watchdog;

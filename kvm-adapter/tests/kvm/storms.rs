@@ -10,9 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use dirtylimit_bench::guest::kvm::{Exit, Load, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PlantedBug};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::{Exit, Load, SLOT, kvm_or_skip};
 
 use crate::common::{Copy, Limited, drive, here, machine, vcpu};
 use crate::rig::{Copying, Rig, Watchdog};

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use dirtylimit_bench::guest::kvm::{Load, SLOT, kvm_or_skip};
-use dirtylimit_bench::payload::Mode;
 use dirtylimit_kvm::{Config, PlantedBug};
+use dirtylimit_test_vm::payload::Mode;
+use dirtylimit_test_vm::{Load, SLOT, kvm_or_skip};
 
 use crate::common::{Copy, machine, vcpu};
 use crate::rig::Watchdog;

@@ -1,58 +1,44 @@
-//! The real guest: a small VM whose vCPUs run the [payload](crate::payload).
+//! The real guest: a [`Machine`] of the test VM's, limited by dirtylimit and measured.
 
 pub mod affinity;
-pub(crate) mod arch;
 mod control;
-mod cpu;
-pub(crate) mod layout;
-mod machine;
-mod memory;
 mod metrics;
-pub mod raw_ring;
 mod run;
 mod script;
 mod threads;
 
-use std::io::Write;
-use std::panic::Location;
-
-pub use cpu::{Exit, GuestCpu, Kicker, open};
-pub use layout::{Load, MAX_VCPUS};
-pub use machine::{Machine, SLOT, StatsPage};
-pub use memory::GuestMemory;
+pub use dirtylimit_test_vm::{
+    Exit, GuestCpu, GuestMemory, Kicker, Load, MAX_VCPUS, Machine, SLOT, kvm_or_skip, layout, open, raw_ring,
+};
 pub use run::{run, run_scripted};
 pub use script::{Hold, Mark, Script, Scripted};
 
-/// For tests: whether `/dev/kvm` opens. Where it does not, the test must return, and this says so on stderr.
-///
-/// Where it does, the test's name is added to the file that the environment variable `DIRTYLIMIT_KVM_TESTS_RAN` names,
-/// so that a script can tell a test that passed from one that was skipped.
-///
-/// # Panics
-/// If that file cannot be written.
-#[track_caller]
-pub fn kvm_or_skip() -> bool {
-    let thread = std::thread::current();
-    let at = Location::caller();
-    let name = format!("{} ({}:{})", thread.name().unwrap_or("unnamed"), at.file(), at.line());
-    if let Err(error) = open() {
-        // The raw descriptor: the test runner does not capture it, so the skip shows without --nocapture.
-        let _ = writeln!(std::io::stderr(), "SKIPPED: /dev/kvm cannot be used by {name}: {error:#}");
-        return false;
+use crate::workload::Workload;
+use dirtylimit_test_vm::payload::Mode;
+
+/// Empty loop turns between the writes of [`Workload::Slow`]: about 10 µs.
+const SLOW_DELAY: u64 = 20_000;
+/// The same of [`Workload::Steady`]: with them an access is some 530 instructions, so a CPU of 500 million instructions a
+/// second dirties 0.9 million pages in it.
+const STEADY_DELAY: u64 = 250;
+
+impl From<Workload> for Load {
+    fn from(workload: Workload) -> Self {
+        let mode = match workload {
+            Workload::Write(_) | Workload::Slow(_) | Workload::Steady(_) => Mode::Write,
+            Workload::Random(_) => Mode::Random,
+            Workload::Read(_) => Mode::Read,
+            Workload::Burst(_) => Mode::Burst,
+            Workload::Idle => Mode::Idle,
+        };
+        let delay = match workload {
+            Workload::Slow(_) => SLOW_DELAY,
+            Workload::Steady(_) => STEADY_DELAY,
+            _ => 0,
+        };
+        Self { delay, ..Self::new(mode, workload.bytes()) }
     }
-    if let Some(path) = std::env::var_os("DIRTYLIMIT_KVM_TESTS_RAN") {
-        std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            // One write, so that the lines of tests that run at once do not mix.
-            .and_then(|mut file| file.write_all(format!("{name}\n").as_bytes()))
-            .unwrap_or_else(|error| panic!("DIRTYLIMIT_KVM_TESTS_RAN={}: {error}", path.to_string_lossy()));
-    }
-    true
 }
 
 #[cfg(test)]
 mod run_tests;
-#[cfg(test)]
-mod tests;

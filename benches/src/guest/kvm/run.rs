@@ -14,12 +14,12 @@ use super::script::{Event, Mark, Script, Scripted};
 use super::threads::{Copier, Limited, Vcpus};
 use super::{GuestCpu, Load, Machine, SLOT};
 use crate::guest::{Phase, Progress, VcpuNow};
-use crate::payload;
 use crate::plan::Plan;
 use crate::probe;
 use crate::record::{GuestKind, KickKind, PolicyKind, Recording, Sample, Stalls, VcpuRecording};
-use crate::shadow::Shadow;
 use crate::workload::Workload;
+use dirtylimit_test_vm::Shadow;
+use dirtylimit_test_vm::payload;
 
 /// Distance between two samples.
 const SAMPLE: Duration = Duration::from_millis(10);
@@ -45,7 +45,7 @@ pub fn run(plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
 /// As [`run`].
 pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -> Result<Scripted> {
     let image = plan.payload.as_deref().map(payload::load).transpose()?;
-    let loads: Vec<Load> = plan.vcpus.iter().map(|vcpu| Load::of(vcpu.workload)).collect();
+    let loads: Vec<Load> = plan.vcpus.iter().map(|vcpu| vcpu.workload.into()).collect();
     let machine = Machine::new(&loads, image.as_deref().unwrap_or(payload::image()))?;
     check_memory(machine.memory().bytes() as u64)?;
 

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use dirtylimit_core::PageRate;
 
-use super::{Hold, Load, MAX_VCPUS, Machine, Script, arch, kvm_or_skip, run, run_scripted};
+use super::{Hold, Load, MAX_VCPUS, Machine, Script, kvm_or_skip, run, run_scripted};
 use crate::guest::{Phase, Progress, VcpuNow};
-use crate::payload::{self, Mode};
 use crate::plan::{Plan, Step, VcpuPlan};
 use crate::record::{KickKind, PolicyKind, Recording};
 use crate::workload::Workload;
+use dirtylimit_test_vm::payload::{self, Mode};
 
 const MIB: u64 = 1 << 20;
 
@@ -199,13 +199,13 @@ fn a_payload_file_stands_in_for_the_built_in_one() {
         Plan { payload: Some(path.clone()), ..plan(&[Workload::Write(8 * MIB)]) }
     };
     let same = watched(&with(payload::image()), None).0;
-    let faulty = failure(&with(arch::images::FAULTY[0].1));
-    let silent = watched(&with(arch::images::SPIN), None).0;
+    let faulty = failure(&with(dirtylimit_test_vm::images::FAULTY[0].1));
+    let silent = watched(&with(dirtylimit_test_vm::images::SPIN), None).0;
     let empty = failure(&with(&[]));
     std::fs::remove_file(&path).unwrap();
     let same = same.unwrap();
     assert!(same.vcpus[0].limited_accesses > 0 && same.lost_pages == Some(0));
-    assert!(faulty.contains("vCPU 0") && faulty.contains(arch::FAULT), "{faulty}");
+    assert!(faulty.contains("vCPU 0") && faulty.contains(dirtylimit_test_vm::FAULT), "{faulty}");
     let silent = silent.unwrap();
     assert!(silent.vcpus[0].limited_accesses == 0 && silent.lost_pages == Some(0), "a loop that touches nothing runs");
     assert!(empty.contains("empty") && empty.contains("dirtylimit-payload"), "{empty}");

@@ -10,7 +10,7 @@ use anyhow::{Context, Error, Result, anyhow, ensure};
 use dirtylimit_kvm::{DirtyLimit, Vcpu};
 
 use super::{Exit, GuestCpu, Kicker, SLOT, affinity};
-use crate::shadow::Shadow;
+use dirtylimit_test_vm::Shadow;
 
 /// How long a vCPU rests when its guest says that it has nothing to do.
 const REST: Duration = Duration::from_millis(1);

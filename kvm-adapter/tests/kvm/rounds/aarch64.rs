@@ -3,7 +3,7 @@
 use std::arch::global_asm;
 
 use anyhow::Result;
-use dirtylimit_bench::guest::kvm::GuestCpu;
+use dirtylimit_test_vm::GuestCpu;
 use kvm_bindings::{KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_SIZE_U64};
 
 use super::ROUND;

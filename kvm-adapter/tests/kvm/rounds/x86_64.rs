@@ -3,7 +3,7 @@
 use std::arch::global_asm;
 
 use anyhow::Result;
-use dirtylimit_bench::guest::kvm::GuestCpu;
+use dirtylimit_test_vm::GuestCpu;
 
 use super::ROUND;
 

@@ -7,9 +7,9 @@ mod aarch64;
 mod x86_64;
 
 #[cfg(target_arch = "aarch64")]
-pub(crate) use aarch64::*;
+pub use aarch64::*;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86_64::*;
+pub use x86_64::*;
 
 /// What a vCPU is started with: guest-physical addresses.
 #[derive(Clone, Copy, Debug)]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::units::PAGE_SIZE;
+use crate::PAGE_SIZE;
 
 /// u64 words in a page.
 const PAGE_WORDS: usize = PAGE_SIZE as usize / 8;

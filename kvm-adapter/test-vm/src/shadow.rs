@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::{Result, bail};
 
-use crate::guest::kvm::GuestMemory;
+use crate::GuestMemory;
+use crate::PAGE_SIZE;
 use crate::payload::WORKLOAD_ADDRESS;
-use crate::units::PAGE_SIZE;
 
 /// A copy of a guest's memory.
 ///

@@ -19,39 +19,33 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::PAGE_SIZE;
 use crate::payload::{IMAGE_ADDRESS, Mode, Parameters, WORKLOAD_ADDRESS};
-use crate::units::PAGE_SIZE;
-use crate::workload::Workload;
 
 /// The most vCPUs that the layout has room for.
 pub const MAX_VCPUS: usize = 64;
 /// Guest-physical address of the top page table.
-pub(crate) const PAGE_TABLES: u64 = 0x1000;
+pub const PAGE_TABLES: u64 = 0x1000;
 /// Bytes of the doorbell, a huge page.
-pub(crate) const DOORBELL_BYTES: u64 = HUGE_PAGE;
+pub const DOORBELL_BYTES: u64 = HUGE_PAGE;
 
 /// Where the first vCPU's stats page is; the others' follow it.
-pub(crate) const STATS: u64 = 0x20_0000;
+pub const STATS: u64 = 0x20_0000;
 /// The same of the parameter blocks, a page each, and of the stacks.
-pub(crate) const PARAMETERS: u64 = 0x28_0000;
-pub(crate) const STACKS: u64 = 0x30_0000;
+pub const PARAMETERS: u64 = 0x28_0000;
+/// Guest-physical address of the first vCPU's stack.
+pub const STACKS: u64 = 0x30_0000;
 /// Bytes of a vCPU's stack.
-pub(crate) const STACK_BYTES: u64 = 0x4000;
+pub const STACK_BYTES: u64 = 0x4000;
 /// Where the first vCPU's steal-time page is; the others' follow it.
-pub(crate) const STEAL_TIMES: u64 = 0x40_0000;
+pub const STEAL_TIMES: u64 = 0x40_0000;
 /// RAM is a multiple of it.
-pub(crate) const HUGE_PAGE: u64 = 2 << 20;
+pub const HUGE_PAGE: u64 = 2 << 20;
 /// The page directories must end below the image: one page of them maps 1 GiB.
 const MAX_RAM: u64 = 64 << 30;
 const _: () = assert!(PAGE_TABLES + (2 + MAX_RAM / (1 << 30)) * PAGE_SIZE as u64 <= IMAGE_ADDRESS);
 const _: () = assert!(STACKS + MAX_VCPUS as u64 * STACK_BYTES <= STEAL_TIMES);
 const _: () = assert!(STEAL_TIMES + MAX_VCPUS as u64 * PAGE_SIZE as u64 <= WORKLOAD_ADDRESS);
-
-/// Empty loop turns between the writes of [`Workload::Slow`]: about 10 µs.
-const SLOW_DELAY: u64 = 20_000;
-/// The same of [`Workload::Steady`]: with them an access is some 530 instructions, so a CPU of 500 million instructions a
-/// second dirties 0.9 million pages in it.
-const STEADY_DELAY: u64 = 250;
 
 /// What one vCPU works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,23 +68,6 @@ impl Load {
         Self { mode, bytes, delay: 0, stall: Duration::from_micros(50), half_period: Duration::from_millis(100) }
     }
 
-    /// What does `workload`.
-    pub(crate) fn of(workload: Workload) -> Self {
-        let mode = match workload {
-            Workload::Write(_) | Workload::Slow(_) | Workload::Steady(_) => Mode::Write,
-            Workload::Random(_) => Mode::Random,
-            Workload::Read(_) => Mode::Read,
-            Workload::Burst(_) => Mode::Burst,
-            Workload::Idle => Mode::Idle,
-        };
-        let delay = match workload {
-            Workload::Slow(_) => SLOW_DELAY,
-            Workload::Steady(_) => STEADY_DELAY,
-            _ => 0,
-        };
-        Self { delay, ..Self::new(mode, workload.bytes()) }
-    }
-
     fn check(&self) -> Result<()> {
         let Self { mode, bytes, .. } = *self;
         let page = u64::from(PAGE_SIZE);
@@ -105,13 +82,13 @@ impl Load {
 }
 
 /// `time` in ticks of a TSC of that frequency, rounded down.
-pub(crate) fn ticks(time: Duration, tsc_hz: u64) -> u64 {
+pub fn ticks(time: Duration, tsc_hz: u64) -> u64 {
     u64::try_from(time.as_nanos() * u128::from(tsc_hz) / 1_000_000_000).unwrap_or(u64::MAX)
 }
 
 /// Each vCPU's load, and where its memory is.
 #[derive(Clone, Debug)]
-pub(crate) struct Layout {
+pub struct Layout {
     placed: Vec<(Load, u64)>,
     ram: u64,
 }
@@ -121,7 +98,7 @@ impl Layout {
     ///
     /// # Errors
     /// An impossible load, or more memory than there is room for.
-    pub(crate) fn new(loads: &[Load]) -> Result<Self> {
+    pub fn new(loads: &[Load]) -> Result<Self> {
         let mut ram = WORKLOAD_ADDRESS;
         let mut placed = Vec::with_capacity(loads.len());
         for (index, load) in loads.iter().enumerate() {
@@ -137,12 +114,12 @@ impl Layout {
     }
 
     /// Bytes of memory, a multiple of [`HUGE_PAGE`].
-    pub(crate) fn ram(&self) -> u64 {
+    pub fn ram(&self) -> u64 {
         self.ram
     }
 
     /// How many vCPUs.
-    pub(crate) fn vcpus(&self) -> usize {
+    pub fn vcpus(&self) -> usize {
         self.placed.len()
     }
 
@@ -150,7 +127,7 @@ impl Layout {
     ///
     /// # Panics
     /// If there is no load of that index.
-    pub(crate) fn workload(&self, index: usize) -> Range<u64> {
+    pub fn workload(&self, index: usize) -> Range<u64> {
         let (load, start) = self.placed[index];
         start..start + load.bytes
     }
@@ -159,7 +136,7 @@ impl Layout {
     ///
     /// # Panics
     /// If there is no load of that index.
-    pub(crate) fn parameters(&self, index: usize, tsc_hz: u64, doorbell: u64) -> Parameters {
+    pub fn parameters(&self, index: usize, tsc_hz: u64, doorbell: u64) -> Parameters {
         let (load, start) = self.placed[index];
         let page = u64::from(PAGE_SIZE);
         Parameters {

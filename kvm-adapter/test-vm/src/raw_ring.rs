@@ -12,7 +12,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use crate::units::PAGE_SIZE;
+use crate::PAGE_SIZE;
 
 const ENTRY_BYTES: usize = size_of::<kvm_dirty_gfn>();
 const DIRTY: u32 = 1;

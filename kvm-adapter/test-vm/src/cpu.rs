@@ -14,7 +14,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use super::arch::{self, Platform, Start};
 use super::layout::{self, DOORBELL_BYTES};
 use super::memory::GuestMemory;
-use crate::units::PAGE_SIZE;
+use crate::PAGE_SIZE;
 
 /// Why a vCPU left the guest, where that is no fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

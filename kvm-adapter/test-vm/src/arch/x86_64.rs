@@ -8,15 +8,15 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::Start;
-use crate::guest::kvm::layout::{DOORBELL_BYTES, HUGE_PAGE, PAGE_TABLES};
-use crate::guest::kvm::memory::GuestMemory;
+use crate::PAGE_SIZE;
+use crate::layout::{DOORBELL_BYTES, HUGE_PAGE, PAGE_TABLES};
+use crate::memory::GuestMemory;
 use crate::payload::IMAGE_ADDRESS;
-use crate::units::PAGE_SIZE;
 
 /// How the guest runs, in a word.
-pub(crate) const LEVEL: &str = "CPL-3 guest";
+pub const LEVEL: &str = "CPL-3 guest";
 /// What is wrong when the guest shuts down, which it does on any fault for want of an IDT.
-pub(crate) const FAULT: &str =
+pub const FAULT: &str =
     "a triple fault: the payload did what CPL 3 may not do, left its memory, or is for another architecture";
 
 /// Where a guest says that it wants to be told of stolen time: the address, and 1 for yes.
@@ -101,7 +101,7 @@ pub(crate) fn tsc_hz(fd: &VcpuFd) -> u64 {
 }
 
 /// TSC ticks in a second by the host's clock, measured once.
-pub(crate) fn host_tsc_hz() -> u64 {
+pub fn host_tsc_hz() -> u64 {
     static HZ: OnceLock<u64> = OnceLock::new();
     // SAFETY: every x86-64 CPU has the instruction.
     let tsc = || unsafe { core::arch::x86_64::_rdtsc() };
@@ -128,12 +128,11 @@ pub(crate) fn place(fd: &VcpuFd) -> String {
 }
 
 /// Images for tests.
-#[cfg(test)]
-pub(crate) mod images {
+pub mod images {
     /// A loop of one instruction.
-    pub(crate) const SPIN: &[u8] = &[0xeb, 0xfe];
+    pub const SPIN: &[u8] = &[0xeb, 0xfe];
     /// What ends in a fault.
-    pub(crate) const FAULTY: &[(&str, &[u8])] = &[
+    pub const FAULTY: &[(&str, &[u8])] = &[
         ("an undefined instruction", &[0x0f, 0x0b]),
         ("hlt, which CPL 3 may not use", &[0xf4]),
         ("a store beyond the mapped memory", &[0x48, 0xc7, 0x04, 0x25, 0x00, 0x00, 0x00, 0x70, 0, 0, 0, 0]),

@@ -8,7 +8,6 @@ use anyhow::Result;
 use super::raw_ring::{self, RawRing};
 use super::*;
 use crate::payload::{self, Mode};
-use crate::shadow::Shadow;
 
 const RING: u32 = 1024;
 const WORKLOAD: usize = 4096;

@@ -2,8 +2,8 @@
 //! one, or none, on it.
 //!
 //! ```no_run
-//! use dirtylimit_bench::guest::kvm::{Exit, Load, Machine};
-//! use dirtylimit_bench::payload::{self, Mode};
+//! use dirtylimit_test_vm::{Exit, Load, Machine};
+//! use dirtylimit_test_vm::payload::{self, Mode};
 //!
 //! # fn main() -> anyhow::Result<()> {
 //! let machine = Machine::new(&[Load::new(Mode::Write, 64 << 20)], payload::image())?;
@@ -28,8 +28,8 @@ use super::arch::{self, Platform, Start};
 use super::cpu::{self, GuestCpu};
 use super::layout::{Layout, Load, MAX_VCPUS, PARAMETERS, STACK_BYTES, STACKS, STATS, STEAL_TIMES};
 use super::memory::GuestMemory;
+use crate::PAGE_SIZE;
 use crate::payload::{self, IMAGE_ADDRESS, stats};
-use crate::units::PAGE_SIZE;
 
 /// The id of the one memslot.
 pub const SLOT: u32 = 0;

@@ -9,15 +9,15 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::Start;
-use crate::guest::kvm::layout::{DOORBELL_BYTES, HUGE_PAGE, PAGE_TABLES};
-use crate::guest::kvm::memory::GuestMemory;
+use crate::PAGE_SIZE;
+use crate::layout::{DOORBELL_BYTES, HUGE_PAGE, PAGE_TABLES};
+use crate::memory::GuestMemory;
 use crate::payload::IMAGE_ADDRESS;
-use crate::units::PAGE_SIZE;
 
 /// How the guest runs, in a word.
-pub(crate) const LEVEL: &str = "EL1 guest";
+pub const LEVEL: &str = "EL1 guest";
 /// What is wrong when the guest shuts down, which is what its exception vectors do.
-pub(crate) const FAULT: &str =
+pub const FAULT: &str =
     "an exception: the payload did what EL1 may not do, left its memory, or is for another architecture";
 
 /// Guest-physical address of the exception vectors: the page before the page tables.
@@ -119,7 +119,7 @@ pub(crate) fn tsc_hz(_fd: &VcpuFd) -> u64 {
 }
 
 /// Ticks of CNTVCT_EL0 in a second.
-pub(crate) fn host_tsc_hz() -> u64 {
+pub fn host_tsc_hz() -> u64 {
     let hz: u64;
     // SAFETY: Linux lets a process read the register, which changes nothing.
     unsafe { std::arch::asm!("mrs {}, cntfrq_el0", out(reg) hz, options(nomem, nostack, preserves_flags)) };
@@ -151,12 +151,11 @@ pub(crate) fn place(fd: &VcpuFd) -> String {
 }
 
 /// Images for tests.
-#[cfg(test)]
-pub(crate) mod images {
+pub mod images {
     /// A loop of one instruction.
-    pub(crate) const SPIN: &[u8] = &[0x00, 0x00, 0x00, 0x14];
+    pub const SPIN: &[u8] = &[0x00, 0x00, 0x00, 0x14];
     /// What ends in a fault.
-    pub(crate) const FAULTY: &[(&str, &[u8])] = &[
+    pub const FAULTY: &[(&str, &[u8])] = &[
         ("an undefined instruction", &[0x00, 0x00, 0x00, 0x00]),
         ("smc, which no EL3 serves: KVM refuses it, and the zeros behind it are undefined", &[0x03, 0x00, 0x00, 0xd4]),
         // movz x0, #0x7000, lsl 16; str x0, [x0]
