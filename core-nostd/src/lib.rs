@@ -47,6 +47,7 @@ mod controller;
 mod enforce;
 pub mod kicked;
 mod meter;
+pub mod migrate;
 mod own;
 mod pacer;
 mod penalty;
