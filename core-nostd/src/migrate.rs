@@ -223,8 +223,11 @@ impl Migration {
     /// The verdict, and what the next round should leave.
     fn judge(&mut self, round: &Round, target: u64) -> (Verdict, Reason, u64) {
         let left = round.left;
-        let unreachable =
-            |plan: &Self, pages, reason| (Verdict::Unreachable { needs: plan.pause(round, pages) }, reason, left);
+        // What it needs is a little more than what is just enough.
+        let unreachable = |plan: &Self, pages, reason| {
+            let enough = plan.pause(round, pages);
+            (Verdict::Unreachable { needs: enough.saturating_add(enough / MARGIN) }, reason, left)
+        };
         if self.pause(round, left) <= self.goal.downtime {
             return self.switch(round);
         }
@@ -240,14 +243,13 @@ impl Migration {
         let throttled = self
             .forecast(round, target, |plan, time| plan.dirtied_under(plan.budget(round, target, time), round, time));
         if self.pause(round, 0) >= self.goal.downtime {
-            // With a margin, as if that were covered.
-            return unreachable(self, throttled.last.saturating_add(throttled.last / 8), Reason::SwitchTooDear);
+            return unreachable(self, throttled.last, Reason::SwitchTooDear);
         }
         if self.asked_to_drain && round.held_back > target {
-            return unreachable(self, round.held_back.saturating_add(round.held_back / 8), Reason::HeldBack);
+            return unreachable(self, round.held_back, Reason::HeldBack);
         }
         if !throttled.arrives {
-            return unreachable(self, throttled.last.saturating_add(throttled.last / 8), Reason::RoundsTooLong);
+            return unreachable(self, throttled.last, Reason::RoundsTooLong);
         }
         if !self.in_time(throttled.end) {
             return unreachable(self, left, Reason::DeadlineTooSoon);
@@ -278,15 +280,16 @@ impl Migration {
         if self.was_above || round.throttle.is_some() {
             return (Verdict::SwitchNow, reason, left);
         }
+        let matters = self.pause(round, left).saturating_sub(self.goal.switch_cost);
+        if matters <= self.goal.switch_cost.max(self.goal.downtime / 16) {
+            return (Verdict::SwitchNow, reason, left);
+        }
         // Another round costs its time and saves the difference, of the guest's time and of the migration's.
         let time = self.round_time(left);
         let next = self.curve.bounds(time).1;
         let end = self.elapsed.saturating_add(time).saturating_add(self.pause(round, next));
-        let matters = self.pause(round, left).saturating_sub(self.goal.switch_cost);
         if next > left / 2 || !self.in_time(end) {
             (Verdict::SwitchNow, Reason::NextCostsMore, left)
-        } else if matters <= self.goal.switch_cost.max(self.goal.downtime / 16) {
-            (Verdict::SwitchNow, Reason::Fits, left)
         } else {
             (Verdict::Converging { end }, Reason::StillHalving, next)
         }
