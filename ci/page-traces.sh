@@ -4,7 +4,7 @@
 # and gcc. Addresses are the run's own, so that a recording differs a little from the one before: bless the table after it.
 # `ci/page-traces.sh sqlite` or `gcc` records one of them.
 #
-# A trace is a row of LEB128 numbers: pages, windows, and for each window of a million instructions its runs of written
+# A trace is a row of LEB128 numbers: pages, windows, and for each window of 250,000 instructions its runs of written
 # pages, as their count and then (gap since the last run's end, length) each. Pages are numbered in the order of their
 # addresses, those that are never written left out.
 set -euo pipefail
@@ -18,7 +18,7 @@ only=${1:-}
 record() { # NAME COMMAND…
     [[ -z $only || $only == "$1" ]] || return 0
     nice -n 5 valgrind --tool=lackey --trace-mem=yes --log-fd=9 "${@:2}" 9>&1 >/dev/null 2>/dev/null | awk '
-        /^I/ { if (++instructions % 1000000 == 0) { window++; split("", seen) } next }
+        /^I/ { if (++instructions % 250000 == 0) { window++; split("", seen) } next }
         /^ [SM]/ { page = substr($2, 1, index($2, ",") - 4); if (!(page in seen)) { seen[page] = 1; print window + 0, page } }
     ' | python3 -c '
 import sys
@@ -54,11 +54,11 @@ print(f"{sys.argv[1]}: {len(number)} pages, {max(windows) + 1} windows, {len(out
 
 cat >"$work/load.sql" <<'SQL'
 CREATE TABLE t(id INTEGER PRIMARY KEY, k INTEGER, v TEXT);
-WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)
-INSERT INTO t SELECT i, (i * 7919) % 20011, hex(zeroblob(60)) FROM n;
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000)
+INSERT INTO t SELECT i, (i * 7919) % 3001, hex(zeroblob(150)) FROM n;
 CREATE INDEX by_k ON t(k);
-UPDATE t SET v = hex(zeroblob(61)) WHERE k < 4000;
-SELECT count(*), sum(length(v)) FROM t WHERE k BETWEEN 2000 AND 15000;
+UPDATE t SET v = hex(zeroblob(151)) WHERE k < 600;
+SELECT count(*), sum(length(v)) FROM t WHERE k BETWEEN 300 AND 2200;
 DELETE FROM t WHERE id % 5 = 0;
 UPDATE t SET k = k + 1 WHERE id % 3 = 0;
 SELECT k, count(*) FROM t GROUP BY k ORDER BY 2 DESC LIMIT 5;
@@ -67,12 +67,12 @@ record sqlite sqlite3 :memory: ".read $work/load.sql"
 
 {
     echo 'int printf(const char *, ...);'
-    for i in $(seq 20); do
+    for i in $(seq 2); do
         echo "static int f$i(int *a, int n) { int s = $i; for (int i = 0; i < n; i++) { s = s * 31 + a[i] % ($i + 1);" \
             "if (s & 1) a[i] ^= s; else switch (s & 7) { case 2: s += i; break; case 4: s -= a[n - 1 - i]; default: s >>= 1; } } return s; }"
     done
     echo 'int main(void) { int a[64] = {0}, s = 0;'
-    for i in $(seq 20); do echo "s += f$i(a, 64);"; done
+    for i in $(seq 2); do echo "s += f$i(a, 64);"; done
     echo 'printf("%d\n", s); return 0; }'
 } >"$work/source.c"
-record gcc "$(gcc -print-prog-name=cc1)" -quiet -O2 "$work/source.c" -o /dev/null
+record gcc "$(gcc -print-prog-name=cc1)" -quiet -O1 "$work/source.c" -o /dev/null

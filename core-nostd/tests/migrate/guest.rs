@@ -170,9 +170,9 @@ impl Traced {
         Self { memory, windows, window, at: (0, 0), dirtied, round: 1, dirty: 0, ahead: 0.0, admits: 0.0 }
     }
 
-    /// Distinct pages, and windows.
-    pub(crate) fn size(&self) -> (usize, usize) {
-        (self.dirtied.len(), self.windows.len())
+    /// How many pages it ever writes.
+    pub(crate) fn written(&self) -> f64 {
+        self.dirtied.len() as f64
     }
 }
 

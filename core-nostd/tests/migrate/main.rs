@@ -1,12 +1,19 @@
-//! Migrations simulated round by round: the goal-driven budget beside every constant limit, half of the bandwidth and a
-//! growing downtime. The table is a snapshot; `UPDATE_SNAPSHOT=1 cargo test -p dirtylimit-core --test migrate` rewrites it.
+//! Migrations simulated round by round, and a table of them as the regression test of the goal-driven budget: beside the
+//! best constant limit, half of the bandwidth, and a downtime that grows.
+//!
+//! `UPDATE_SNAPSHOT=1 cargo test -p dirtylimit-core --test migrate` rewrites the table.
+//!
+//! *Lost* is guest time: total × (1 − work kept), the downtime included. The *best* constant limit is the one, in force
+//! from the first round to the last and switched from as soon as the downtime covers what is left, that loses the least
+//! guest time; of those within 1 % of that, the fastest. It is found by trying all of them, knowing the guest's future.
+//! The goal's total and lost time are both compared with that one run.
 
 mod guest;
 mod run;
 
 use std::fmt::Write as _;
 
-use dirtylimit_core::migrate::Migration;
+use dirtylimit_core::migrate::{Goal, Migration, Verdict};
 use guest::{Guest, MIB, Region, Synthetic, Traced};
 use run::{Link, Outcome, Rule, goal, migrate};
 
@@ -21,8 +28,8 @@ fn triangle(now: f64, period: f64) -> f64 {
     2.0 * phase.min(1.0 - phase)
 }
 
-/// A guest of the shape that writes to `set` MiB at most.
-fn shape(name: &str, set: f64) -> Synthetic {
+/// A guest of the shape that writes to `set` MiB at most, of `memory` pages.
+fn shape(name: &str, set: f64, memory: f64) -> Synthetic {
     let pages = set * MIB;
     let constant = move |_| pages;
     let rate = |mib: f64| move |_| mib * MIB;
@@ -48,20 +55,25 @@ fn shape(name: &str, set: f64) -> Synthetic {
         "hot" => {
             let calm = || vec![Region::new(|_| 16.0 * MIB, rate(4.0))];
             let hot = vec![Region::new(constant, rate(1500.0)).in_order()];
-            return Synthetic::new(MEMORY, vec![hot, calm(), calm(), calm()]);
+            return Synthetic::new(memory, vec![hot, calm(), calm(), calm()]);
         }
         "burst" => vec![Region::new(constant, |now| if now % 8.0 < 6.0 { 2.0 * MIB } else { 1500.0 * MIB }).in_order()],
         _ => unreachable!("{name}"),
     };
-    Synthetic::new(MEMORY, vec![regions])
+    Synthetic::new(memory, vec![regions])
 }
 
 /// A row of the table.
 struct Row {
     name: String,
     guest: Box<dyn Fn() -> Box<dyn Guest>>,
-    /// MiB/s.
+    /// In MiB/s, at the beginning.
     bandwidth: f64,
+    link: Link,
+    goal: Goal,
+    /// What the ratios of total and of lost time to the best constant limit's may be at most, and why they are above 1.1.
+    bounds: (f64, f64),
+    why: &'static str,
 }
 
 /// The constant limits that are tried, in pages per second: none, and twice the bandwidth down to a 64th.
@@ -71,11 +83,39 @@ fn limits(bandwidth: f64) -> Vec<Option<f64>> {
 }
 
 impl Row {
-    fn run(&self, rule: &mut Rule) -> Outcome {
-        migrate(&mut *(self.guest)(), &Link::steady(self.bandwidth), DOWNTIME, rule)
+    fn new(name: String, guest: impl Fn() -> Box<dyn Guest> + 'static, bandwidth: f64) -> Self {
+        let link = Link::steady(bandwidth);
+        Self { name, guest: Box::new(guest), bandwidth, link, goal: goal(DOWNTIME), bounds: (1.1, 1.1), why: "" }
     }
 
-    /// The limit, in MiB/s, under which the guest loses the least time; the fastest of those within 1 % of that.
+    fn shape(name: &'static str, set: f64, bandwidth: f64) -> Self {
+        let guest = move || -> Box<dyn Guest> { Box::new(shape(name, set, MEMORY)) };
+        Self::new(format!("{name} {set}"), guest, bandwidth).with_exception()
+    }
+
+    /// Where foresight wins: the best limit is the one under which the guest happens to rest when a round ends.
+    fn with_exception(mut self) -> Self {
+        let (total, lost, why) = match (self.name.as_str(), self.bandwidth as u32) {
+            ("phases 512", 800) => (1.1, 3.4, "the best ends in a rest, below what is allowed"),
+            ("decay 224", 200) => (0.85, 3.1, "the best waits 7 s for the decay"),
+            ("compile 64" | "compile 224" | "compile 512", 50) => (0.95, 42.0, "the best waits out the build"),
+            ("compile 224" | "compile 512", 200) => (0.5, 6.0, "the best waits out the build"),
+            ("burst 224", 50) => (0.9, 8.3, "the best waits for a rest"),
+            _ => return self,
+        };
+        (self.bounds, self.why) = ((total, lost), why);
+        self
+    }
+
+    fn run(&self, rule: &mut Rule) -> Outcome {
+        migrate(&mut *(self.guest)(), &self.link, self.goal.downtime as f64 / 1e9, rule)
+    }
+
+    fn run_goal(&self) -> Outcome {
+        self.run(&mut Rule::Goal(Box::new(Migration::new(self.goal))))
+    }
+
+    /// The best constant limit, in MiB/s.
     fn best(&self) -> (Option<f64>, Outcome) {
         let tried = limits(self.bandwidth).into_iter().map(|limit| (limit, self.run(&mut Rule::Constant(limit))));
         let done: Vec<_> = tried.filter(|(_, outcome)| outcome.finished).collect();
@@ -86,45 +126,179 @@ impl Row {
     }
 }
 
-fn rows() -> Vec<Row> {
-    let mut rows = Vec::new();
-    for name in SHAPES {
-        for set in [64.0, 224.0, 512.0] {
-            for bandwidth in [50.0, 200.0, 800.0] {
-                let guest = move || -> Box<dyn Guest> { Box::new(shape(name, set)) };
-                rows.push(Row { name: format!("{name} {set}"), guest: Box::new(guest), bandwidth });
-            }
-        }
-    }
-    rows
+/// The rows of one section, run, and what is wrong with them.
+#[derive(Default)]
+struct Table {
+    text: String,
+    complaints: String,
+    totals: Vec<f64>,
+    losts: Vec<f64>,
+    /// Total and lost time of the goal and of half of the bandwidth, where both finish.
+    sums: [f64; 4],
 }
 
-#[test]
-fn table() {
-    let mut text = String::new();
-    for row in rows() {
-        let (limit, best) = row.best();
-        let goal = row.run(&mut Rule::Goal(Box::new(Migration::new(goal(DOWNTIME)))));
-        let half = row.run(&mut Rule::Half);
-        let ramp = row.run(&mut Rule::Ramp);
+fn median_and_worst(ratios: &[f64]) -> String {
+    let mut sorted = ratios.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    format!("median {:.2}, worst {:.2}", sorted[sorted.len() / 2], sorted[sorted.len() - 1])
+}
+
+impl Table {
+    fn heading(&mut self, title: &str) {
+        writeln!(self.text, "{title}").unwrap();
+        let (best, goal) = ("best constant: limit, s, lost", "goal: s, lost, down, rounds");
+        let (half, ramp) = ("half: s, lost", "ramp: s, lost, down");
         writeln!(
-            text,
-            "{:<12}{:>5} | {:>6} {:6.2} {:6.2} | {:6.2} {:6.2} {:5.3} {} {} | {:5.3} {:5.3} | {:6.2} {:6.2} | {:6.2} {:6.2} {:6.2} {}",
-            row.name,
-            row.bandwidth,
-            limit.map_or("none".into(), |limit| format!("{limit:.1}")),
-            best.total,
-            best.lost,
-            goal.total,
-            goal.lost,
-            goal.downtime,
-            goal.rounds,
-            goal.swings,
-            goal.total / best.total,
-            goal.lost / best.lost,
-            half.total, half.lost, ramp.total, ramp.lost, ramp.downtime, if goal.finished {""} else {"!!"}
+            self.text,
+            "{:<12}{:>6}  {best:>30}  {goal:>31}  total ÷  lost ÷  {half:>14}  {ramp:>20}",
+            "guest", "MiB/s"
         )
         .unwrap();
     }
-    println!("{text}");
+
+    fn row(&mut self, row: &Row) {
+        let ((limit, best), goal, half) = (row.best(), row.run_goal(), row.run(&mut Rule::Half));
+        let ramp = row.run(&mut Rule::Ramp);
+        let ratios = (goal.total / best.total, goal.lost / best.lost);
+        let limit = limit.map_or("none".into(), |limit| format!("{limit:.2}"));
+        let or_never = |outcome: &Outcome, down| match outcome {
+            Outcome { finished: false, .. } => "never".into(),
+            Outcome { total, lost, downtime, .. } if down => format!("{total:7.2}{lost:7.2}{downtime:6.2}"),
+            Outcome { total, lost, .. } => format!("{total:7.2}{lost:7.2}"),
+        };
+        let ours = format!("{:8.2}{:7.2}{:8.3}{:8}", goal.total, goal.lost, goal.downtime, goal.rounds);
+        let line = format!(
+            "{:<12}{:>6}  {limit:>14}{:8.2}{:8.2}  {ours}  {:7.2} {:7.2}  {:>14}  {:>20}  {}",
+            row.name,
+            row.bandwidth,
+            best.total,
+            best.lost,
+            ratios.0,
+            ratios.1,
+            or_never(&half, false),
+            or_never(&ramp, true),
+            row.why
+        );
+        let line = line.trim_end();
+        writeln!(self.text, "{line}").unwrap();
+        let mut complain = |what: &str| writeln!(self.complaints, "{line}\n  {what}").unwrap();
+        if !goal.finished {
+            complain("it has not finished");
+        }
+        if goal.downtime * 1e9 > row.goal.downtime as f64 * 1.01 {
+            complain("the downtime is missed");
+        }
+        if goal.swings > 0 {
+            complain("the budget swings");
+        }
+        if ratios.0 > row.bounds.0 || ratios.1 > row.bounds.1 {
+            complain("out of bounds");
+        }
+        self.totals.push(ratios.0);
+        self.losts.push(ratios.1);
+        if half.finished {
+            for (sum, value) in self.sums.iter_mut().zip([goal.total, goal.lost, half.total, half.lost]) {
+                *sum += value;
+            }
+            if goal.lost > 1.01 * half.lost {
+                complain("half loses less");
+            }
+        }
+        if ramp.finished && ramp.downtime <= goal.downtime * 0.99 && ramp.total < 0.99 * goal.total {
+            complain("the ramp is better");
+        }
+    }
+
+    fn summary(&mut self) {
+        let [total, lost, half_total, half_lost] = self.sums;
+        writeln!(self.text, "total ÷ best constant's: {}", median_and_worst(&self.totals)).unwrap();
+        writeln!(self.text, "lost ÷ best constant's: {}", median_and_worst(&self.losts)).unwrap();
+        writeln!(self.text, "all together: total {:.2}, lost {:.2} of half's\n", total / half_total, lost / half_lost)
+            .unwrap();
+    }
+}
+
+fn traced(trace: &'static [u8], name: &str) -> Vec<Row> {
+    // A window of 250,000 instructions is 10 ms of guest time; nine tenths of the memory is idle.
+    let guest = Traced::new(trace, 9.0, 0.010);
+    let set = guest.written() / MIB;
+    // The wire carries what is written at all in so many seconds.
+    let rows = [0.5, 2.0, 8.0].map(|seconds| {
+        let guest = guest.clone();
+        let bandwidth = (set / seconds * 100.0).round() / 100.0;
+        Row::new(name.into(), move || Box::new(guest.clone()), bandwidth)
+    });
+    rows.into()
+}
+
+fn sections() -> Vec<(&'static str, Vec<Row>)> {
+    let mut shapes = Vec::new();
+    for name in SHAPES {
+        for set in [64.0, 224.0, 512.0] {
+            shapes.extend([50.0, 200.0, 800.0].map(|bandwidth| Row::shape(name, set, bandwidth)));
+        }
+    }
+    let mut traces = traced(include_bytes!("sqlite.trace"), "sqlite");
+    traces.extend(traced(include_bytes!("gcc.trace"), "gcc"));
+    let changing = SHAPES.into_iter().flat_map(|name| {
+        [0.5, 2.0].map(|factor| {
+            let row = Row::shape(name, 224.0, 200.0);
+            // In the middle of the second round, where there is one.
+            let link = Link::changing(move |now| if now < 21.0 { 200.0 } else { 200.0 * factor });
+            Row { name: format!("{name} × {factor}"), link, ..row }
+        })
+    });
+    let patient =
+        [("compile", 224.0, 50.0), ("compile", 512.0, 200.0), ("decay", 224.0, 200.0), ("burst", 224.0, 50.0)];
+    let patient = patient.map(|(name, set, bandwidth)| {
+        let goal = Goal { patience: 150, ..goal(DOWNTIME) };
+        Row { goal, bounds: (1.1, 1.1), why: "", ..Row::shape(name, set, bandwidth) }
+    });
+    let hot = SHAPES.map(|name| {
+        let guest = move || -> Box<dyn Guest> { Box::new(shape(name, 224.0, 256.0 * MIB)) };
+        Row::new(format!("{name} 224"), guest, 200.0)
+    });
+    vec![
+        ("4 GiB, working sets of 64 to 512 MiB, a downtime of 300 ms", shapes),
+        ("Recorded programs, nine tenths of the memory idle", traces),
+        ("4 GiB, 224 MiB; the bandwidth halves or doubles after 21 s", changing.collect()),
+        ("With a patience of 150 %", patient.into()),
+        ("256 MiB, nearly all of it written", hot.into()),
+    ]
+}
+
+/// Compares the text with the snapshot, line by line.
+fn check_snapshot(text: &str) {
+    const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/migrate/table.txt");
+    if std::env::var_os("UPDATE_SNAPSHOT").is_some() {
+        return std::fs::write(SNAPSHOT, text).unwrap();
+    }
+    let old = std::fs::read_to_string(SNAPSHOT).unwrap_or_default();
+    let mut difference = String::new();
+    let (mut before, mut now) = (old.lines(), text.lines());
+    loop {
+        let lines = (before.next(), now.next());
+        if lines.0 != lines.1 {
+            write!(difference, "- {}\n+ {}\n", lines.0.unwrap_or_default(), lines.1.unwrap_or_default()).unwrap();
+        }
+        if lines == (None, None) {
+            break;
+        }
+    }
+    assert!(difference.is_empty(), "{SNAPSHOT} has changed; UPDATE_SNAPSHOT=1 accepts it:\n{difference}");
+}
+
+#[test]
+fn the_table_is_as_it_was_and_within_bounds() {
+    let (mut text, mut complaints) = (String::new(), String::new());
+    for (title, rows) in sections() {
+        let mut table = Table::default();
+        table.heading(title);
+        rows.iter().for_each(|row| table.row(row));
+        table.summary();
+        text += &table.text;
+        complaints += &table.complaints;
+    }
+    check_snapshot(&text);
+    assert!(complaints.is_empty(), "{complaints}");
 }
