@@ -57,7 +57,7 @@ const MARGIN: u64 = 16;
 /// The first look may take this part of the time so far: what the long first round told is old when it ends.
 const FIRST_LOOK: u64 = 4;
 /// A free round that lowers what is left by this part is worth its time, although more of them would not reach the goal.
-const WORTH: u64 = 8;
+const WORTH: u64 = 16;
 /// A forecast looks at most so many rounds ahead: contracting by 15/16 each, a VM of 16 TiB comes down to one of 4 GiB.
 const HORIZON: usize = 128;
 
@@ -86,6 +86,8 @@ pub struct Migration {
     left: u64,
     /// Once more was left than the downtime covers.
     was_above: bool,
+    /// The lowest and the highest rate that it was watched at, in pages per second.
+    activity: Option<(u64, u64)>,
     /// Time spent in free rounds without hope, in ns.
     looked: Nanos,
     /// The last plan asked for a drain.
@@ -116,6 +118,7 @@ impl Migration {
             not_held: 0,
             left: 0,
             was_above: false,
+            activity: None,
             looked: 0,
             asked_to_drain: false,
         }
@@ -131,6 +134,15 @@ impl Migration {
     /// otherwise takes a free round of its own.
     pub fn sample(&mut self, into_round: Nanos, redirtied: u64) {
         self.curve.note(into_round.max(1), redirtied);
+    }
+
+    /// Tells, while there is *no* throttle, that `pages` were dirtied in the last `time` ns, each counted once in a window as
+    /// short as that: what the rings got ([`crate::Counts::gross`]) in half a second or so. Optional, at any time, best at
+    /// regular ones: a guest that dirties steadily is throttled at once when it has to be, for no rest is worth waiting for.
+    pub fn watch(&mut self, time: Nanos, pages: u64) {
+        let rate = mul_div(pages, SECOND, time.max(1));
+        let (lowest, highest) = self.activity.unwrap_or((rate, rate));
+        self.activity = Some((lowest.min(rate), highest.max(rate)));
     }
 
     /// Tells of a finished round, and asks what follows.
@@ -303,6 +315,9 @@ impl Migration {
             if self.in_time(end) {
                 return Some((Verdict::Converging { end }, Reason::MinimumDue, lowest));
             }
+        }
+        if self.activity.is_some_and(|(lowest, highest)| lowest > highest / 2) {
+            return None;
         }
         let time = self.round_time(round.left);
         let looked = self.looked.saturating_add(time);

@@ -8,6 +8,7 @@ use core::fmt::{self, Write};
 use core::hint::black_box as any;
 
 use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause, is_to_pay_all};
+use dirtylimit_core::migrate::{Goal, Migration, Reason, Round};
 use dirtylimit_core::{
     BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, OwnPages, Paced, Pacer, Page, PageRate, Penalty,
     PenaltyCell, Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn,
@@ -33,6 +34,7 @@ extern "C" fn _start() -> ! {
     policies();
     shares();
     limiters();
+    migrations();
     texts();
     #[cfg(feature = "planted")]
     any(any(None::<u32>).unwrap());
@@ -199,6 +201,17 @@ fn limiters() {
     Limiter::unregister(limiter, vcpu);
 }
 
+fn migrations() {
+    let goal = any(Goal { deadline: any(Some(0)), bandwidth: any(Some(0)), ..Goal::new(any(0)) });
+    let mut migration = any(Migration::new(goal));
+    Migration::set_goal(any(&mut migration), goal);
+    for _ in 0..any(3) {
+        Migration::sample(&mut migration, any(0), any(0));
+        Migration::watch(&mut migration, any(0), any(0));
+        any(Migration::finish_round(&mut migration, &any(Round::default())));
+    }
+}
+
 /// Takes any text, and fails when it likes.
 struct Sink;
 
@@ -213,6 +226,7 @@ fn texts() {
     let _ = write!(Sink, "{}", any(BadRingSize { entries: 0 }));
     let _ = write!(Sink, "{}", any(Unenforced::Lapsed));
     any(Unenforced::name(any(Unenforced::Lapsed)));
+    let _ = write!(Sink, "{}", any(Reason::Fits));
     let _ = write!(Sink, "{}", any(Full { capacity: 0 }));
 }
 

@@ -11,6 +11,8 @@ pub(crate) trait Guest {
     fn clear(&mut self);
     /// Distinct pages written since the log was cleared.
     fn dirty(&self) -> f64;
+    /// Distinct pages that it writes in a while of `time`, about now, when free.
+    fn activity(&self, time: f64) -> f64;
     /// Lets it run for `time`, dirtying at most `budget` pages a second. Returns how far it got: the mean of its vCPUs.
     fn run(&mut self, time: f64, budget: Option<f64>) -> f64;
 }
@@ -38,10 +40,10 @@ impl Region {
         self
     }
 
-    /// Pages that it dirties in `time` when free.
-    fn fresh(&self, now: f64, time: f64) -> f64 {
+    /// Pages that it dirties in `time` when free, beside those that are dirty.
+    fn fresh(&self, now: f64, time: f64, dirty: f64) -> f64 {
         let (size, writes) = ((self.size)(now), (self.rate)(now) * time);
-        let clean = (size - self.dirty).max(0.0);
+        let clean = (size - dirty).max(0.0);
         if self.in_order { writes.min(clean) } else { clean * -(-writes / size).exp_m1() }
     }
 }
@@ -54,7 +56,7 @@ struct Vcpu {
 impl Vcpu {
     /// Pages that it dirties in `time` when free.
     fn demand(&self, time: f64) -> f64 {
-        self.regions.iter().map(|region| region.fresh(self.now, time)).sum()
+        self.regions.iter().map(|region| region.fresh(self.now, time, region.dirty)).sum()
     }
 
     /// How long it takes for `pages`, which are fewer than it dirties in `time`.
@@ -93,6 +95,11 @@ impl Guest for Synthetic {
         self.vcpus.iter().flat_map(|vcpu| &vcpu.regions).map(|region| region.dirty).sum()
     }
 
+    fn activity(&self, time: f64) -> f64 {
+        let of = |vcpu: &Vcpu| vcpu.regions.iter().map(|region| region.fresh(vcpu.now, time, 0.0)).sum::<f64>();
+        self.vcpus.iter().map(of).sum()
+    }
+
     fn run(&mut self, time: f64, budget: Option<f64>) -> f64 {
         let demands: Vec<_> = self.vcpus.iter().map(|vcpu| vcpu.demand(time)).collect();
         // Max-min fair, as the limiter splits its budget.
@@ -111,7 +118,7 @@ impl Guest for Synthetic {
         for (vcpu, demand) in self.vcpus.iter_mut().zip(&demands) {
             let step = if *demand > level { vcpu.time_for(level, time) } else { time };
             for region in &mut vcpu.regions {
-                region.dirty += region.fresh(vcpu.now, step);
+                region.dirty += region.fresh(vcpu.now, step, region.dirty);
             }
             vcpu.now += step;
             progress += step;
@@ -188,6 +195,15 @@ impl Guest for Traced {
 
     fn dirty(&self) -> f64 {
         self.dirty.into()
+    }
+
+    fn activity(&self, time: f64) -> f64 {
+        let count = (time / self.window) as usize;
+        let windows = self.windows.iter().cycle().skip(self.at.0).take(count);
+        let mut pages: Vec<_> = windows.flatten().collect();
+        pages.sort_unstable();
+        pages.dedup();
+        pages.len() as f64
     }
 
     fn run(&mut self, time: f64, budget: Option<f64>) -> f64 {

@@ -13,9 +13,9 @@ mod run;
 
 use std::fmt::Write as _;
 
-use dirtylimit_core::migrate::{Goal, Migration, Verdict};
+use dirtylimit_core::migrate::{Goal, Migration, Reason, Verdict};
 use guest::{Guest, MIB, Region, Synthetic, Traced};
-use run::{Link, Outcome, Rule, goal, migrate};
+use run::{Link, Outcome, Rule, SWITCH, goal, migrate, nanos};
 
 /// Allowed in every row, in seconds.
 const DOWNTIME: f64 = 0.3;
@@ -78,7 +78,7 @@ struct Row {
 
 /// The constant limits that are tried, in pages per second: none, and twice the bandwidth down to a 64th.
 fn limits(bandwidth: f64) -> Vec<Option<f64>> {
-    let steps = (0..=42).map(|step| Some(bandwidth * MIB * 2.0 * (-f64::from(step) / 6.0).exp2()));
+    let steps = (0..=28).map(|step| Some(bandwidth * MIB * 2.0 * (-f64::from(step) / 4.0).exp2()));
     [None].into_iter().chain(steps).collect()
 }
 
@@ -90,21 +90,36 @@ impl Row {
 
     fn shape(name: &'static str, set: f64, bandwidth: f64) -> Self {
         let guest = move || -> Box<dyn Guest> { Box::new(shape(name, set, MEMORY)) };
-        Self::new(format!("{name} {set}"), guest, bandwidth).with_exception()
+        Self::new(format!("{name} {set}"), guest, bandwidth)
     }
 
-    /// Where foresight wins: the best limit is the one under which the guest happens to rest when a round ends.
-    fn with_exception(mut self) -> Self {
+    /// The rows beyond 1.1. In most the best limit is none, and the guest comes to rest after a while: that is known to who
+    /// has tried it. How much time is given to such hopes is the goal's patience.
+    fn with_bounds(self) -> Self {
+        const REST: &str = "the best waits for a rest";
+        const BUILD: &str = "the best waits for the end of the build";
+        const DECAY: &str = "the best waits for the decay";
+        const FIRST: &str = "the best throttles from the first page on";
         let (total, lost, why) = match (self.name.as_str(), self.bandwidth as u32) {
-            ("phases 512", 800) => (1.1, 3.4, "the best ends in a rest, below what is allowed"),
-            ("decay 224", 200) => (0.85, 3.1, "the best waits 7 s for the decay"),
-            ("compile 64" | "compile 224" | "compile 512", 50) => (0.95, 42.0, "the best waits out the build"),
-            ("compile 224" | "compile 512", 200) => (0.5, 6.0, "the best waits out the build"),
-            ("burst 224", 50) => (0.9, 8.3, "the best waits for a rest"),
+            ("phases 512", 800) => (1.0, 3.3, "0.2 s: the best happens to end in a rest"),
+            ("decay 64", 200) => (1.0, 1.2, "0.04 s: a margin below what is allowed"),
+            ("decay 224", 200) => (0.9, 2.4, DECAY),
+            ("compile 64", 50) => (0.8, 5.0, BUILD),
+            ("compile 224", 50) => (0.85, 17.0, BUILD),
+            ("compile 512", 50) => (0.95, 42.0, BUILD),
+            ("compile 224" | "compile 512", 200) => (0.5, 6.0, BUILD),
+            ("burst 224", 50) => (0.9, 8.3, REST),
+            ("sqlite", 4) => (1.0, 5.2, REST),
+            ("phases × 2", _) => (1.0, 24.0, REST),
+            ("decay × 0.5", _) => (0.6, 9.2, DECAY),
+            ("compile × 0.5", _) => (0.5, 6.6, BUILD),
+            ("plateau of 256", _) => (2.1, 1.1, FIRST),
+            ("hot of 256", _) => (2.1, 1.35, FIRST),
+            ("phases of 256", _) => (0.8, 1.3, REST),
+            ("decay of 256", _) => (0.1, 4.8, DECAY),
             _ => return self,
         };
-        (self.bounds, self.why) = ((total, lost), why);
-        self
+        Self { bounds: (total, lost), why, ..self }
     }
 
     fn run(&self, rule: &mut Rule) -> Outcome {
@@ -252,18 +267,19 @@ fn sections() -> Vec<(&'static str, Vec<Row>)> {
         [("compile", 224.0, 50.0), ("compile", 512.0, 200.0), ("decay", 224.0, 200.0), ("burst", 224.0, 50.0)];
     let patient = patient.map(|(name, set, bandwidth)| {
         let goal = Goal { patience: 150, ..goal(DOWNTIME) };
-        Row { goal, bounds: (1.1, 1.1), why: "", ..Row::shape(name, set, bandwidth) }
+        Row { goal, ..Row::shape(name, set, bandwidth) }
     });
     let hot = SHAPES.map(|name| {
         let guest = move || -> Box<dyn Guest> { Box::new(shape(name, 224.0, 256.0 * MIB)) };
-        Row::new(format!("{name} 224"), guest, 200.0)
+        Row::new(format!("{name} of 256"), guest, 200.0)
     });
+    let bounded = |rows: Vec<Row>| rows.into_iter().map(Row::with_bounds).collect();
     vec![
-        ("4 GiB, working sets of 64 to 512 MiB, a downtime of 300 ms", shapes),
-        ("Recorded programs, nine tenths of the memory idle", traces),
-        ("4 GiB, 224 MiB; the bandwidth halves or doubles after 21 s", changing.collect()),
+        ("4 GiB, working sets of 64 to 512 MiB, a downtime of 300 ms", bounded(shapes)),
+        ("Recorded programs, nine tenths of the memory idle", bounded(traces)),
+        ("4 GiB, 224 MiB; the bandwidth halves or doubles after 21 s", bounded(changing.collect())),
         ("With a patience of 150 %", patient.into()),
-        ("256 MiB, nearly all of it written", hot.into()),
+        ("256 MiB, of which 224 are written", bounded(hot.into())),
     ]
 }
 
@@ -301,4 +317,54 @@ fn the_table_is_as_it_was_and_within_bounds() {
     }
     check_snapshot(&text);
     assert!(complaints.is_empty(), "{complaints}");
+}
+
+/// A migration of a loop over 224 MiB, or of any other guest.
+fn migrate_over(link: &Link, goal: Goal, guest: &mut dyn Guest) -> Outcome {
+    migrate(guest, link, goal.downtime as f64 / 1e9, &mut Rule::Goal(Box::new(Migration::new(goal))))
+}
+
+fn looping() -> Synthetic {
+    shape("plateau", 224.0, MEMORY)
+}
+
+#[test]
+fn short_downtimes_are_met_or_said_to_be_out_of_reach_within_two_rounds() {
+    for bandwidth in [50.0, 200.0, 800.0] {
+        for downtime in [0.015, 0.025, 0.05, 0.15] {
+            let outcome = migrate_over(&Link::steady(bandwidth), goal(downtime), &mut looping());
+            if downtime < SWITCH {
+                let verdict = outcome.log.last().unwrap().2;
+                assert!(matches!(verdict, Verdict::Unreachable { needs } if needs < nanos(0.1)), "{verdict:?}");
+                assert!(outcome.rounds <= 2, "{} rounds", outcome.rounds);
+            } else {
+                assert!(outcome.finished && outcome.downtime <= downtime * 1.01, "{bandwidth}: {outcome:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rings_are_drained_leaks_made_up_for_and_devices_allowed_for() {
+    let plain = migrate_over(&Link::steady(200.0), goal(DOWNTIME), &mut looping());
+    // Four rings of 1,024 hold back 15 MiB, and 6.5 are covered.
+    let rings = Link { held_back: 3840.0, ..Link::steady(50.0) };
+    let outcome = migrate_over(&rings, goal(0.15), &mut looping());
+    assert!(outcome.finished && outcome.downtime <= 0.15, "{outcome:?}");
+    let leak = Link { leak: 1.3, ..Link::steady(200.0) };
+    let outcome = migrate_over(&leak, goal(DOWNTIME), &mut looping());
+    assert!(outcome.finished && outcome.rounds == plain.rounds + 1 && outcome.downtime <= DOWNTIME, "{outcome:?}");
+    let devices = |mib| Link { devices: mib * 1048576.0, ..Link::steady(200.0) };
+    let outcome = migrate_over(&devices(20.0), goal(DOWNTIME), &mut looping());
+    assert!(outcome.finished && outcome.downtime <= DOWNTIME, "{outcome:?}");
+    let outcome = migrate_over(&devices(195.0), goal(DOWNTIME), &mut looping());
+    assert_eq!(outcome.log.last().map(|last| (last.2, last.3)), Some((Verdict::Stalled, Reason::DevicesTooFast)));
+}
+
+#[test]
+fn who_only_observes_throttles_nothing() {
+    let observed = Goal { observe: true, ..goal(DOWNTIME) };
+    let outcome = migrate_over(&Link::steady(200.0), observed, &mut looping());
+    assert!(!outcome.finished && outcome.lost < 1e-6, "{outcome:?}");
+    assert!(outcome.log.iter().all(|round| matches!(round.2, Verdict::Throttle { .. })), "{:?}", outcome.log);
 }

@@ -11,8 +11,10 @@ const PAGE: f64 = 4096.0;
 const SYNC: f64 = 0.005;
 /// Pausing, device state and resuming, in seconds.
 pub(crate) const SWITCH: f64 = 0.020;
-/// Whoever takes longer has not finished, in seconds.
-const TOO_LONG: f64 = 250.0;
+/// What takes longer has not finished, in seconds.
+const TOO_LONG: f64 = 150.0;
+/// A guest is watched every so often, and over as long, in seconds.
+const WATCH: f64 = 0.25;
 
 /// What carries the pages, and what else there is.
 pub(crate) struct Link {
@@ -75,7 +77,7 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// Lets the guest run while `send` pages are sent, and the sync after it. Returns how long sending took.
-    fn round(&mut self, send: f64, mut sample: impl FnMut(f64, f64)) -> f64 {
+    fn round(&mut self, send: f64, mut sample: impl FnMut(f64, &dyn Guest)) -> f64 {
         self.guest.clear();
         let (mut sent, mut sending, mut next_sample) = (0.0, 0.0_f64, 0.02);
         while sent < send {
@@ -87,8 +89,8 @@ impl Run<'_> {
             sending += step;
             self.step(step);
             if sending >= next_sample {
-                sample(sending, self.guest.dirty());
-                next_sample *= 2.0;
+                sample(sending, self.guest);
+                next_sample += next_sample.min(WATCH);
             }
         }
         self.step(SYNC);
@@ -127,9 +129,10 @@ pub(crate) fn migrate(guest: &mut dyn Guest, link: &Link, downtime: f64, rule: &
     let mut third = None;
     while run.now < TOO_LONG && outcome.rounds < 2000 {
         let (began, send) = (run.now, left - held);
-        let sending = run.round(send, |time, dirty| {
+        let sending = run.round(send, |time, guest| {
             if let (Rule::Goal(migration), None) = (&mut *rule, budget_of(&outcome)) {
-                migration.sample(nanos(time), dirty as u64);
+                migration.sample(nanos(time), guest.dirty() as u64);
+                migration.watch(nanos(WATCH), guest.activity(WATCH) as u64);
             }
         });
         outcome.rounds += 1;
