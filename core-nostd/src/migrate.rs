@@ -2,7 +2,7 @@
 //!
 //! Sans I/O: the embedder runs the rounds and reads the clock; a [`Migration`] is told of each finished round and answers
 //! with a [`Plan`]. It is plain state of one thread, the one that migrates: no atomics, no locks; every call takes a
-//! constant time, allocates nothing, and takes any numbers (arithmetic saturates).
+//! bounded time, allocates nothing, and takes any numbers (arithmetic saturates).
 //!
 //! ```
 //! use dirtylimit_core::SECOND;
@@ -22,19 +22,21 @@
 //! ```
 //!
 //! # The rule
-//! Sending L pages takes L ÷ B at a bandwidth B. In as long the guest dirties u(L ÷ B) *distinct* pages: u rises and
-//! flattens, for working sets saturate, so no rate stands for it (KubeVirt's VEP 248 rejects "rate > bandwidth" for that).
-//! Let S be what the downtime covers. A guest of which u(L ÷ B) < L at every L down to S converges unaided. One that does
-//! not costs least if it runs free as long as that lowers L, and is then held to S in the one round that sends L: the guest
-//! time lost is L ÷ B less what it takes the guest to dirty S, and each gentler round before adds L ÷ B of its own less
-//! what it takes the guest to dirty L, which is more than nothing or it would have converged.
+//! Sending L pages takes L ÷ B at a bandwidth B. Meanwhile the guest dirties u(L ÷ B) *distinct* pages: u rises and flattens,
+//! for working sets saturate, so no rate stands for it (KubeVirt's VEP 248 rejects "rate > bandwidth" for that). A guest
+//! whose u(L ÷ B) stays below L, down to the S pages that the downtime covers, converges unaided. Any other loses least if
+//! it runs free as long as that lowers L, and is then held to S in the one round that sends L: that costs L ÷ B less the
+//! time in which it dirties S by itself, and each gentler round before costs more, or it would have converged.
 //!
-//! So the budget is S ÷ (L ÷ B) = B × S ÷ L: with a position term and a setpoint a little below the limit, as Linux's
-//! `balance_dirty_pages` has (mm/page-writeback.c, `wb_position_ratio`), and its asymmetry: what was dirtied beyond the
-//! budget lowers the next one in full, and is forgotten by a quarter a round. A guest that dirties less than asked for
-//! is believed at once, one that was above the goal before is not given a second chance to be (QEMU's auto-converge raises
-//! its throttle blindly, and by time; its dirty limit is the user's number). Nothing measured before the migration is
-//! asked for: a rate without tracking, or before a clear, is another rate.
+//! So the budget is S ÷ (L ÷ B) = B × S ÷ L. That is a position term, with its setpoint a little below the limit, as in
+//! Linux's `balance_dirty_pages` (mm/page-writeback.c, `wb_position_ratio`), and so is the asymmetry: what was dirtied
+//! beyond a budget lowers the next one in full, and is forgotten by a quarter a round; a throttle is put on as soon as it is
+//! needed, and lifted only where the free guest would halve what is left. QEMU's auto-converge raises its throttle step by
+//! step instead, and its dirty limit is a number of the user's. No rate from before the migration is asked for: untracked,
+//! and without clears, a guest dirties at another one.
+//!
+//! How it does beside the best constant limit, half of the bandwidth and a downtime that grows is in
+//! `tests/migrate/table.txt`.
 
 mod curve;
 mod minima;
@@ -92,7 +94,12 @@ pub struct Migration {
     looked: Nanos,
     /// The last plan asked for a drain.
     asked_to_drain: bool,
+    /// The last plan had a budget.
+    is_limited: bool,
 }
+
+/// A verdict, why, and what the next round should leave.
+type Judged = (Verdict, Reason, u64);
 
 /// How a forecast ends.
 struct Forecast {
@@ -121,6 +128,7 @@ impl Migration {
             activity: None,
             looked: 0,
             asked_to_drain: false,
+            is_limited: false,
         }
     }
 
@@ -129,20 +137,25 @@ impl Migration {
         self.goal = goal;
     }
 
-    /// Tells, within a round *without* a throttle, that `redirtied` distinct pages were dirtied in the `into_round` ns since
-    /// it began. Optional, in any number, best at doubling times: it shows whether the working set is saturated, which
-    /// otherwise takes a free round of its own.
+    /// Tells, within a round, that `redirtied` distinct pages were dirtied in the `into_round` ns since it began. Optional, in
+    /// any number, best at doubling times: it shows whether the working set is saturated, which otherwise takes a free round
+    /// of its own. Does nothing under a budget, which says nothing of the free guest.
     pub fn sample(&mut self, into_round: Nanos, redirtied: u64) {
-        self.curve.note(into_round.max(1), redirtied);
+        if !self.is_limited {
+            self.curve.note(into_round.max(1), redirtied);
+        }
     }
 
-    /// Tells, while there is *no* throttle, that `pages` were dirtied in the last `time` ns, each counted once in a window as
-    /// short as that: what the rings got ([`crate::Counts::gross`]) in half a second or so. Optional, at any time, best at
-    /// regular ones: a guest that dirties steadily is throttled at once when it has to be, for no rest is worth waiting for.
+    /// Tells that `pages` were dirtied in the last `time` ns, each counted at least once whether or not it was dirty before:
+    /// what the rings got ([`crate::Counts::gross`]). Optional, at any time, best every quarter of a second or so: a guest
+    /// that dirties steadily is throttled as soon as it has to be, for no rest is worth waiting for. Does nothing under a
+    /// budget.
     pub fn watch(&mut self, time: Nanos, pages: u64) {
-        let rate = mul_div(pages, SECOND, time.max(1));
-        let (lowest, highest) = self.activity.unwrap_or((rate, rate));
-        self.activity = Some((lowest.min(rate), highest.max(rate)));
+        if !self.is_limited {
+            let rate = mul_div(pages, SECOND, time.max(1));
+            let (lowest, highest) = self.activity.unwrap_or((rate, rate));
+            self.activity = Some((lowest.min(rate), highest.max(rate)));
+        }
     }
 
     /// Tells of a finished round, and asks what follows.
@@ -160,6 +173,7 @@ impl Migration {
             Verdict::Throttle { budget, .. } if !self.goal.observe => Some(budget),
             _ => None,
         };
+        self.is_limited = budget.is_some();
         self.asked_to_drain = next <= target || round.held_back > target / 4;
         Plan { verdict, reason, budget, drain: self.asked_to_drain }
     }
@@ -232,61 +246,68 @@ impl Migration {
         self.goal.deadline.is_none_or(|deadline| end <= deadline)
     }
 
-    /// The verdict, and what the next round should leave.
-    fn judge(&mut self, round: &Round, target: u64) -> (Verdict, Reason, u64) {
+    fn judge(&mut self, round: &Round, target: u64) -> Judged {
         let left = round.left;
-        // What it needs is a little more than what is just enough.
-        let unreachable = |plan: &Self, pages, reason| {
-            let enough = plan.pause(round, pages);
-            (Verdict::Unreachable { needs: enough.saturating_add(enough / MARGIN) }, reason, left)
-        };
         if self.pause(round, left) <= self.goal.downtime {
             return self.switch(round);
         }
-        if round.sent == 0 || self.bandwidth == 0 {
-            return (Verdict::Stalled, Reason::NothingSent, left);
-        }
-        if round.device_rate >= self.bandwidth - self.bandwidth / 16 {
-            return (Verdict::Stalled, Reason::DevicesTooFast, left);
-        }
-        if self.not_held >= 2 {
-            return (Verdict::Stalled, Reason::ThrottleNotHeld, left);
+        if let Some(reason) = self.stall(round) {
+            return (Verdict::Stalled, reason, left);
         }
         let throttled = self
             .forecast(round, target, |plan, time| plan.dirtied_under(plan.budget(round, target, time), round, time));
-        if self.pause(round, 0) >= self.goal.downtime {
-            return unreachable(self, throttled.last, Reason::SwitchTooDear);
-        }
-        if self.asked_to_drain && round.held_back > target {
-            return unreachable(self, round.held_back, Reason::HeldBack);
-        }
-        if !throttled.arrives {
-            return unreachable(self, throttled.last, Reason::RoundsTooLong);
-        }
-        if !self.in_time(throttled.end) {
-            return unreachable(self, left, Reason::DeadlineTooSoon);
+        if let Some((pages, reason)) = self.out_of_reach(round, target, &throttled) {
+            // A little more than what is just enough.
+            let enough = self.pause(round, pages);
+            return (Verdict::Unreachable { needs: enough.saturating_add(enough / MARGIN) }, reason, left);
         }
         let free = self.forecast(round, target, |plan, time| plan.curve.bounds(time).0);
-        // A throttle is put on when it must be, and lifted only if the guest has really become calm.
-        let calm = round.throttle.is_none() || free.next <= left / 2;
-        if free.arrives && calm && self.in_time(free.end) {
+        let is_calm = round.throttle.is_none() || free.next <= left / 2;
+        // Hopes must leave time for the throttle if they are not met.
+        let in_time = self.in_time(free.end) && self.in_time(throttled.end.saturating_add(self.round_time(left)));
+        if free.arrives && is_calm && in_time {
             return (Verdict::Converging { end: free.end }, Reason::Shrinking, free.next);
         }
-        if round.throttle.is_none() {
-            if free.next <= left - left / WORTH && self.in_time(throttled.end.saturating_add(self.round_time(left))) {
-                return (Verdict::Converging { end: throttled.end }, Reason::Shrinking, free.next);
+        if round.throttle.is_none() && in_time {
+            if free.next <= left - left / WORTH {
+                let end = throttled.end.saturating_add(self.round_time(free.next));
+                return (Verdict::Converging { end }, Reason::Shrinking, free.next);
             }
-            if let Some(verdict) = self.wait(round, &throttled) {
-                return verdict;
+            if let Some(waiting) = self.wait(round, &throttled) {
+                return waiting;
             }
         }
         let budget = self.budget(round, target, self.round_time(left));
-        let reason = if free.arrives && calm { Reason::TooSlow } else { Reason::DirtiesTooMuch };
+        let reason = if free.arrives && is_calm { Reason::TooSlow } else { Reason::DirtiesTooMuch };
         (Verdict::Throttle { budget, end: throttled.end }, reason, throttled.next)
     }
 
+    /// Why neither a throttle nor a downtime helps.
+    fn stall(&self, round: &Round) -> Option<Reason> {
+        if round.sent == 0 || self.bandwidth == 0 {
+            Some(Reason::NothingSent)
+        } else if round.device_rate >= self.bandwidth - self.bandwidth / 16 {
+            Some(Reason::DevicesTooFast)
+        } else {
+            (self.not_held >= 2).then_some(Reason::ThrottleNotHeld)
+        }
+    }
+
+    /// How many pages the downtime would have to cover, and why, where no throttle brings them down to `target`.
+    fn out_of_reach(&self, round: &Round, target: u64, throttled: &Forecast) -> Option<(u64, Reason)> {
+        if self.pause(round, 0) >= self.goal.downtime {
+            Some((throttled.last, Reason::SwitchTooDear))
+        } else if self.asked_to_drain && round.held_back > target {
+            Some((round.held_back, Reason::HeldBack))
+        } else if !throttled.arrives {
+            Some((throttled.last, Reason::RoundsTooLong))
+        } else {
+            (!self.in_time(throttled.end)).then_some((round.left, Reason::DeadlineTooSoon))
+        }
+    }
+
     /// What is left fits in the downtime.
-    fn switch(&self, round: &Round) -> (Verdict, Reason, u64) {
+    fn switch(&self, round: &Round) -> Judged {
         let (left, reason) = (round.left, if self.minima.has_waited() { Reason::AtMinimum } else { Reason::Fits });
         // A guest that was above may be so again, and one under a throttle pays for another round.
         if self.was_above || round.throttle.is_some() {
@@ -308,7 +329,7 @@ impl Migration {
     }
 
     /// A free round in the hope that the guest calms down: for a minimum that is due, or a short look.
-    fn wait(&mut self, round: &Round, throttled: &Forecast) -> Option<(Verdict, Reason, u64)> {
+    fn wait(&mut self, round: &Round, throttled: &Forecast) -> Option<Judged> {
         let now = self.elapsed;
         if let Some((due, lowest)) = self.minima.wait(now, round.left) {
             let end = due.saturating_add(self.round_time(lowest)).saturating_add(self.goal.downtime);
@@ -324,11 +345,10 @@ impl Migration {
         let patience = mul_div(now, self.goal.patience.into(), 100);
         let first = self.looked == 0 && patience > 0 && time <= now / FIRST_LOOK;
         let end = throttled.end.saturating_add(time);
-        if !(first || looked <= patience) || !self.in_time(end) {
-            return None;
-        }
-        self.looked = looked;
-        Some((Verdict::Converging { end }, Reason::Looking, round.left))
+        (first || looked <= patience).then(|| {
+            self.looked = looked;
+            (Verdict::Converging { end }, Reason::Looking, round.left)
+        })
     }
 
     /// The budget under which a round of `time` leaves what the downtime covers, less the margin.

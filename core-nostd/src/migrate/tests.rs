@@ -148,6 +148,28 @@ fn the_least_throttle_comes_first() {
 }
 
 #[test]
+fn who_dirties_steadily_is_not_looked_at_again() {
+    let plan = |rates: &[u64]| {
+        let mut migration = Migration::new(Goal { patience: 6, ..GOAL });
+        rates.iter().for_each(|mib| migration.watch(SECOND / 4, mib * PAGES));
+        migration.sample(20 * MS, 224 * PAGES);
+        migration.finish_round(&round(4096, 224)).reason
+    };
+    assert_eq!(plan(&[300, 280, 320, 290]), Reason::DirtiesTooMuch);
+    assert_eq!(plan(&[300, 10, 320, 290]), Reason::Looking, "it rests at times");
+}
+
+#[test]
+fn what_is_told_under_a_budget_says_nothing_of_the_free_guest() {
+    let (mut migration, plan) = saturated(GOAL, 224);
+    migration.sample(20 * MS, 0);
+    migration.watch(SECOND / 4, 0);
+    assert_eq!(migration.activity, None);
+    let plan = migration.finish_round(&held(&plan, round(224, 200)));
+    assert_eq!(plan.reason, Reason::DirtiesTooMuch);
+}
+
+#[test]
 fn one_minimum_is_waited_for_and_not_longer_than_its_period() {
     // It leaves 400 and 100 MiB in turn, and observes, so that nothing is throttled meanwhile.
     let mut migration = Migration::new(GOAL);
@@ -239,6 +261,14 @@ fn a_guest_that_calms_down_is_let_go() {
     let calm = Round { throttle: plan.budget, redirtied: 2 * PAGES, ..round(224, 100) };
     let plan = migration.finish_round(&calm);
     assert_eq!((plan.budget, plan.reason), (None, Reason::Shrinking));
+    // A throttle that a faster wire makes needless is lifted only where the free guest would halve what is left.
+    for (wire, lifted) in [(260, false), (400, true)] {
+        let mut migration = Migration::new(GOAL);
+        [1, 2, 4].map(|seconds| migration.sample(seconds * SECOND, 190 * seconds * PAGES));
+        let plan = migration.finish_round(&round(4096, 800));
+        let plan = migration.finish_round(&held(&plan, over(wire, 800, 300)));
+        assert_eq!(plan.budget.is_none(), lifted, "{wire}: {plan:?}");
+    }
 }
 
 #[test]
@@ -321,6 +351,12 @@ fn a_deadline_is_met_by_a_throttle_or_said_to_be_too_soon() {
     assert_eq!(plan.reason, Reason::TooSlow);
     assert!(matches!(plan.verdict, Verdict::Throttle { end, .. } if end <= first + left + SECOND));
     assert_eq!(needed(&slow(first + left), Reason::DeadlineTooSoon), (left + 20 * MS) * 17 / 16);
+    // Nor is it hoped for where, if it fails, the throttle comes too late: unsampled, 224 MiB may be a guest's at rest.
+    let hope = |deadline| {
+        let mut migration = Migration::new(Goal { deadline: Some(4096 * SECOND / WIRE + deadline * SECOND), ..GOAL });
+        migration.finish_round(&round(4096, 224)).reason
+    };
+    assert_eq!((hope(3), hope(2)), (Reason::Shrinking, Reason::TooSlow));
     // No look either, where it would be too late for the throttle after it.
     let deadline = Some(4096 * SECOND / WIRE + 6 * SECOND);
     let (_, plan) = saturated(Goal { deadline, patience: 100, ..GOAL }, 800);

@@ -130,7 +130,7 @@ pub(crate) fn migrate(guest: &mut dyn Guest, link: &Link, downtime: f64, rule: &
     while run.now < TOO_LONG && outcome.rounds < 2000 {
         let (began, send) = (run.now, left - held);
         let sending = run.round(send, |time, guest| {
-            if let (Rule::Goal(migration), None) = (&mut *rule, budget_of(&outcome)) {
+            if let Rule::Goal(migration) = &mut *rule {
                 migration.sample(nanos(time), guest.dirty() as u64);
                 migration.watch(nanos(WATCH), guest.activity(WATCH) as u64);
             }
@@ -192,9 +192,4 @@ pub(crate) fn migrate(guest: &mut dyn Guest, link: &Link, downtime: f64, rule: &
     outcome.total = run.now + outcome.downtime;
     outcome.lost = run.lost + outcome.downtime;
     outcome
-}
-
-/// The budget that the goal has put in force last.
-fn budget_of(outcome: &Outcome) -> Option<PageRate> {
-    outcome.log.last().and_then(|last| last.1)
 }
