@@ -31,6 +31,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! [`migrate`] says after each round of a live migration which budget the VM needs to meet a downtime, if any.
+//!
 //! # Wait-freedom
 //! [`PenaltyCell::set`] is one store, [`PenaltyCell::accept`] and [`Pacer::owes`] one load each, [`Report`]'s counters a
 //! load and a store, and [`Pacer::settle`] has no loop over its eight loads and a store. Each says how many instructions it

@@ -73,7 +73,7 @@ fn a_vm_that_converges_unaided_gets_no_throttle_and_ends_when_foretold() {
     }
     let total = (4096 + 1024 + 256 + 64) * SECOND / WIRE + 20 * MS + 16 * SECOND / WIRE;
     assert_eq!((sent, ends.len()), (16, 3));
-    assert!(ends.iter().all(|end| end.abs_diff(total) < total / 50), "{ends:?}, not {total}");
+    assert!(ends.iter().all(|end| end.abs_diff(total) < total / 5000), "{ends:?}, not {total}");
 }
 
 #[test]
@@ -171,25 +171,25 @@ fn what_is_told_under_a_budget_says_nothing_of_the_free_guest() {
 
 #[test]
 fn one_minimum_is_waited_for_and_not_longer_than_its_period() {
-    // It leaves 400 and 100 MiB in turn, and observes, so that nothing is throttled meanwhile.
-    let mut migration = Migration::new(GOAL);
-    let mut reasons = Vec::new();
-    migration.sample(20 * MS, 400 * PAGES);
-    let mut sent = 4096;
-    for left in [400, 100, 400, 100, 400, 400, 400, 400] {
-        migration.sample(20 * MS, left * PAGES);
-        let plan = migration.finish_round(&round(sent, left));
-        reasons.push(plan.reason);
-        if plan.reason == Reason::MinimumDue {
-            let Verdict::Converging { end } = plan.verdict else { panic!("{plan:?}") };
-            // The last was 0.5 s ago, the one before 2.5 s earlier; 100 MiB and the downtime are to come.
-            assert_eq!(end - migration.elapsed, 2000 * MS + 500 * MS + 320 * MS);
+    // It leaves 400 and 100 MiB in turn, and goes on so, or stays up: observed, so that nothing is throttled meanwhile.
+    for then in [[100, 400, 100, 400], [400; 4]] {
+        let mut migration = Migration::new(Goal { observe: true, ..GOAL });
+        let (mut sent, mut reasons) = (4096, Vec::new());
+        for left in [400, 100, 400, 100, 400].into_iter().chain(then) {
+            migration.sample(20 * MS, left * PAGES);
+            let plan = migration.finish_round(&round(sent, left));
+            reasons.push(plan.reason);
+            if plan.reason == Reason::MinimumDue {
+                let Verdict::Converging { end } = plan.verdict else { panic!("{plan:?}") };
+                // The last was 0.5 s ago, the one before 2.5 s earlier; 100 MiB and the downtime are to come.
+                assert_eq!(end - migration.elapsed, 2000 * MS + 500 * MS + 320 * MS);
+            }
+            sent = left;
         }
-        sent = left;
+        assert_eq!(reasons[4], Reason::MinimumDue, "{reasons:?}");
+        // At the minimum, and where none came, and ever after, the throttle.
+        assert!(reasons[5..].iter().all(|reason| *reason == Reason::DirtiesTooMuch), "{then:?}: {reasons:?}");
     }
-    assert_eq!(reasons[4], Reason::MinimumDue, "{reasons:?}");
-    assert!(reasons[5..].iter().all(|reason| *reason == Reason::DirtiesTooMuch), "none came: {reasons:?}");
-
     let mut migration = Migration::new(GOAL);
     for (sent, left) in [(4096, 400), (400, 100), (100, 400), (400, 100), (100, 400)] {
         migration.sample(20 * MS, left * PAGES);
@@ -225,6 +225,11 @@ fn another_round_must_save_more_than_it_costs() {
     let (mut migration, plan) = saturated(GOAL, 100);
     let plan = migration.finish_round(&Round { throttle: plan.budget, ..round(100, 55) });
     assert_eq!((plan.verdict, plan.budget), (Verdict::SwitchNow, None));
+    // Or by a limit that was in force before.
+    let mut migration = Migration::new(GOAL);
+    migration.sample(320 * MS, 20 * PAGES);
+    let limited = Round { throttle: Some(PageRate::from_pages_per_sec(1000)), ..round(4096, 50) };
+    assert_eq!(migration.finish_round(&limited).verdict, Verdict::SwitchNow);
 }
 
 #[test]
@@ -264,7 +269,7 @@ fn a_guest_that_calms_down_is_let_go() {
     // A throttle that a faster wire makes needless is lifted only where the free guest would halve what is left.
     for (wire, lifted) in [(260, false), (400, true)] {
         let mut migration = Migration::new(GOAL);
-        [1, 2, 4].map(|seconds| migration.sample(seconds * SECOND, 190 * seconds * PAGES));
+        [1, 2, 4].iter().for_each(|seconds| migration.sample(seconds * SECOND, 190 * seconds * PAGES));
         let plan = migration.finish_round(&round(4096, 800));
         let plan = migration.finish_round(&held(&plan, over(wire, 800, 300)));
         assert_eq!(plan.budget.is_none(), lifted, "{wire}: {plan:?}");
