@@ -61,12 +61,8 @@ impl Vcpu {
 
     /// How long it takes for `pages`, which are fewer than it dirties in `time`.
     fn time_for(&self, pages: f64, time: f64) -> f64 {
-        let (mut low, mut high) = (0.0, time);
-        for _ in 0..24 {
-            let middle = (low + high) / 2.0;
-            *(if self.demand(middle) <= pages { &mut low } else { &mut high }) = middle;
-        }
-        low
+        // What is dirtied is concave in the time: each chord comes closer, from above.
+        (0..6).fold(time, |time, _| time * pages / self.demand(time))
     }
 }
 

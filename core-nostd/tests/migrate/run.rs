@@ -48,8 +48,8 @@ pub(crate) enum Rule {
     /// No throttle; the downtime allowed grows from 150 ms to 1,050, as in KubeVirt's VEP 291: from the third round on,
     /// by 150 ms every 5 s (its cooldown is a setting).
     Ramp,
-    /// What is tested.
-    Goal(Box<Migration>),
+    /// What is tested; told of rounds alone, or of samples as well.
+    Goal(Box<Migration>, bool),
 }
 
 /// What came of it. Times in seconds.
@@ -122,7 +122,7 @@ pub(crate) fn migrate(guest: &mut dyn Guest, link: &Link, downtime: f64, rule: &
     let budget = match rule {
         Rule::Constant(limit) => *limit,
         Rule::Half => Some((link.bandwidth)(0.0) / 2.0),
-        Rule::Ramp | Rule::Goal(_) => None,
+        Rule::Ramp | Rule::Goal(..) => None,
     };
     let mut left = guest.memory();
     let (mut run, mut held, mut rose) = (Run { guest, link, now: 0.0, lost: 0.0, budget }, 0.0, false);
@@ -130,7 +130,7 @@ pub(crate) fn migrate(guest: &mut dyn Guest, link: &Link, downtime: f64, rule: &
     while run.now < TOO_LONG && outcome.rounds < 2000 {
         let (began, send) = (run.now, left - held);
         let sending = run.round(send, |time, guest| {
-            if let Rule::Goal(migration) = &mut *rule {
+            if let Rule::Goal(migration, false) = &mut *rule {
                 migration.sample(nanos(time), guest.dirty() as u64);
                 migration.watch(nanos(WATCH), guest.activity(WATCH) as u64);
             }
@@ -154,7 +154,7 @@ pub(crate) fn migrate(guest: &mut dyn Guest, link: &Link, downtime: f64, rule: &
                 let steps = third.map_or(0.0, |third: f64| ((run.now - third) / 5.0).floor());
                 fits((0.15 + 0.15 * steps).min(1.05))
             }
-            Rule::Goal(migration) => {
+            Rule::Goal(migration, _) => {
                 let plan = migration.finish_round(&Round {
                     sent: (send * PAGE) as u64,
                     sending: nanos(sending),
