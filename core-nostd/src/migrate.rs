@@ -363,7 +363,7 @@ impl Migration {
 
     /// What a round of `time` leaves under a budget that is held.
     fn dirtied_under(&self, budget: PageRate, round: &Round, time: Nanos) -> u64 {
-        let by_guest = mul_div(mul_div(budget.raw(), time, SECOND << 10), UNIT, self.gain);
+        let by_guest = mul_div(budget.raw(), time, SECOND << 10);
         by_guest.saturating_add(self.pages(mul_div(round.device_rate, time, SECOND)))
     }
 

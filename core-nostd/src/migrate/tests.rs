@@ -400,6 +400,12 @@ fn devices_have_their_part_of_what_is_covered() {
     let without = budget_of(&plan);
     let plan = migration.finish_round(&Round { device_rate: 20 * MIB, ..round(224, 224) });
     assert!(budget_of(&plan).abs_diff(without - 20 * MIB) < MIB, "{without}, then {}", budget_of(&plan));
+    // What they dirtied is no excess of the guest's.
+    let both = held(&plan, Round { device_rate: 20 * MIB, ..round(224, 224) });
+    let before = budget_of(&plan);
+    let by_devices = 224 * 20 * PAGES / WIRE;
+    let plan = migration.finish_round(&Round { redirtied: both.redirtied + by_devices, ..both });
+    assert!(budget_of(&plan).abs_diff(before) < MIB, "{before}, then {}", budget_of(&plan));
     // 10 MiB of state to send at the switch, at the cost of as many of pages.
     let plan = migration.finish_round(&Round { device_bytes: 10 * MIB, ..round(224, 224) });
     assert!(budget_of(&plan).abs_diff(without * 5 / 6) < MIB, "{without}, then {}", budget_of(&plan));

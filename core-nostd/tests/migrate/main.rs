@@ -334,17 +334,20 @@ fn the_table_is_as_it_was_and_within_bounds() {
 
 #[test]
 fn the_bounds_see_bad_rules() {
-    let complaints = |change: fn(&mut Goal)| {
-        let mut row = Row::shape("phases", 224.0, 200.0);
+    let complaints = |name, change: fn(&mut Goal)| {
+        let mut row = Row::shape(name, 224.0, 200.0);
         change(&mut row.goal);
         let mut table = Table::default();
         table.row(&row);
         table.complaints
     };
-    assert_eq!(complaints(|_| {}), "");
-    assert!(complaints(|goal| goal.patience = 50).contains("out of bounds"), "waits too long");
-    assert!(complaints(|goal| goal.observe = true).contains("not finished"), "never throttles");
-    assert!(complaints(|goal| goal.bandwidth = Some(300 << 20)).contains("downtime is missed"), "hopes for more");
+    assert_eq!(complaints("phases", |_| {}), "");
+    assert!(complaints("phases", |goal| goal.patience = 50).contains("out of bounds"), "waits too long");
+    assert!(complaints("plateau", |goal| goal.observe = true).contains("not finished"), "never throttles");
+    assert!(
+        complaints("plateau", |goal| goal.bandwidth = Some(300 << 20)).contains("downtime is missed"),
+        "hopes for more"
+    );
 }
 
 /// A migration of a loop over 224 MiB, or of any other guest.
