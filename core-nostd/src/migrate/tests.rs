@@ -190,6 +190,15 @@ fn one_minimum_is_waited_for_and_not_longer_than_its_period() {
         // At the minimum, and where none came, and ever after, the throttle.
         assert!(reasons[5..].iter().all(|reason| *reason == Reason::DirtiesTooMuch), "{then:?}: {reasons:?}");
     }
+    // Where the minimum would save less than a quarter, the throttle.
+    let mut migration = Migration::new(GOAL);
+    let lefts = [4096, 400, 100, 400, 100, 130];
+    let reasons = lefts.windows(2).map(|pair| {
+        migration.sample(20 * MS, pair[1] * PAGES);
+        migration.finish_round(&round(pair[0], pair[1])).reason
+    });
+    assert_eq!(reasons.last(), Some(Reason::DirtiesTooMuch));
+
     let mut migration = Migration::new(GOAL);
     for (sent, left) in [(4096, 400), (400, 100), (100, 400), (400, 100), (100, 400)] {
         migration.sample(20 * MS, left * PAGES);

@@ -24,6 +24,8 @@ pub(crate) struct Link {
     pub(crate) held_back: f64,
     /// The limiter lets this many times the budget through.
     pub(crate) leak: f64,
+    /// The sender leaves out pages that are dirty again when it comes to them, as Xen's does.
+    pub(crate) skips: bool,
     /// Bytes of memory per second that devices dirty, in pages of their own.
     pub(crate) devices: f64,
 }
@@ -35,7 +37,7 @@ impl Link {
     }
 
     pub(crate) fn changing(mib: impl Fn(f64) -> f64 + 'static) -> Self {
-        Self { bandwidth: Box::new(move |now| mib(now) * MIB), held_back: 0.0, leak: 1.0, devices: 0.0 }
+        Self { bandwidth: Box::new(move |now| mib(now) * MIB), held_back: 0.0, leak: 1.0, skips: false, devices: 0.0 }
     }
 }
 
@@ -76,25 +78,31 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Lets the guest run while `send` pages are sent, and the sync after it. Returns how long sending took.
-    fn round(&mut self, send: f64, mut sample: impl FnMut(f64, &dyn Guest)) -> f64 {
+    /// Lets the guest run while `send` pages are sent, and the sync after it. Returns how many were, and how long it took.
+    fn round(&mut self, send: f64, mut sample: impl FnMut(f64, &dyn Guest)) -> (f64, f64) {
         self.guest.clear();
-        let (mut sent, mut sending, mut next_sample) = (0.0, 0.0_f64, 0.02);
-        while sent < send {
+        let (mut sent, mut rest, mut sending, mut next_sample) = (0.0, send, 0.0_f64, 0.02);
+        while rest > 0.0 {
             let bandwidth = (self.link.bandwidth)(self.now);
             // Short while much is clean, and short against what changes in time.
-            let (rest, step) = ((send - sent) / bandwidth, (sending / 16.0).clamp(0.001, 0.05));
-            let step = step.min(rest);
-            sent = if step < rest { sent + bandwidth * step } else { send };
+            let step = (sending / 16.0).clamp(0.001, 0.05).min(rest / bandwidth);
+            let dirty = self.guest.dirty();
             sending += step;
+            sent += bandwidth * step;
             self.step(step);
+            // Of what is dirtied, so much was still to be sent.
+            let again = if self.link.skips { (self.guest.dirty() - dirty) * rest / send } else { 0.0 };
+            rest -= bandwidth * step + again;
+            if rest < 1e-6 {
+                rest = 0.0;
+            }
             if sending >= next_sample {
                 sample(sending, self.guest);
                 next_sample += next_sample.min(WATCH);
             }
         }
         self.step(SYNC);
-        sending
+        (sent, sending)
     }
 
     fn step(&mut self, time: f64) {
@@ -129,7 +137,7 @@ pub(crate) fn migrate(guest: &mut dyn Guest, link: &Link, downtime: f64, rule: &
     let mut third = None;
     while run.now < TOO_LONG && outcome.rounds < 2000 {
         let (began, send) = (run.now, left - held);
-        let sending = run.round(send, |time, guest| {
+        let (sent, sending) = run.round(send, |time, guest| {
             if let Rule::Goal(migration, false) = &mut *rule {
                 migration.sample(nanos(time), guest.dirty() as u64);
                 migration.watch(nanos(WATCH), guest.activity(WATCH) as u64);
@@ -140,7 +148,7 @@ pub(crate) fn migrate(guest: &mut dyn Guest, link: &Link, downtime: f64, rule: &
         let by_devices = link.devices / PAGE * length;
         let redirtied = run.guest.dirty() + by_devices;
         left = redirtied.max(held);
-        let bandwidth = send / sending;
+        let bandwidth = sent / sending;
         let fits = |downtime: f64| left / bandwidth + SWITCH <= downtime;
         let before = run.budget;
         let switch = match rule {
@@ -156,7 +164,7 @@ pub(crate) fn migrate(guest: &mut dyn Guest, link: &Link, downtime: f64, rule: &
             }
             Rule::Goal(migration, _) => {
                 let plan = migration.finish_round(&Round {
-                    sent: (send * PAGE) as u64,
+                    sent: (sent * PAGE) as u64,
                     sending: nanos(sending),
                     length: nanos(length),
                     left: left as u64,
