@@ -60,7 +60,7 @@ const MARGIN: u64 = 16;
 const FIRST_LOOK: u64 = 4;
 /// A free round that lowers what is left by this part is worth its time, although more of them would not reach the goal.
 const WORTH: u64 = 16;
-/// A forecast looks at most so many rounds ahead: contracting by 15/16 each, a VM of 16 TiB comes down to one of 4 GiB.
+/// A forecast looks at most this many rounds ahead: contracting by 15/16 each, a VM of 16 TiB comes down to one of 4 GiB.
 const HORIZON: usize = 128;
 
 /// `a × b ÷ c`, rounded down, saturating; [`u64::MAX`] where `c` is 0.

@@ -7,20 +7,20 @@
 //! from the first round to the last and switched from as soon as the downtime covers what is left, that loses the least
 //! guest time; of those within 1 % of that, the fastest. It is found by trying all of them, knowing the guest's future.
 //! The goal's total and lost time are both compared with that one run.
+//!
+//! A budget is *unstable* that falls by more than a quarter after it rose by as much: no row may have one.
 
 #![expect(clippy::cast_possible_truncation, reason = "small numbers")]
 
 mod guest;
 mod run;
-
-use std::fmt::Write as _;
+mod table;
 
 use dirtylimit_core::migrate::{Goal, Migration, Reason, Verdict};
 use guest::{Guest, MIB, Region, Synthetic, Traced};
 use run::{Link, Outcome, Rule, SWITCH, goal, migrate, nanos};
+use table::{DOWNTIME, Row, Table, check_snapshot};
 
-/// Allowed in every row, in seconds.
-const DOWNTIME: f64 = 0.3;
 const MEMORY: f64 = 4096.0 * MIB;
 
 const SHAPES: [&str; 7] = ["plateau", "phases", "decay", "compile", "zipf", "hot", "burst"];
@@ -65,186 +65,17 @@ fn shape(name: &str, set: f64, memory: f64) -> Synthetic {
     Synthetic::new(memory, vec![regions])
 }
 
-/// A row of the table.
-struct Row {
-    name: String,
-    guest: Box<dyn Fn() -> Box<dyn Guest>>,
-    /// In MiB/s, at the beginning.
-    bandwidth: f64,
-    link: Link,
-    goal: Goal,
-    /// The migration is told of rounds alone: neither samples nor what is watched.
-    rounds_alone: bool,
-    /// What the ratios of total and of lost time to the best constant limit's may be at most, and why they are above 1.1.
-    bounds: (f64, f64),
-    why: &'static str,
-}
-
-/// The constant limits that are tried, in pages per second: none, and twice the bandwidth down to a 64th.
-fn limits(bandwidth: f64) -> Vec<Option<f64>> {
-    let steps = (0..=28).map(|step| Some(bandwidth * MIB * 2.0 * (-f64::from(step) / 4.0).exp2()));
-    [None].into_iter().chain(steps).collect()
-}
-
-impl Row {
-    fn new(name: String, guest: impl Fn() -> Box<dyn Guest> + 'static, bandwidth: f64) -> Self {
-        let link = Link::steady(bandwidth);
-        let (guest, goal, bounds) = (Box::new(guest), goal(DOWNTIME), (1.1, 1.1));
-        Self { name, guest, bandwidth, link, goal, rounds_alone: false, bounds, why: "" }
-    }
-
-    fn shape(name: &'static str, set: f64, bandwidth: f64) -> Self {
-        let guest = move || -> Box<dyn Guest> { Box::new(shape(name, set, MEMORY)) };
-        Self::new(format!("{name} {set}"), guest, bandwidth)
-    }
-
-    /// The rows beyond 1.1. In most the best limit is none, and the guest comes to rest after a while: that is known to who
-    /// has tried it. How much time is given to such hopes is the goal's patience.
-    fn with_bounds(self) -> Self {
-        const REST: &str = "the best waits for a rest";
-        const BUILD: &str = "the best waits for the end of the build";
-        const DECAY: &str = "the best waits for the decay";
-        const FIRST: &str = "the best throttles from the first page on";
-        let (total, lost, why) = match (self.name.as_str(), self.bandwidth as u32) {
-            ("phases 512", 800) => (1.0, 3.3, "0.2 s: the best happens to end in a rest"),
-            ("decay 64", 200) => (1.0, 1.2, "0.04 s: a margin below what is allowed"),
-            ("decay 224", 200) => (0.9, 2.4, DECAY),
-            ("compile 64", 50) => (0.8, 5.0, BUILD),
-            ("compile 224", 50) => (0.85, 17.0, BUILD),
-            ("compile 512", 50) => (0.95, 42.0, BUILD),
-            ("compile 224" | "compile 512", 200) => (0.5, 6.0, BUILD),
-            ("burst 224", 50) => (0.9, 8.3, REST),
-            ("sqlite", 4) => (1.0, 5.2, REST),
-            ("phases × 2", _) => (1.0, 24.0, REST),
-            ("decay × 0.5", _) => (0.6, 9.2, DECAY),
-            ("compile × 0.5", _) => (0.5, 6.6, BUILD),
-            ("compile, rounds", _) => (0.5, 2.8, BUILD),
-            ("hot, rounds", _) => (1.12, 1.1, "two free rounds more than with samples"),
-            ("plateau of 256" | "plateau, skip", _) => (2.1, 1.1, FIRST),
-            ("hot of 256" | "hot, skip", _) => (2.1, 1.35, FIRST),
-            ("phases of 256" | "phases, skip", _) => (0.8, 4.5, REST),
-            ("decay of 256" | "decay, skip", _) => (0.15, 4.8, DECAY),
-            _ => return self,
-        };
-        Self { bounds: (total, lost), why, ..self }
-    }
-
-    fn run(&self, rule: &mut Rule) -> Outcome {
-        migrate(&mut *(self.guest)(), &self.link, self.goal.downtime as f64 / 1e9, rule)
-    }
-
-    fn run_goal(&self) -> Outcome {
-        self.run(&mut Rule::Goal(Box::new(Migration::new(self.goal)), self.rounds_alone))
-    }
-
-    /// The best constant limit, in MiB/s.
-    fn best(&self) -> (Option<f64>, Outcome) {
-        let tried = limits(self.bandwidth).into_iter().map(|limit| (limit, self.run(&mut Rule::Constant(limit))));
-        let done: Vec<_> = tried.filter(|(_, outcome)| outcome.finished).collect();
-        let least = done.iter().map(|(_, outcome)| outcome.lost).fold(f64::INFINITY, f64::min);
-        let good = done.into_iter().filter(|(_, outcome)| outcome.lost <= 1.01 * least);
-        let (limit, outcome) = good.min_by(|a, b| a.1.total.total_cmp(&b.1.total)).expect("the lowest limit will do");
-        (limit.map(|limit| limit / MIB), outcome)
-    }
-}
-
-/// The rows of one section, run, and what is wrong with them.
-#[derive(Default)]
-struct Table {
-    text: String,
-    complaints: String,
-    totals: Vec<f64>,
-    losts: Vec<f64>,
-    /// Total and lost time of the goal and of half of the bandwidth, where both finish.
-    sums: [f64; 4],
-}
-
-fn median_and_worst(ratios: &[f64]) -> String {
-    let mut sorted = ratios.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    format!("median {:.2}, worst {:.2}", sorted[sorted.len() / 2], sorted[sorted.len() - 1])
-}
-
-impl Table {
-    fn heading(&mut self, title: &str) {
-        writeln!(self.text, "{title}").unwrap();
-        let (best, goal) = ("best constant: limit, s, lost", "goal: s, lost, down, rounds");
-        let (half, ramp) = ("half: s, lost", "ramp: s, lost, down");
-        writeln!(
-            self.text,
-            "{:<15}{:>6}  {best:>30}  {goal:>31}  total ÷  lost ÷  {half:>14}  {ramp:>20}",
-            "guest", "MiB/s"
-        )
-        .unwrap();
-    }
-
-    fn row(&mut self, row: &Row) {
-        let ((limit, best), goal, half) = (row.best(), row.run_goal(), row.run(&mut Rule::Half));
-        let ramp = row.run(&mut Rule::Ramp);
-        let ratios = (goal.total / best.total, goal.lost / best.lost);
-        let limit = limit.map_or("none".into(), |limit| format!("{limit:.2}"));
-        let or_never = |outcome: &Outcome, down| match outcome {
-            Outcome { finished: false, .. } => "never".into(),
-            Outcome { total, lost, downtime, .. } if down => format!("{total:7.2}{lost:7.2}{downtime:6.2}"),
-            Outcome { total, lost, .. } => format!("{total:7.2}{lost:7.2}"),
-        };
-        let ours = format!("{:8.2}{:7.2}{:8.3}{:8}", goal.total, goal.lost, goal.downtime, goal.rounds);
-        let line = format!(
-            "{:<15}{:>6}  {limit:>14}{:8.2}{:8.2}  {ours}  {:7.2} {:7.2}  {:>14}  {:>20}  {}",
-            row.name,
-            row.bandwidth,
-            best.total,
-            best.lost,
-            ratios.0,
-            ratios.1,
-            or_never(&half, false),
-            or_never(&ramp, true),
-            row.why
-        );
-        let line = line.trim_end();
-        writeln!(self.text, "{line}").unwrap();
-        let mut complain = |what: &str| writeln!(self.complaints, "{line}\n  {what}").unwrap();
-        if !goal.finished {
-            complain("it has not finished");
-        }
-        if goal.downtime * 1e9 > row.goal.downtime as f64 * 1.01 {
-            complain("the downtime is missed");
-        }
-        if goal.swings > 0 {
-            complain("the budget swings");
-        }
-        if ratios.0 > row.bounds.0 || ratios.1 > row.bounds.1 {
-            complain("out of bounds");
-        }
-        self.totals.push(ratios.0);
-        self.losts.push(ratios.1);
-        if half.finished {
-            for (sum, value) in self.sums.iter_mut().zip([goal.total, goal.lost, half.total, half.lost]) {
-                *sum += value;
-            }
-            if goal.lost > 1.01 * half.lost {
-                complain("half loses less");
-            }
-        }
-        if ramp.finished && ramp.downtime <= goal.downtime * 0.99 && ramp.total < 0.99 * goal.total {
-            complain("the ramp is better");
-        }
-    }
-
-    fn summary(&mut self) {
-        let [total, lost, half_total, half_lost] = self.sums;
-        writeln!(self.text, "total ÷ best constant's: {}", median_and_worst(&self.totals)).unwrap();
-        writeln!(self.text, "lost ÷ best constant's: {}", median_and_worst(&self.losts)).unwrap();
-        writeln!(self.text, "all together: total {:.2}, lost {:.2} of half's\n", total / half_total, lost / half_lost)
-            .unwrap();
-    }
+/// A row of a guest of [`shape`].
+fn row(name: &'static str, set: f64, bandwidth: f64) -> Row {
+    let guest = move || -> Box<dyn Guest> { Box::new(shape(name, set, MEMORY)) };
+    Row::new(format!("{name} {set}"), guest, bandwidth)
 }
 
 fn traced(trace: &'static [u8], name: &str) -> Vec<Row> {
     // A window of 250,000 instructions is 10 ms of guest time; nine tenths of the memory is idle.
     let guest = Traced::new(trace, 9.0, 0.010);
     let set = guest.written() / MIB;
-    // The wire carries what is written at all in so many seconds.
+    // How long the wire takes for all that is ever written, in seconds.
     let rows = [0.5, 2.0, 8.0].map(|seconds| {
         let guest = guest.clone();
         let bandwidth = (set / seconds * 100.0).round() / 100.0;
@@ -257,35 +88,32 @@ fn sections() -> Vec<(&'static str, Vec<Row>)> {
     let mut shapes = Vec::new();
     for name in SHAPES {
         for set in [64.0, 224.0, 512.0] {
-            shapes.extend([50.0, 200.0, 800.0].map(|bandwidth| Row::shape(name, set, bandwidth)));
+            shapes.extend([50.0, 200.0, 800.0].map(|bandwidth| row(name, set, bandwidth)));
         }
     }
     let mut traces = traced(include_bytes!("sqlite.trace"), "sqlite");
     traces.extend(traced(include_bytes!("gcc.trace"), "gcc"));
     let changing = SHAPES.into_iter().flat_map(|name| {
         [0.5, 2.0].map(|factor| {
-            let row = Row::shape(name, 224.0, 200.0);
+            let steady = row(name, 224.0, 200.0);
             // In the middle of the second round, where there is one.
             let link = Link::changing(move |now| if now < 21.0 { 200.0 } else { 200.0 * factor });
-            Row { name: format!("{name} × {factor}"), link, ..row }
+            Row { name: format!("{name} × {factor}"), link, ..steady }
         })
     });
     let patient =
         [("compile", 224.0, 50.0), ("compile", 512.0, 200.0), ("decay", 224.0, 200.0), ("burst", 224.0, 50.0)];
     let patient = patient.map(|(name, set, bandwidth)| {
         let goal = Goal { patience: 150, ..goal(DOWNTIME) };
-        Row { goal, ..Row::shape(name, set, bandwidth) }
+        Row { goal, ..row(name, set, bandwidth) }
     });
     let small = |name: &'static str, what: &str| {
         let guest = move || -> Box<dyn Guest> { Box::new(shape(name, 224.0, 256.0 * MIB)) };
         Row::new(format!("{name}{what}"), guest, 200.0)
     };
     let hot = SHAPES.map(|name| small(name, " of 256"));
-    let told_less = SHAPES.map(|name| Row {
-        name: format!("{name}, rounds"),
-        rounds_alone: true,
-        ..Row::shape(name, 224.0, 200.0)
-    });
+    let told_less =
+        SHAPES.map(|name| Row { name: format!("{name}, rounds"), rounds_alone: true, ..row(name, 224.0, 200.0) });
     let skipping =
         SHAPES.map(|name| Row { link: Link { skips: true, ..Link::steady(200.0) }, ..small(name, ", skip") });
     let bounded = |rows: Vec<Row>| rows.into_iter().map(Row::with_bounds).collect();
@@ -298,27 +126,6 @@ fn sections() -> Vec<(&'static str, Vec<Row>)> {
         ("256 MiB, of which 224 are written", bounded(hot.into())),
         ("The same, and the sender leaves out what is dirty again", bounded(skipping.into())),
     ]
-}
-
-/// Compares the text with the snapshot, line by line.
-fn check_snapshot(text: &str) {
-    const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/migrate/table.txt");
-    if std::env::var_os("UPDATE_SNAPSHOT").is_some() {
-        return std::fs::write(SNAPSHOT, text).unwrap();
-    }
-    let old = std::fs::read_to_string(SNAPSHOT).unwrap_or_default();
-    let mut difference = String::new();
-    let (mut before, mut now) = (old.lines(), text.lines());
-    loop {
-        let lines = (before.next(), now.next());
-        if lines.0 != lines.1 {
-            write!(difference, "- {}\n+ {}\n", lines.0.unwrap_or_default(), lines.1.unwrap_or_default()).unwrap();
-        }
-        if lines == (None, None) {
-            break;
-        }
-    }
-    assert!(difference.is_empty(), "{SNAPSHOT} has changed; UPDATE_SNAPSHOT=1 accepts it:\n{difference}");
 }
 
 #[test]
@@ -339,7 +146,7 @@ fn the_table_is_as_it_was_and_within_bounds() {
 #[test]
 fn the_bounds_see_bad_rules() {
     let complaints = |name, change: fn(&mut Goal)| {
-        let mut row = Row::shape(name, 224.0, 200.0);
+        let mut row = row(name, 224.0, 200.0);
         change(&mut row.goal);
         let mut table = Table::default();
         table.row(&row);

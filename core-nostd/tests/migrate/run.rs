@@ -31,7 +31,7 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Of so many MiB per second, and nothing else.
+    /// `mib` MiB per second, and nothing else.
     pub(crate) fn steady(mib: f64) -> Self {
         Self::changing(move |_| mib)
     }
