@@ -8,7 +8,7 @@ use core::fmt::{self, Write};
 use core::hint::black_box as any;
 
 use dirtylimit_core::kicked::{RunTime, ends_slices, is_to_pause, is_to_pay_all};
-use dirtylimit_core::migrate::{Goal, Migration, Reason, Round};
+use dirtylimit_core::migrate::{Goal, Migration, Reason, Round, Verdict};
 use dirtylimit_core::{
     BadRingSize, Claim, Counts, Entry, Full, Limiter, Meter, Nanos, OwnPages, Paced, Pacer, Page, PageRate, Penalty,
     PenaltyCell, Policy, Price, Reading, Report, Ring, Shipped, Status, Stepped, SteppedState, Terms, Totals, Turn,
@@ -208,7 +208,8 @@ fn migrations() {
     for _ in 0..any(3) {
         Migration::sample(&mut migration, any(0), any(0));
         Migration::watch(&mut migration, any(0), any(0));
-        any(Migration::finish_round(&mut migration, &any(Round::default())));
+        let plan = any(Migration::finish_round(&mut migration, &any(Round::default())));
+        any(Verdict::name(plan.verdict));
     }
 }
 

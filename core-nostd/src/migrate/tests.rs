@@ -467,4 +467,14 @@ fn every_reason_says_something_else() {
     ];
     let texts: BTreeSet<String> = all.iter().map(Reason::to_string).collect();
     assert_eq!(texts.len(), all.len());
+    let (end, budget) = (0, PageRate::ZERO);
+    let verdicts = [
+        Verdict::Converging { end },
+        Verdict::Throttle { budget, end },
+        Verdict::SwitchNow,
+        Verdict::Stalled,
+        Verdict::Unreachable { needs: 0 },
+    ];
+    let names: BTreeSet<_> = verdicts.iter().map(|verdict| verdict.name()).collect();
+    assert_eq!(names.len(), verdicts.len());
 }

@@ -49,8 +49,8 @@ impl Goal {
 pub struct Round {
     /// Bytes sent in it, headers and zero pages included.
     pub sent: u64,
-    /// How long was spent sending, in ns, and with nothing else: QEMU's e8a6d158db left the sync out, which made the
-    /// bandwidth look so low that migrations did not converge.
+    /// How long was spent sending, in ns, and with nothing else: with the sync in it, the bandwidth looks so low that
+    /// migrations do not converge (QEMU's commit e8a6d158db takes it out).
     pub sending: Nanos,
     /// How long all of it took, from clearing the log to clearing it again, in ns.
     pub length: Nanos,
@@ -94,6 +94,19 @@ pub enum Verdict {
         /// The downtime that would do, in ns.
         needs: Nanos,
     },
+}
+
+impl Verdict {
+    /// A name for machines: lower case, words joined by `-`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Converging { .. } => "converging",
+            Self::Throttle { .. } => "throttle",
+            Self::SwitchNow => "switch-now",
+            Self::Stalled => "stalled",
+            Self::Unreachable { .. } => "unreachable",
+        }
+    }
 }
 
 /// Why a verdict is what it is.

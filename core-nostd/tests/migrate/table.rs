@@ -38,8 +38,8 @@ impl Row {
         Self { name, guest, bandwidth, link, goal, rounds_alone: false, bounds, why: "" }
     }
 
-    /// The rows beyond 1.1. In most the best limit is none, and the guest comes to rest after a while: that is known to who
-    /// has tried it. How much time is given to such hopes is the goal's patience.
+    /// The rows beyond 1.1. In most of them the best limit is none, for the guest comes to rest after a while, which nothing
+    /// tells beforehand. How much time such hopes are given is the goal's patience.
     pub(crate) fn with_bounds(self) -> Self {
         const REST: &str = "the best waits for a rest";
         const BUILD: &str = "the best waits for the end of the build";
