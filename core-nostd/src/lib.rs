@@ -47,6 +47,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! [`migrate`] says after each round of a live migration which budget the VM needs to meet a downtime, if any.
+//!
 //! # Wait-freedom
 //! [`PenaltyCell::set`] is one store, [`PenaltyCell::accept`] and [`Pacer::owes`] one load each, [`Report`]'s counters a
 //! load and a store, [`Pacer::settle`] has no loop over its eight loads and a store, and no step of a [`Machine`] has one. Each says how many instructions it
@@ -64,6 +66,7 @@ mod enforce;
 mod kicked;
 mod machine;
 mod meter;
+pub mod migrate;
 mod own;
 mod pacer;
 mod penalty;

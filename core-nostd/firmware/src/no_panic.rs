@@ -7,6 +7,7 @@
 use core::fmt::{self, Write};
 use core::hint::black_box as any;
 
+use dirtylimit_core::migrate::{Goal, Migration, Reason, Round, Verdict};
 use dirtylimit_core::{
     BadRingSize, Claim, Counts, Ended, Entry, Full, Limiter, Machine, Meter, Metered, Nanos, Paced, Pacer, Page,
     PageRate, Penalty, PenaltyCell, Policy, Price, Reading, Report, Request, Ring, Run, Shipped, Status, Step, Stepped,
@@ -33,6 +34,7 @@ extern "C" fn _start() -> ! {
     policies();
     shares();
     limiters();
+    migrations();
     texts();
     #[cfg(feature = "planted")]
     any(any(None::<u32>).unwrap());
@@ -221,6 +223,18 @@ fn limiters() {
     Limiter::unregister(limiter, vcpu);
 }
 
+fn migrations() {
+    let goal = any(Goal { deadline: any(Some(0)), bandwidth: any(Some(0)), ..Goal::new(any(0)) });
+    let mut migration = any(Migration::new(goal));
+    Migration::set_goal(any(&mut migration), goal);
+    for _ in 0..any(3) {
+        Migration::sample(&mut migration, any(0), any(0));
+        Migration::watch(&mut migration, any(0), any(0));
+        let plan = any(Migration::finish_round(&mut migration, &any(Round::default())));
+        any(Verdict::name(plan.verdict));
+    }
+}
+
 /// Takes any text, and fails when it likes.
 struct Sink;
 
@@ -235,6 +249,7 @@ fn texts() {
     let _ = write!(Sink, "{}", any(BadRingSize { entries: 0 }));
     let _ = write!(Sink, "{}", any(Unenforced::Lapsed));
     any(Unenforced::name(any(Unenforced::Lapsed)));
+    let _ = write!(Sink, "{}", any(Reason::Fits));
     let _ = write!(Sink, "{}", any(Full { capacity: 0 }));
 }
 
