@@ -128,7 +128,7 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
 
     /// How many entries a sweep over a running VM collects: all, but of a limited vCPU what leaves it inside its slice.
     /// `limit` is the one in force, asked for where the vCPU's thread has not noticed it.
-    pub fn to_sweep(&mut self, cell: &VcpuCell, now: Nanos, limit: impl FnOnce() -> Option<PageRate>) -> u32 {
+    pub fn plan_sweep(&mut self, cell: &VcpuCell, now: Nanos, limit: impl FnOnce() -> Option<PageRate>) -> u32 {
         match self.slice {
             // Left to fill, so that it notices: it might never, were it emptied by each sweep.
             None if self.is_to_notice(cell) => {

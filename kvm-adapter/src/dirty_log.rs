@@ -127,7 +127,7 @@ impl DirtyLimit {
     /// What a reset may answer; nothing is lost by it. [`Error::UnknownPages`], once, after everything was published.
     pub fn round(&self) -> Result<Round<'_, Running>, Error> {
         let now = sys::now();
-        let round = self.sweep(|place| place.to_sweep(&self.0.limiter, now))?;
+        let round = self.sweep(|place| place.plan_sweep(&self.0.limiter, now))?;
         self.tell_unknown()?;
         Ok(round)
     }

@@ -70,9 +70,9 @@ impl Place {
     }
 
     /// How much of the ring a pass collects.
-    pub(crate) fn to_sweep(&mut self, limiter: &VmLimiter, now: Nanos) -> u32 {
+    pub(crate) fn plan_sweep(&mut self, limiter: &VmLimiter, now: Nanos) -> u32 {
         let limit = || limiter.query(self.seat.index, now).and_then(|status| status.effective_limit);
-        self.vcpu.to_sweep(self.seat.cell(limiter), now, limit)
+        self.vcpu.plan_sweep(self.seat.cell(limiter), now, limit)
     }
 }
 

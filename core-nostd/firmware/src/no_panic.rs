@@ -131,7 +131,7 @@ fn machines() {
     VcpuRing::ask(&mut vcpu, cell, any(0));
     any(VcpuRing::to_grant(&vcpu));
     VcpuRing::grant(&mut vcpu, cell);
-    any(VcpuRing::to_sweep(&mut vcpu, cell, any(0), || any(Some(rate()))));
+    any(VcpuRing::plan_sweep(&mut vcpu, cell, any(0), || any(Some(rate()))));
     any(VcpuRing::is_news(&vcpu, cell, any(0)));
     any(VcpuRing::take_emptied(&mut vcpu));
     any(VcpuRing::take_scaled(&mut vcpu));

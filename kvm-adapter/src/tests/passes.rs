@@ -86,7 +86,7 @@ fn who_wrote_what_was_dirty_already_is_told_apart() {
 fn a_round_is_ored_into_the_callers_words_and_forgotten_once_it_was_handed_over_whole() {
     let (fake, limit, _, _vcpu) = super::vm();
     fake.write_all(0, [3, 64, 9_999]);
-    let words = PAGES.div_ceil(64) as usize;
+    let words = usize::try_from(PAGES.div_ceil(64)).unwrap();
     let round = limit.last_round().unwrap();
     assert_eq!(round.published(), 3);
     let mut bitmap = vec![0; words + 1];
@@ -114,10 +114,10 @@ fn what_the_vmm_writes_itself_is_in_the_next_round_and_charged_to_nobody() {
     assert_eq!(pages(&taken), [4, 5, 6, 9_999]);
     assert_eq!(limit.query(0).unwrap().totals.net_pages, 1);
     // A range of several pieces, of a slot that no vCPU writes.
-    let large = 64 * PIECE as u64 * 3;
+    let (words, large) = (3 * PIECE, 64 * 3 * PIECE as u64);
     limit.add_slot(9, large).unwrap();
     limit.mark_dirty(9, 1..large - 1).unwrap();
-    let mut bitmap = vec![0; large as usize / 64];
+    let mut bitmap = vec![0; words];
     assert_eq!(limit.round().and_then(|round| round.merge(9, &mut bitmap)).unwrap(), large - 2);
     assert_eq!((bitmap[0], bitmap[PIECE], bitmap.last().copied()), (!1, u64::MAX, Some(u64::MAX >> 1)));
 }

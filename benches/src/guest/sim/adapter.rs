@@ -127,7 +127,7 @@ impl<P: Policy> Adapter<P> {
                 return place.ring().held_back();
             }
             let limit = || limiter.query(indices[vcpu], now).and_then(|status| status.effective_limit);
-            place.to_sweep(cell(limiter, indices, vcpu), now, limit)
+            place.plan_sweep(cell(limiter, indices, vcpu), now, limit)
         };
         places.iter_mut().enumerate().map(&mut of).collect()
     }
