@@ -14,7 +14,7 @@ functions() {
 core=core-nostd/src adapter=kvm-adapter/src
 wanted=$(
     functions $core/penalty.rs 'PenaltyCell|VmCell'
-    functions $core/meter.rs 'Report|Meter'
+    functions $core/meter.rs 'Counters|RateEstimator'
     functions $core/ring.rs 'Entry|Ring'
     functions $core/pacer.rs 'Pacer'
     functions $core/request.rs 'Request'

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use dirtylimit_core::{
-    Entry, Limiter, Pacer, Page, PageRate, Penalty, PenaltyCell, Report, Ring, SECOND, Shipped, Stepped, Terms,
+    Counters, Entry, Limiter, Pacer, Page, PageRate, Penalty, PenaltyCell, Ring, SECOND, Shipped, Stepped, Terms,
     VcpuIndex,
 };
 
@@ -49,7 +49,7 @@ fn report(what: &str, ours: f64, bound: f64, most: f64) {
 /// Accepting when there is no penalty, against one relaxed load.
 fn accept(criterion: &mut Criterion) {
     const CALLS: u32 = 10_000;
-    let (cell, counts) = (PenaltyCell::new(), Report::new());
+    let (cell, counts) = (PenaltyCell::new(), Counters::new());
     let (word, pacer) = (AtomicU32::new(0), Pacer::new(&counts));
     // Seen to tell a penalty, and pages, from none.
     cell.set(Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(1).price())));
@@ -186,7 +186,7 @@ impl<const N: usize> Vm<N> {
     fn tick(&mut self) {
         for vcpu in &self.vcpus {
             let pages = self.pages(*vcpu);
-            self.limiter.cell(*vcpu).expect("registered").report.add_pages(pages, pages);
+            self.limiter.cell(*vcpu).expect("registered").counters.add_pages(pages, pages);
         }
         self.now += TICK;
         self.limiter.tick(self.now);

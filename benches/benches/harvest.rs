@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, Throughput};
-use dirtylimit_core::{Claim, Entry, Page, PageRate, Report, Ring, level};
+use dirtylimit_core::{Claim, Counters, Entry, Page, PageRate, Ring, level};
 use dirtylimit_kvm::Error;
 
 #[expect(dead_code, reason = "not all of it is measured")]
@@ -37,18 +37,18 @@ fn main() {
 
 /// Counting a turn's pages, against the loads and stores that it cannot do without.
 fn count(criterion: &mut Criterion) {
-    let (report, plain) = (Report::new(), [AtomicU32::new(0), AtomicU32::new(0)]);
-    let ours = || black_box(&report).add_pages(3, 5);
+    let (counters, plain) = (Counters::new(), [AtomicU32::new(0), AtomicU32::new(0)]);
+    let ours = || black_box(&counters).add_pages(3, 5);
     let by_hand = || {
         let [net, gross] = black_box(&plain);
         net.store(net.load(Relaxed).wrapping_add(3), Relaxed);
         gross.store(gross.load(Relaxed).wrapping_add(5), Relaxed);
     };
     (0..10).for_each(|_| (ours(), by_hand()).0);
-    assert_eq!((report.counts().net, report.counts().gross), (plain[0].load(Relaxed), plain[1].load(Relaxed)));
+    assert_eq!((counters.counts().net, counters.counts().gross), (plain[0].load(Relaxed), plain[1].load(Relaxed)));
     let mut group = criterion.benchmark_group("count");
     group.bench_function("two loads and stores, by hand", |bencher| bencher.iter(by_hand));
-    group.bench_function("Report::add_pages", |bencher| bencher.iter(ours));
+    group.bench_function("Counters::add_pages", |bencher| bencher.iter(ours));
     group.finish();
 }
 

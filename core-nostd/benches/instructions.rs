@@ -6,8 +6,8 @@
 use std::hint::black_box;
 
 use dirtylimit_core::{
-    Ended, Entry, Limiter, Machine, Metered, Nanos, Pacer, Page, PageRate, PenaltyCell, Report, Ring, SECOND, Shipped,
-    Step, Stepped, VcpuIndex, VcpuRing,
+    Counters, Ended, Entry, Limiter, Machine, Metered, Nanos, Pacer, Page, PageRate, PenaltyCell, Ring, SECOND,
+    Shipped, Step, Stepped, VcpuIndex, VcpuRing,
 };
 
 /// Calls of the smaller paths; what the loop around them takes is counted too.
@@ -46,7 +46,7 @@ fn main() {
 
 /// A vCPU that owes nothing: what is looked at before each KVM_RUN.
 fn accept() {
-    let (cell, counts) = (PenaltyCell::new(), Report::new());
+    let (cell, counts) = (PenaltyCell::new(), Counters::new());
     let pacer = Pacer::new(&counts);
     let all = (cell, counts, pacer);
     counted(|| {
@@ -58,16 +58,16 @@ fn accept() {
 }
 
 fn report() {
-    let report = Report::new();
+    let counters = Counters::new();
     counted(|| {
         for _ in 0..CALLS {
-            let report = black_box(&report);
-            report.add_pages(3, 5);
-            report.add_full_exit();
-            report.add_pause(7000);
+            let counters = black_box(&counters);
+            counters.add_pages(3, 5);
+            counters.add_full_exit();
+            counters.add_pause(7000);
         }
     });
-    let counts = report.counts();
+    let counts = counters.counts();
     assert_eq!((counts.net, counts.gross, counts.full_exits, counts.paused), (3000, 5000, 1000, 7000));
 }
 
@@ -77,17 +77,17 @@ fn settle(policy: Shipped) {
     let cell = limiter.cell(vcpus[0]).expect("registered");
     // Above its limit until the policy has a penalty for it.
     for round in 1..=20 {
-        cell.report.add_pages(2560, 2560);
+        cell.counters.add_pages(2560, 2560);
         limiter.tick(NOW + round * SECOND / 20);
     }
-    let mut pacer = Pacer::new(&cell.report);
+    let mut pacer = Pacer::new(&cell.counters);
     let mut slices = 0;
     counted(|| {
         let mut now = NOW + SECOND;
         for _ in 0..CALLS {
-            cell.report.add_pages(100, 100);
-            let turn = pacer.settle(now, limiter.vm(), &cell.penalty, &cell.report);
-            slices += u32::from(turn.slice.is_some());
+            cell.counters.add_pages(100, 100);
+            let charge = pacer.charge(now, limiter.vm(), &cell.penalty, &cell.counters);
+            slices += u32::from(charge.slice.is_some());
             now += 4_000_000;
         }
     });
@@ -136,8 +136,8 @@ fn exit() {
             entered += 1;
         }
     });
-    assert_eq!((entered, cell.report.counts().full_exits), (CALLS, CALLS));
-    assert!(cell.report.counts().net > 4032 + 50 * CALLS, "it runs on");
+    assert_eq!((entered, cell.counters.counts().full_exits), (CALLS, CALLS));
+    assert!(cell.counters.counts().net > 4032 + 50 * CALLS, "it runs on");
 }
 
 fn full_ring() -> Vec<Entry> {
@@ -179,7 +179,7 @@ fn limited<const N: usize>(policy: Shipped, budget: bool) -> (Box<Limiter<Shippe
 fn tick_once<const N: usize>(limiter: &Limiter<Shipped, N>, vcpus: &[VcpuIndex], round: u64) {
     for (vcpu, number) in vcpus.iter().zip(1u32..) {
         let pages = 2560 - number.wrapping_mul(0x9e37_79b9) % 2560;
-        limiter.cell(*vcpu).expect("registered").report.add_pages(pages, pages);
+        limiter.cell(*vcpu).expect("registered").counters.add_pages(pages, pages);
     }
     limiter.tick(NOW + round * SECOND / 20);
 }

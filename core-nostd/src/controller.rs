@@ -3,7 +3,7 @@
 use heapless::Vec;
 
 use crate::enforce::{Facts, Seen, Unenforced, Watch};
-use crate::meter::{Counts, Meter, Reading, Report, Totals};
+use crate::meter::{Counters, Counts, RateEstimator, Sample, Totals};
 use crate::penalty::{Penalty, PenaltyCell, Terms, VmCell};
 use crate::policy::Policy;
 use crate::rate::{Nanos, PageRate};
@@ -17,7 +17,7 @@ pub struct VcpuCell {
     /// Written by the controller, read by the vCPU's thread.
     pub penalty: PenaltyCell,
     /// Written by the ring's owner and the vCPU's thread, read by the controller.
-    pub report: Report,
+    pub counters: Counters,
     /// Written by the vCPU's thread and the ring's owner.
     pub request: Request,
 }
@@ -26,7 +26,7 @@ impl VcpuCell {
     const_fn! {
         /// No penalty, nothing reported, nothing asked for.
         pub fn new() -> Self {
-            Self { penalty: PenaltyCell::new(), report: Report::new(), request: Request::new() }
+            Self { penalty: PenaltyCell::new(), counters: Counters::new(), request: Request::new() }
         }
     }
 }
@@ -82,7 +82,7 @@ pub struct Status {
 /// A row of the table: the controller's own memory of a vCPU.
 #[derive(Debug)]
 struct Row<S> {
-    meter: Meter,
+    estimator: RateEstimator,
     limit: Option<PageRate>,
     effective: Option<PageRate>,
     weight: u32,
@@ -93,21 +93,21 @@ struct Row<S> {
 
 impl<S: Default> Row<S> {
     fn new(cell: &VcpuCell, limit: Option<PageRate>) -> Self {
-        let meter = Meter::starting_at(cell.report.counts());
-        let watch = Watch::starting_at(seen(meter.counts(), &cell.report));
-        Self { meter, limit, effective: None, weight: 1, penalty: Penalty::NONE, watch, state: S::default() }
+        let estimator = RateEstimator::starting_at(cell.counters.counts());
+        let watch = Watch::starting_at(seen(estimator.counts(), &cell.counters));
+        Self { estimator, limit, effective: None, weight: 1, penalty: Penalty::NONE, watch, state: S::default() }
     }
 
-    fn needs_pause(&self, vm: &VmCell, report: &Report) -> Option<Nanos> {
+    fn needs_pause(&self, vm: &VmCell, counters: &Counters) -> Option<Nanos> {
         // Without a penalty, what the vCPU last needed is of no account: it may not have settled since.
-        let needs = |(Terms::Pace(price) | Terms::Sleep(price))| price.of(1).max(report.needed_pause());
+        let needs = |(Terms::Pace(price) | Terms::Sleep(price))| price.of(1).max(counters.needed_pause());
         self.penalty.terms().map(needs).filter(|pause| *pause > vm.max_pause())
     }
 
     /// CALCULATE and SET PENALTY.
-    fn calculate<P: Policy<State = S>>(&mut self, policy: &P, reading: &Reading, cell: &VcpuCell) {
+    fn calculate<P: Policy<State = S>>(&mut self, policy: &P, sample: &Sample, cell: &VcpuCell) {
         self.penalty = match self.effective {
-            Some(limit) => policy.penalty(&mut self.state, reading, limit, self.penalty),
+            Some(limit) => policy.penalty(&mut self.state, sample, limit, self.penalty),
             None => {
                 self.state = S::default();
                 Penalty::NONE
@@ -122,7 +122,7 @@ impl<S: Default> Row<S> {
         let effective = [self.limit, share].into_iter().flatten().min();
         if self.effective != effective {
             self.effective = effective;
-            self.calculate(policy, &Reading::default(), cell);
+            self.calculate(policy, &Sample::default(), cell);
         }
     }
 }
@@ -244,7 +244,7 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
         for (row, cell) in table.rows.iter_mut().zip(&self.cells) {
             if let Some(row) = row {
                 row.state = P::State::default();
-                row.calculate(&table.policy, &Reading::default(), cell);
+                row.calculate(&table.policy, &Sample::default(), cell);
             }
         }
     }
@@ -253,9 +253,9 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
     pub fn query(&self, index: VcpuIndex, now: Nanos) -> Option<Status> {
         let mut table = self.table.lock();
         let row = table.rows.get_mut(index.get())?.as_mut()?;
-        let report = &self.cell(index)?.report;
-        row.meter.fold(report);
-        let needs_pause = row.needs_pause(&self.vm, report);
+        let counters = &self.cell(index)?.counters;
+        row.estimator.fold(counters);
+        let needs_pause = row.needs_pause(&self.vm, counters);
         let unenforced = match row.effective {
             Some(_) if !self.vm.is_leased(now) => Some(Unenforced::Lapsed),
             Some(_) => row.watch.verdict().or(needs_pause.map(|_| Unenforced::NeedsPause)),
@@ -264,21 +264,21 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
         Some(Status {
             limit: row.limit,
             effective_limit: row.effective,
-            rate: row.meter.rate(),
-            demand: row.meter.demand(),
+            rate: row.estimator.rate(),
+            demand: row.estimator.demand(),
             penalty: row.penalty,
             needs_pause,
             unenforced,
-            totals: row.meter.totals(report),
+            totals: row.estimator.totals(counters),
         })
     }
 
-    /// Adds what every vCPU's report has counted to its totals: to be called where no ticks come, before a counter can
+    /// Adds what every vCPU's counters have counted to its totals: to be called where no ticks come, before a counter can
     /// wrap (2³² pages). A tick does, and a query for its vCPU.
     pub fn fold(&self) {
         for (row, cell) in self.table.lock().rows.iter_mut().zip(&self.cells) {
             if let Some(row) = row {
-                row.meter.fold(&cell.report);
+                row.estimator.fold(&cell.counters);
             }
         }
     }
@@ -291,7 +291,7 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
         rows.find_map(|(place, row)| Some((VcpuIndex(u16::try_from(place).ok()?), row.as_mut()?.watch.news()?)))
     }
 
-    /// One tick: reads every vCPU's report, sets every penalty, renews the lease. To be called at least every
+    /// One tick: reads every vCPU's counters, sets every penalty, renews the lease. To be called at least every
     /// [`VmCell::LEASE`], or the penalties lapse; usually every 10 to 100 ms. A time before the last tick's counts as
     /// none passed. Linear in the highest number of vCPUs there were.
     pub fn tick(&self, now: Nanos) {
@@ -301,11 +301,11 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
         self.vm.renew(now);
         for (row, cell) in table.rows.iter_mut().zip(&self.cells) {
             if let Some(row) = row {
-                let needs_pause = row.needs_pause(&self.vm, &cell.report).is_some();
+                let needs_pause = row.needs_pause(&self.vm, &cell.counters).is_some();
                 let facts = Facts { limit: row.effective, needs_pause, taken: self.vm.is_taken(now) };
-                let reading = row.meter.read(&cell.report, elapsed);
-                row.watch.look(elapsed, seen(row.meter.counts(), &cell.report), facts);
-                row.calculate(&table.policy, &reading, cell);
+                let sample = row.estimator.read(&cell.counters, elapsed);
+                row.watch.look(elapsed, seen(row.estimator.counts(), &cell.counters), facts);
+                row.calculate(&table.policy, &sample, cell);
             }
         }
         if table.budget.is_some() {
@@ -326,7 +326,10 @@ impl<P: Policy, const N: usize> Table<P, N> {
     fn split(&mut self, cells: &[VcpuCell; N]) {
         self.level = self.budget.map(|budget| {
             let claim = |row: &Row<P::State>| {
-                Claim::new(row.limit.map_or(row.meter.demand(), |limit| limit.min(row.meter.demand())), row.weight)
+                Claim::new(
+                    row.limit.map_or(row.estimator.demand(), |limit| limit.min(row.estimator.demand())),
+                    row.weight,
+                )
             };
             let mut claims = Vec::<Claim, N>::new();
             for claim in self.rows.iter().flatten().map(claim) {
@@ -343,9 +346,9 @@ impl<P: Policy, const N: usize> Table<P, N> {
     }
 }
 
-fn seen(counts: Counts, report: &Report) -> Seen {
+fn seen(counts: Counts, counters: &Counters) -> Seen {
     let Counts { net, gross, .. } = counts;
-    Seen { net, gross, turns: report.turns(), overlong: report.overlong_pauses() }
+    Seen { net, gross, charges: counters.charges(), overlong: counters.overlong_pauses() }
 }
 
 fn at_least_minimal(limit: Option<PageRate>) -> Option<PageRate> {

@@ -62,7 +62,7 @@ impl fmt::Display for Unenforced {
 pub(crate) struct Seen {
     pub(crate) net: u32,
     pub(crate) gross: u32,
-    pub(crate) turns: u32,
+    pub(crate) charges: u32,
     pub(crate) overlong: u32,
 }
 
@@ -130,7 +130,7 @@ impl Watch {
         let exceeded = net > allowed.saturating_add(allowed / 4).saturating_add(SLACK);
         let rewrites = gross > allowed.saturating_mul(2).saturating_add(GROSS_SLACK);
         match () {
-            () if exceeded && seen.turns == self.seen.turns => Some(Unenforced::NotAccepted),
+            () if exceeded && seen.charges == self.seen.charges => Some(Unenforced::NotAccepted),
             () if facts.needs_pause => Some(Unenforced::NeedsPause),
             () if exceeded => Some(Unenforced::Exceeded),
             () if rewrites && !facts.taken => Some(Unenforced::LogNotTaken),
@@ -167,17 +167,17 @@ mod tests {
     impl Vcpu {
         /// Limited to 1,000 pages a second, with a log that is taken.
         fn new() -> Self {
-            let seen = Seen { net: u32::MAX - 5000, gross: u32::MAX - 9000, turns: u32::MAX - 3, overlong: u32::MAX };
+            let seen = Seen { net: u32::MAX - 5000, gross: u32::MAX - 9000, charges: u32::MAX - 3, overlong: u32::MAX };
             let limit = Some(PageRate::from_pages_per_sec(1000));
             Self { watch: Watch::starting_at(seen), seen, facts: Facts { limit, needs_pause: false, taken: true } }
         }
 
         /// Goes on for `seconds` at these rates, a second; what is said at the end.
-        fn run(&mut self, seconds: u32, net: u32, gross: u32, turns: u32) -> Option<Unenforced> {
+        fn run(&mut self, seconds: u32, net: u32, gross: u32, charges: u32) -> Option<Unenforced> {
             for _ in 0..seconds * 20 {
                 self.seen.net = self.seen.net.wrapping_add(net / 20);
                 self.seen.gross = self.seen.gross.wrapping_add(gross / 20);
-                self.seen.turns = self.seen.turns.wrapping_add(turns / 20);
+                self.seen.charges = self.seen.charges.wrapping_add(charges / 20);
                 self.watch.look(TICK, self.seen, self.facts);
             }
             self.watch.verdict()

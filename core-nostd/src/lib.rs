@@ -50,10 +50,10 @@
 //! [`migrate`] says after each round of a live migration which budget the VM needs to meet a downtime, if any.
 //!
 //! # Wait-freedom
-//! [`PenaltyCell::set`] is one store, [`PenaltyCell::accept`] and [`Pacer::owes`] one load each, [`Report`]'s counters a
-//! load and a store, [`Pacer::settle`] has no loop over its eight loads and a store, and no step of a [`Machine`] has one. Each says how many instructions it
-//! takes at most, in the optimised code of x86-64, 64-bit Arm and Cortex-M4 (`ci/wait-free.sh` counts them). [`Ring::meter`]
-//! and [`Ring::collect`] visit each entry of the ring at most once a call.
+//! [`PenaltyCell::set`] is one store, [`PenaltyCell::accept`] and [`Pacer::owes`] one load each, [`Counters`] a load and a
+//! store for each, [`Pacer::charge`] has no loop over its eight loads and a store, and no step of a [`Machine`] has one. Each says
+//! how many instructions it takes at most, in the optimised code of x86-64, 64-bit Arm and Cortex-M4 (`ci/wait-free.sh` counts
+//! them). [`Ring::meter`] and [`Ring::collect`] visit each entry of the ring at most once a call.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -63,7 +63,6 @@ extern crate std;
 
 mod controller;
 mod enforce;
-mod kicked;
 mod machine;
 mod meter;
 pub mod migrate;
@@ -74,6 +73,7 @@ mod policy;
 mod rate;
 mod request;
 mod ring;
+mod run_time;
 mod share;
 mod soft_limit;
 mod sync;
@@ -81,14 +81,14 @@ mod vcpu_ring;
 
 pub use controller::{Full, Limiter, Status, VcpuCell, VcpuIndex};
 pub use enforce::Unenforced;
-pub use kicked::{TIMERS, ends_slices};
 pub use machine::{BATCH, Ended, Machine, RESET_GAP, Run, Step};
-pub use meter::{Counts, Meter, Reading, Report, Totals};
-pub use pacer::{MAX_DEBT, Pacer, SLICE, Turn};
+pub use meter::{Counters, Counts, RateEstimator, Sample, Totals};
+pub use pacer::{Charge, MAX_DEBT, Pacer, SLICE};
 pub use penalty::{Penalty, PenaltyCell, Terms, VmCell};
 pub use policy::{Paced, Policy, Shipped, Stepped, SteppedState};
 pub use rate::{Nanos, PageRate, Price, SECOND};
 pub use request::Request;
 pub use ring::{BadRingSize, Entry, PML, Page, RESERVED, Ring};
+pub use run_time::{TIMERS, ends_slices};
 pub use share::{Claim, level, share};
 pub use vcpu_ring::{Metered, VcpuRing};

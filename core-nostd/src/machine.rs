@@ -11,11 +11,11 @@
 use core::mem::{replace, take};
 
 use crate::controller::VcpuCell;
-use crate::kicked::{self, RunTime, TIMERS};
-use crate::pacer::{Pacer, Turn};
+use crate::pacer::{Charge, Pacer};
 use crate::penalty::{Penalty, VmCell};
 use crate::rate::Nanos;
 use crate::ring::Entry;
+use crate::run_time::{self, RunTime, TIMERS};
 use crate::vcpu_ring::VcpuRing;
 
 /// The most entries that are collected for one reset, so that nobody waits for longer than a fraction of a millisecond (the
@@ -147,7 +147,7 @@ impl Machine {
     /// `timers`: else by timers, where the CPU hands its pages over in lumps.
     pub fn new(cell: &VcpuCell, ring_entries: u32, kicks: bool, timers: bool) -> Self {
         Self {
-            pacer: Pacer::new(&cell.report),
+            pacer: Pacer::new(&cell.counters),
             run_time: if timers { RunTime::with_timers() } else { RunTime::new() },
             kicks,
             patient_below: ring_entries / 2,
@@ -160,7 +160,7 @@ impl Machine {
             barren: false,
             rested: 0,
             idle: 0,
-            idle_gross: cell.report.counts().gross,
+            idle_gross: cell.counters.counts().gross,
             call: Call {
                 latest: 0,
                 is_new: true,
@@ -176,7 +176,7 @@ impl Machine {
     /// Whether the vCPU may enter as it is: one load.
     #[inline]
     pub fn is_quiet(&self, cell: &VcpuCell) -> bool {
-        !self.full && self.run.is_none() && !self.pacer.owes(&cell.report)
+        !self.full && self.run.is_none() && !self.pacer.owes(&cell.counters)
     }
 
     /// Whether a kick or timers were to end the run that is over, which nobody metered yet.
@@ -187,13 +187,13 @@ impl Machine {
 
     /// KVM_RUN returned with a full ring.
     pub fn full_exit(&mut self, cell: &VcpuCell) {
-        cell.report.add_full_exit();
+        cell.counters.add_full_exit();
         (self.full, self.exited) = (true, true);
     }
 
     /// The run is over, and the vCPU is about to enter again.
     ///
-    /// Wait-free: at most 1100 instructions, [`Pacer::settle`] among them.
+    /// Wait-free: at most 1100 instructions, [`Pacer::charge`] among them.
     pub fn begin(&mut self, now: Nanos, vm: &VmCell, cell: &VcpuCell) -> Step {
         if let Some(Ending { timers, .. }) = &mut self.run {
             if let Timers::Armed(armed) = *timers {
@@ -206,16 +206,16 @@ impl Machine {
 
     /// Charges what was metered, where nobody needs the lock for that.
     ///
-    /// Wait-free: at most 1000 instructions, [`Pacer::settle`] among them.
+    /// Wait-free: at most 1000 instructions, [`Pacer::charge`] among them.
     fn charge(&mut self, now: Nanos, vm: &VmCell, cell: &VcpuCell) -> Step {
         // Before the charge, so that no change between the two goes unseen.
         (self.call.charged, self.call.limited, self.call.penalty) = (false, false, cell.penalty.accept());
         if self.full || self.kicks {
             return Step::Harvest;
         }
-        let turn = self.pacer.settle(now, vm, &cell.penalty, &cell.report);
-        self.timed_slice = self.timed_slice.filter(|_| turn.slice.is_some());
-        self.decide(now, turn, cell)
+        let charge = self.pacer.charge(now, vm, &cell.penalty, &cell.counters);
+        self.timed_slice = self.timed_slice.filter(|_| charge.slice.is_some());
+        self.decide(now, charge, cell)
     }
 
     /// The VM's lock is somebody else's.
@@ -241,37 +241,37 @@ impl Machine {
             false => {}
         }
         if !vcpu.scaled {
-            self.pacer.forget_stretch();
+            self.pacer.forget_scale();
         }
-        let mut turn = self.pacer.settle(now, vm, &cell.penalty, &cell.report);
-        let limited = turn.slice.is_some();
+        let mut charge = self.pacer.charge(now, vm, &cell.penalty, &cell.counters);
+        let limited = charge.slice.is_some();
         let in_lumps = limited && !self.kicks && vcpu.ring.has_lumps();
         let is_timed = in_lumps && has_timers;
-        let slice = turn.slice.unwrap_or(BATCH);
+        let slice = charge.slice.unwrap_or(BATCH);
         // Timers are not exact: whatever is handed over from half a slice on ends it.
         let room = if is_timed { slice.div_ceil(2) } else { slice };
         let waits = vcpu.ring.to_collect(room) > 0 || (self.full && vcpu.ring.awaiting_reset() > 0);
         vcpu.ask(cell, if waits { room } else { 0 });
-        let gross = cell.report.counts().gross;
+        let gross = cell.counters.counts().gross;
         self.barren = gross == self.rested;
-        let kicked_slice = turn.slice.filter(|slice| self.kicks && !vcpu.ring.ends(*slice));
-        let given = self.kicked_slice.or(replace(&mut self.timed_slice, turn.slice.filter(|_| is_timed)));
+        let kicked_slice = charge.slice.filter(|slice| self.kicks && !vcpu.ring.ends(*slice));
+        let given = self.kicked_slice.or(replace(&mut self.timed_slice, charge.slice.filter(|_| is_timed)));
         let penalty = cell.penalty.accept();
         if self.learn(given.unwrap_or(slice), gross) {
             if kicked_slice.is_some() && self.run_time.is_to_fill(penalty, vcpu.ring.room()) {
                 self.pacer.forgive();
-                turn.until = now;
+                charge.until = now;
             }
-            if !kicked::is_to_pause(penalty, gross.wrapping_sub(self.rested), vm.max_pause()) {
-                turn.until = turn.until.min(now);
+            if !run_time::is_to_pause(penalty, gross.wrapping_sub(self.rested), vm.max_pause()) {
+                charge.until = charge.until.min(now);
             }
         }
-        if in_lumps && kicked::is_to_pay_all(penalty, &turn, now, is_timed) {
-            cell.report.add_overlong_pause();
-            turn.until = turn.due;
+        if in_lumps && run_time::is_to_pay_all(penalty, &charge, now, is_timed) {
+            cell.counters.add_overlong_pause();
+            charge.until = charge.due;
         }
-        let by_ring = turn.slice.filter(|_| kicked_slice.is_none()).map(|_| room);
-        vcpu.assign(by_ring, limited, turn.stretched);
+        let by_ring = charge.slice.filter(|_| kicked_slice.is_none()).map(|_| room);
+        vcpu.assign(by_ring, limited, charge.scaled);
         // A kick is not exact: half a slice, give or take as much, is no more than one.
         self.kicked_slice = kicked_slice.map(|slice| slice.div_ceil(2));
         if take(&mut self.exited) {
@@ -280,14 +280,14 @@ impl Machine {
             self.idle = if moved { 0 } else { self.idle.saturating_add(1) };
             match self.idle {
                 0 => {}
-                exits if exits < WEDGED => turn.until = turn.until.max(now.saturating_add(1000 << exits.min(10))),
+                exits if exits < WEDGED => charge.until = charge.until.max(now.saturating_add(1000 << exits.min(10))),
                 exits => {
                     self.unserved = cell.request.stands();
                     return Step::Wedged(exits);
                 }
             }
         }
-        self.decide(now, turn, cell)
+        self.decide(now, charge, cell)
     }
 
     /// Learns from the run that is over, which was given `slice`; whether a kick or timers were to end it.
@@ -305,15 +305,15 @@ impl Machine {
     }
 
     #[inline]
-    fn decide(&mut self, now: Nanos, turn: Turn, cell: &VcpuCell) -> Step {
-        let is_short = turn.slice.is_some_and(|slice| slice < self.patient_below);
-        (self.call.charged, self.call.limited) = (true, turn.slice.is_some());
-        self.call.patient = is_short && !turn.stretched && !self.barren;
+    fn decide(&mut self, now: Nanos, charge: Charge, cell: &VcpuCell) -> Step {
+        let is_short = charge.slice.is_some_and(|slice| slice < self.patient_below);
+        (self.call.charged, self.call.limited) = (true, charge.slice.is_some());
+        self.call.patient = is_short && !charge.scaled && !self.barren;
         if self.call.is_new {
             // A lump may take longer.
-            self.call.latest = self.call.latest.max(turn.until);
+            self.call.latest = self.call.latest.max(charge.until);
         }
-        self.pause_until(turn.until.min(self.call.latest), now, cell)
+        self.pause_until(charge.until.min(self.call.latest), now, cell)
     }
 
     #[inline]
@@ -327,11 +327,11 @@ impl Machine {
 
     /// A pause that began at `from` is over at `now`.
     ///
-    /// Wait-free: at most 1400 instructions, [`Pacer::settle`] among them.
+    /// Wait-free: at most 1400 instructions, [`Pacer::charge`] among them.
     pub fn paused(&mut self, from: Nanos, now: Nanos, ended: Ended, vm: &VmCell, cell: &VcpuCell) -> Step {
         if self.has_paused(from) {
-            cell.report.add_pause(now.saturating_sub(from));
-            self.rested = cell.report.counts().gross;
+            cell.counters.add_pause(now.saturating_sub(from));
+            self.rested = cell.counters.counts().gross;
         }
         if ended == Ended::Wanted {
             return Step::Return(self.run(cell));
@@ -381,7 +381,7 @@ impl Machine {
             timers: self.timed_slice.map(|_| self.run_time.timers()),
         };
         if run != Run::default() {
-            self.run = Some(Ending { gross: cell.report.counts().gross, timers: Timers::None });
+            self.run = Some(Ending { gross: cell.counters.counts().gross, timers: Timers::None });
         }
         run
     }

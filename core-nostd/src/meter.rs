@@ -10,7 +10,7 @@ use crate::sync::{Atomic, Ordering, const_fn};
 /// Each has one writer at a time, so adding is a load and a store, wait-free where there is no fetch-and-add. Readers
 /// take differences within 2³² of each other.
 #[derive(Debug)]
-pub struct Report {
+pub struct Counters {
     /// Pages newly dirty since each was last published. Written by whoever owns the ring.
     net: Atomic<u32>,
     /// The guest's ring entries. Written by the ring's owner.
@@ -22,12 +22,12 @@ pub struct Report {
     /// Not a counter: microseconds of pause that a turn needs while the vCPU falls behind. Written by the vCPU's thread.
     needed_pause: Atomic<u32>,
     /// How often the vCPU's thread has settled. Written by it.
-    turns: Atomic<u32>,
+    charges: Atomic<u32>,
     /// How often it has paused for longer than the longest pause. Written by it.
     overlong: Atomic<u32>,
 }
 
-/// The counters of a [`Report`], read one after the other.
+/// [`Counters`] as read, one after the other.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Counts {
     /// Pages newly dirty.
@@ -58,7 +58,7 @@ fn add(word: &Atomic<u32>, count: u32) {
     word.store(word.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
 }
 
-impl Report {
+impl Counters {
     const_fn! {
         /// Nothing counted.
         pub fn new() -> Self {
@@ -68,7 +68,7 @@ impl Report {
                 full_exits: Atomic::new(0),
                 paused: Atomic::new(0),
                 needed_pause: Atomic::new(0),
-                turns: Atomic::new(0),
+                charges: Atomic::new(0),
                 overlong: Atomic::new(0),
             }
         }
@@ -115,14 +115,14 @@ impl Report {
     /// Counts a settlement. For the vCPU's thread alone.
     ///
     /// Wait-free: at most 4 instructions.
-    pub fn add_turn(&self) {
-        add(&self.turns, 1);
+    pub fn add_charge(&self) {
+        add(&self.charges, 1);
     }
 
     /// Settlements so far; wraps.
-    pub fn turns(&self) -> u32 {
+    pub fn charges(&self) -> u32 {
         // Relaxed: a count by itself.
-        self.turns.load(Ordering::Relaxed)
+        self.charges.load(Ordering::Relaxed)
     }
 
     /// Counts a pause that is longer than the longest, for a lump that nothing can end. For the vCPU's thread alone.
@@ -160,7 +160,7 @@ impl Report {
     }
 }
 
-impl Default for Report {
+impl Default for Counters {
     fn default() -> Self {
         Self::new()
     }
@@ -191,11 +191,11 @@ impl Totals {
     }
 }
 
-/// The controller's view of one [`Report`].
+/// The controller's view of one vCPU's [`Counters`].
 #[derive(Clone, Copy, Default, Debug)]
-pub struct Meter {
+pub struct RateEstimator {
     seen: Counts,
-    /// Folded into the totals, but not yet in a reading.
+    /// Folded into the totals, but not yet in a sample.
     unread: Unread,
     totals: Totals,
     rate: PageRate,
@@ -211,7 +211,7 @@ struct Unread {
 
 /// What a vCPU did between two ticks.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Reading {
+pub struct Sample {
     /// Net pages.
     pub pages: u32,
     /// Nanoseconds between the ticks.
@@ -220,16 +220,16 @@ pub struct Reading {
     pub paused: Nanos,
 }
 
-impl Meter {
-    /// A meter that starts from what the report holds now.
+impl RateEstimator {
+    /// An estimator that starts from what the counters hold now.
     pub fn starting_at(counts: Counts) -> Self {
         Self { seen: counts, ..Self::default() }
     }
 
     /// Adds what was counted since the last call to the totals; to be called before a counter can wrap (2³² pages, or
     /// 71 minutes of pauses). Readings come out as without it.
-    pub fn fold(&mut self, report: &Report) {
-        let counts = report.counts();
+    pub fn fold(&mut self, counters: &Counters) {
+        let counts = counters.counts();
         let new = counts.since(self.seen);
         self.seen = counts;
         self.totals = self.totals.plus(new);
@@ -237,24 +237,24 @@ impl Meter {
         self.unread = Unread { net: net.saturating_add(new.net), paused: paused.saturating_add(new.paused) };
     }
 
-    /// Reads the report, `elapsed` after the last reading; folds.
-    pub fn read(&mut self, report: &Report, elapsed: Nanos) -> Reading {
-        self.fold(report);
+    /// Reads the counters, `elapsed` after the last sample; folds.
+    pub fn read(&mut self, counters: &Counters, elapsed: Nanos) -> Sample {
+        self.fold(counters);
         let new = take(&mut self.unread);
         let paused = Nanos::from(new.paused) * 1000;
         if elapsed > 0 {
             self.rate = smooth(self.rate, PageRate::measured(new.net, elapsed), elapsed);
-            // Pauses end between ticks, so one reading may hold more than its share of them: at most all of it. Demand
+            // Pauses end between ticks, so one sample may hold more than its share of them: at most all of it. Demand
             // follows at once, so that who has stopped frees its share; but who was only paused has shown none.
             let ran = elapsed.saturating_sub(paused);
             if new.net > 0 || ran >= elapsed / 4 {
                 self.demand = PageRate::measured(new.net, ran.max(elapsed / 64));
             }
         }
-        Reading { pages: new.net, elapsed, paused }
+        Sample { pages: new.net, elapsed, paused }
     }
 
-    /// The report's counters as last read.
+    /// The counters as last read.
     pub(crate) fn counts(&self) -> Counts {
         self.seen
     }
@@ -264,14 +264,14 @@ impl Meter {
         self.rate
     }
 
-    /// The rate that the vCPU would have without its pauses: pages over running time, between the last two readings.
+    /// The rate that the vCPU would have without its pauses: pages over running time, between the last two samples.
     pub fn demand(&self) -> PageRate {
         self.demand
     }
 
-    /// The sums up to now, from the report.
-    pub fn totals(&self, report: &Report) -> Totals {
-        self.totals.plus(report.counts().since(self.seen))
+    /// The sums up to now, from the counters.
+    pub fn totals(&self, counters: &Counters) -> Totals {
+        self.totals.plus(counters.counts().since(self.seen))
     }
 }
 
@@ -291,70 +291,70 @@ mod tests {
 
     #[test]
     fn a_steady_writer_is_measured_across_the_wrap() {
-        let report = Report::new();
-        report.add_pages(u32::MAX - 700, u32::MAX - 700);
-        let mut meter = Meter::starting_at(report.counts());
+        let counters = Counters::new();
+        counters.add_pages(u32::MAX - 700, u32::MAX - 700);
+        let mut estimator = RateEstimator::starting_at(counters.counts());
         for _ in 0..20 {
-            report.add_pages(256, 512);
-            report.add_pause(9_000_000);
-            let reading = meter.read(&report, SECOND / 100);
-            assert_eq!(reading, Reading { pages: 256, elapsed: SECOND / 100, paused: 9_000_000 });
+            counters.add_pages(256, 512);
+            counters.add_pause(9_000_000);
+            let sample = estimator.read(&counters, SECOND / 100);
+            assert_eq!(sample, Sample { pages: 256, elapsed: SECOND / 100, paused: 9_000_000 });
         }
-        let totals = meter.totals(&report);
+        let totals = estimator.totals(&counters);
         assert_eq!((totals.net_pages, totals.gross_pages, totals.paused_us), (20 * 256, 20 * 512, 180_000));
         for _ in 0..200 {
-            report.add_pages(256, 512);
-            report.add_pause(9_000_000);
-            meter.read(&report, SECOND / 100);
+            counters.add_pages(256, 512);
+            counters.add_pause(9_000_000);
+            estimator.read(&counters, SECOND / 100);
         }
-        assert!((25_590..=25_600).contains(&meter.rate().pages_per_sec()), "{:?}", meter.rate());
-        assert!((255_900..=256_000).contains(&meter.demand().pages_per_sec()), "{:?}", meter.demand());
+        assert!((25_590..=25_600).contains(&estimator.rate().pages_per_sec()), "{:?}", estimator.rate());
+        assert!((255_900..=256_000).contains(&estimator.demand().pages_per_sec()), "{:?}", estimator.demand());
     }
 
     #[test]
     fn counters_may_wrap_between_two_readings_where_somebody_folds() {
-        let report = Report::new();
-        let mut meter = Meter::default();
+        let counters = Counters::new();
+        let mut estimator = RateEstimator::default();
         for round in 1..=6 {
-            report.add_pages(1 << 31, 1 << 31);
-            report.add_pause(1 << 41);
-            meter.fold(&report);
+            counters.add_pages(1 << 31, 1 << 31);
+            counters.add_pause(1 << 41);
+            estimator.fold(&counters);
             let paused_us = round * ((1 << 41) / 1000);
-            let totals = meter.totals(&report);
+            let totals = estimator.totals(&counters);
             assert_eq!((totals.net_pages, totals.gross_pages, totals.paused_us), (round << 31, round << 31, paused_us));
         }
-        let reading = meter.read(&report, 1000 * SECOND);
-        assert_eq!((reading.pages, reading.paused), (u32::MAX, Nanos::from(u32::MAX) * 1000), "it saturates");
-        assert_eq!(meter.read(&report, SECOND).pages, 0);
+        let sample = estimator.read(&counters, 1000 * SECOND);
+        assert_eq!((sample.pages, sample.paused), (u32::MAX, Nanos::from(u32::MAX) * 1000), "it saturates");
+        assert_eq!(estimator.read(&counters, SECOND).pages, 0);
     }
 
     #[test]
     fn a_reading_is_the_same_whether_or_not_somebody_folded_meanwhile() {
-        let report = Report::new();
-        let [mut folded, mut plain] = [Meter::default(); 2];
+        let counters = Counters::new();
+        let [mut folded, mut plain] = [RateEstimator::default(); 2];
         for pages in [100, 7, 3000] {
-            report.add_pages(pages, 2 * pages);
-            folded.fold(&report);
-            report.add_pause(3_000_000);
-            folded.fold(&report);
-            assert_eq!(folded.read(&report, SECOND / 20), plain.read(&report, SECOND / 20));
+            counters.add_pages(pages, 2 * pages);
+            folded.fold(&counters);
+            counters.add_pause(3_000_000);
+            folded.fold(&counters);
+            assert_eq!(folded.read(&counters, SECOND / 20), plain.read(&counters, SECOND / 20));
             assert_eq!((folded.rate(), folded.demand()), (plain.rate(), plain.demand()));
-            assert_eq!(folded.totals(&report), plain.totals(&report));
+            assert_eq!(folded.totals(&counters), plain.totals(&counters));
         }
     }
 
     #[test]
     fn odd_times_do_no_harm() {
-        let report = Report::new();
-        let mut meter = Meter::default();
-        report.add_pages(5, 5);
-        meter.read(&report, 0);
-        assert_eq!(meter.rate(), PageRate::ZERO);
-        report.add_pages(u32::MAX, u32::MAX);
-        report.add_pause(Nanos::MAX);
-        meter.read(&report, 1);
-        meter.read(&report, Nanos::MAX);
-        assert_eq!(meter.rate(), PageRate::ZERO);
-        assert_eq!(meter.totals(&report).net_pages, 5 + u64::from(u32::MAX));
+        let counters = Counters::new();
+        let mut estimator = RateEstimator::default();
+        counters.add_pages(5, 5);
+        estimator.read(&counters, 0);
+        assert_eq!(estimator.rate(), PageRate::ZERO);
+        counters.add_pages(u32::MAX, u32::MAX);
+        counters.add_pause(Nanos::MAX);
+        estimator.read(&counters, 1);
+        estimator.read(&counters, Nanos::MAX);
+        assert_eq!(estimator.rate(), PageRate::ZERO);
+        assert_eq!(estimator.totals(&counters).net_pages, 5 + u64::from(u32::MAX));
     }
 }

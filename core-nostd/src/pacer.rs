@@ -2,7 +2,7 @@
 
 use core::mem::replace;
 
-use crate::meter::{Counts, Report};
+use crate::meter::{Counters, Counts};
 use crate::penalty::{PenaltyCell, Terms, VmCell};
 use crate::rate::{Nanos, SECOND};
 
@@ -28,7 +28,7 @@ const LONGEST_SLICE: Nanos = SLICE << MAX_STRETCH;
 
 /// What the vCPU is to do before it runs on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Turn {
+pub struct Charge {
     /// Pause until then; in the past where nothing is owed.
     pub until: Nanos,
     /// When all of it is paid: later than `until` where the longest pause does not cover it.
@@ -36,7 +36,7 @@ pub struct Turn {
     /// Pages that it may dirty before its next full exit; `None`: as many as the ring takes.
     pub slice: Option<u32>,
     /// The slice is longer than the limit asks for, because the vCPU mostly rewrites what is dirty already.
-    pub stretched: bool,
+    pub scaled: bool,
 }
 
 /// One vCPU's virtual clock: it is due at `due`, having paid for every page up to then (GCRA, the leaky bucket of
@@ -46,7 +46,7 @@ pub struct Turn {
 /// a full ring of them, at a low limit, would freeze the guest for seconds.
 #[derive(Debug)]
 pub struct Pacer {
-    /// What the report counted up to the last turn; net pages up to there were charged.
+    /// What was counted up to the last charge; net pages up to there were charged.
     charged: Counts,
     due: Nanos,
     /// When it last turned.
@@ -66,18 +66,18 @@ const UNREACHABLE: u32 = 1 << 31;
 
 impl Pacer {
     /// A pacer for a vCPU whose pages up to now are nobody's debt.
-    pub fn new(report: &Report) -> Self {
-        report.set_needed_pause(0);
-        let charged = report.counts();
+    pub fn new(counters: &Counters) -> Self {
+        counters.set_needed_pause(0);
+        let charged = counters.counts();
         Self { charged, due: 0, turned: 0, grace: 0, limited: false, nominal: 0, stretch: 0, quiet: charged.net }
     }
 
-    /// Whether [`Pacer::settle`] has anything to charge or to wait for: one load.
+    /// Whether [`Pacer::charge`] has anything to charge or to wait for: one load.
     ///
     /// Wait-free: at most 6 instructions.
     #[inline]
-    pub fn owes(&self, report: &Report) -> bool {
-        report.net() != self.quiet
+    pub fn owes(&self, counters: &Counters) -> bool {
+        counters.net() != self.quiet
     }
 
     /// Charges the pages metered since the last call, by whomever, and says what follows from it at `now`.
@@ -85,15 +85,15 @@ impl Pacer {
     /// Idempotent while nothing is metered. A pause that ended early is not lost: the rest is still due.
     ///
     /// Wait-free: at most 720 instructions, and the compiler's divisions of 64 bits on 32-bit machines.
-    pub fn settle(&mut self, now: Nanos, vm: &VmCell, penalty: &PenaltyCell, report: &Report) -> Turn {
-        report.add_turn();
-        let counts = report.counts();
+    pub fn charge(&mut self, now: Nanos, vm: &VmCell, penalty: &PenaltyCell, counters: &Counters) -> Charge {
+        counters.add_charge();
+        let counts = counters.counts();
         let new = counts.since(replace(&mut self.charged, counts));
         // The penalty first: its acquire makes the lease renewed with it visible.
         let Some(terms) = penalty.accept().terms().filter(|_| self.is_held(now, vm)) else {
             (self.limited, self.quiet) = (false, counts.net);
-            report.set_needed_pause(0);
-            return Turn { until: now, due: now, slice: None, stretched: false };
+            counters.set_needed_pause(0);
+            return Charge { until: now, due: now, slice: None, scaled: false };
         };
         let max_pause = vm.max_pause();
         let run = now.saturating_sub(replace(&mut self.turned, now));
@@ -108,7 +108,7 @@ impl Pacer {
         let due = if !was_limited {
             now
         } else if credit > 0 {
-            // A turn may cost more than the burst: its slice was stretched, or a pass made room in the middle of it. Who
+            // A turn may cost more than the burst: its slice was scaled, or a pass made room in the middle of it. Who
             // took so long for it owes nothing for it either, and has no credit.
             after(credit).min(after(run.min(LONGEST_SLICE)).max(now))
         } else {
@@ -117,9 +117,9 @@ impl Pacer {
         self.due = due.max(now.saturating_sub(credit)).min(now.saturating_add(most));
         // Whose debt is at its bound does not catch up: its turns cost more than they may pause.
         if self.due < due && cost > max_pause {
-            report.set_needed_pause(cost);
+            counters.set_needed_pause(cost);
         } else if self.due <= now.saturating_add(max_pause) {
-            report.set_needed_pause(0);
+            counters.set_needed_pause(0);
         }
         self.quiet = if self.due > now { counts.net.wrapping_add(UNREACHABLE) } else { counts.net };
         let until = self.due.min(now.saturating_add(max_pause));
@@ -136,7 +136,7 @@ impl Pacer {
             // No slice may cost more than the burst: who writes it slower than allowed owes nothing for it.
             _ => nominal.saturating_add(unused).min(price.pages_for(credit)).max(nominal),
         };
-        Turn { until, due: self.due, slice: Some(slice), stretched: self.stretch > 0 }
+        Charge { until, due: self.due, slice: Some(slice), scaled: self.stretch > 0 }
     }
 
     /// Whether penalties are in force at `now`. A lease lapses by time that the vCPU saw go by: after a jump of its clock
@@ -153,7 +153,7 @@ impl Pacer {
     }
 
     /// Nothing is dirty any more: the next slice is a plain one. For who hands out the dirty log.
-    pub(crate) fn forget_stretch(&mut self) {
+    pub(crate) fn forget_scale(&mut self) {
         self.stretch = 0;
     }
 

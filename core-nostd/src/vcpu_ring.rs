@@ -3,11 +3,11 @@
 use core::mem::take;
 
 use crate::controller::VcpuCell;
-use crate::kicked;
 use crate::own::OwnPages;
 use crate::penalty::Penalty;
 use crate::rate::{Nanos, PageRate};
 use crate::ring::{Entry, Page, Ring};
+use crate::run_time;
 
 /// What a metered page is to the dirty log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -69,7 +69,7 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
         if entries > 0 {
             let free = net.min(self.merged);
             self.merged -= free;
-            cell.report.add_pages(net - free, guest);
+            cell.counters.add_pages(net - free, guest);
         }
         guest
     }
@@ -161,7 +161,7 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
     /// Whether to kick the vCPU at a tick that has metered that many of the guest's entries: its limit is news to it, and its
     /// ring is not better left to fill, as it will have in a few ticks.
     pub fn is_news(&self, cell: &VcpuCell, entries: u32) -> bool {
-        let will_fill = || !kicked::ends_slices(cell.penalty.accept()) && entries >= self.ring.room() / 4;
+        let will_fill = || !run_time::ends_slices(cell.penalty.accept()) && entries >= self.ring.room() / 4;
         entries > 0 && self.is_to_notice(cell) && !will_fill()
     }
 

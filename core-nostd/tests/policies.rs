@@ -1,7 +1,7 @@
-//! Both policies over the whole range of rates, readings and times: nothing overflows, no limit lets a page go for less than
+//! Both policies over the whole range of rates, samples and times: nothing overflows, no limit lets a page go for less than
 //! it costs, and a higher limit is never dearer.
 
-use dirtylimit_core::{Nanos, Paced, PageRate, Penalty, Policy, Price, Reading, SECOND, Shipped, Stepped, Terms};
+use dirtylimit_core::{Nanos, Paced, PageRate, Penalty, Policy, Price, SECOND, Sample, Shipped, Stepped, Terms};
 use proptest::prelude::*;
 
 /// Any rate from one page in 1,024 s to 2³² pages/s, evenly over its powers of two.
@@ -28,24 +28,24 @@ fn price(penalty: Penalty) -> Price {
     }
 }
 
-/// What Stepped makes of a reading, when the sleep in force is so many 1024ths of a page's time at `limit`.
-fn stepped(limit: PageRate, reading: &Reading, current: Penalty) -> Penalty {
+/// What Stepped makes of a sample, when the sleep in force is so many 1024ths of a page's time at `limit`.
+fn stepped(limit: PageRate, sample: &Sample, current: Penalty) -> Penalty {
     let (policy, mut state) = (Stepped { period: 0, ..Stepped::default() }, Default::default());
-    // The first reading only primes it.
-    policy.penalty(&mut state, reading, limit, current);
-    policy.penalty(&mut state, reading, limit, current)
+    // The first sample only primes it.
+    policy.penalty(&mut state, sample, limit, current);
+    policy.penalty(&mut state, sample, limit, current)
 }
 
 /// Stepped at a limit of 1000 pages/s, shown so many pages in each so many ms; the sleep for 1024 pages after each, in ms.
-fn steps(sleep_ms: u64, readings: &[(u32, u64)]) -> Vec<u64> {
+fn steps(sleep_ms: u64, samples: &[(u32, u64)]) -> Vec<u64> {
     let (policy, mut state) = (Stepped::default(), Default::default());
     let mut penalty = Penalty::new(Terms::Sleep(Price::split(sleep_ms * 1_000_000, 1024)));
     let each = |&(pages, ms): &(u32, u64)| {
-        let reading = Reading { pages, elapsed: ms * 1_000_000, paused: 0 };
-        penalty = policy.penalty(&mut state, &reading, PageRate::from_pages_per_sec(1000), penalty);
+        let sample = Sample { pages, elapsed: ms * 1_000_000, paused: 0 };
+        penalty = policy.penalty(&mut state, &sample, PageRate::from_pages_per_sec(1000), penalty);
         (price(penalty).of(1024) + 500_000) / 1_000_000
     };
-    readings.iter().map(each).collect()
+    samples.iter().map(each).collect()
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn stepped_looks_once_a_period_after_the_first_reading() {
 proptest! {
     #[test]
     fn a_page_never_costs_less_than_its_limit_says(limit in rate(), pages in any::<u32>()) {
-        let penalty = Paced.penalty(&mut (), &Reading::default(), limit, Penalty::NONE);
+        let penalty = Paced.penalty(&mut (), &Sample::default(), limit, Penalty::NONE);
         let exact = u128::from(pages) * u128::from(SECOND) * 1024 / units(limit);
         let priced = u128::from(price(penalty).of(pages));
         // 31 bits keep a price to 2^-14 at the fastest limits, rounded down.
@@ -72,13 +72,13 @@ proptest! {
         a in rate(), b in rate(), pages in any::<u32>(), elapsed in time(), share in 0u64..=1024,
     ) {
         let (low, high) = (a.min(b), a.max(b));
-        let paced = |limit| price(Paced.penalty(&mut (), &Reading::default(), limit, Penalty::NONE)).of(1024);
+        let paced = |limit| price(Paced.penalty(&mut (), &Sample::default(), limit, Penalty::NONE)).of(1024);
         prop_assert!(paced(low) >= paced(high));
-        let reading = Reading { pages, elapsed, paused: 0 };
+        let sample = Sample { pages, elapsed, paused: 0 };
         let allowed = high.price().of(1024);
         let sleep = u64::try_from(u128::from(allowed) * u128::from(share) / 1024).unwrap();
         let current = Penalty::new(Terms::Sleep(Price::split(sleep, 1024)));
-        let stepped = |limit| price(stepped(limit, &reading, current)).of(1024);
+        let stepped = |limit| price(stepped(limit, &sample, current)).of(1024);
         let (dear, cheap) = (stepped(low), stepped(high));
         // A step is a part of a page's time, so one down is larger at a lower limit. And a price is rounded.
         let step = (low.price().of(1024) - allowed) * u64::from(Stepped::default().step_percent) / 100;
@@ -89,14 +89,14 @@ proptest! {
     #[test]
     fn years_and_the_fastest_guests_overflow_nothing(
         limit in rate(),
-        readings in prop::collection::vec((any::<u32>(), prop_oneof![Just(0), time(), Just(Nanos::MAX)], any::<u64>()), 1..40),
+        samples in prop::collection::vec((any::<u32>(), prop_oneof![Just(0), time(), Just(Nanos::MAX)], any::<u64>()), 1..40),
         period in time(), percents in any::<[u8; 3]>(),
     ) {
         let [far_percent, near_percent, step_percent] = percents;
         for policy in [Shipped::default(), Shipped::Stepped(Stepped { period, far_percent, near_percent, step_percent })] {
             let (mut state, mut penalty) = (Default::default(), Penalty::NONE);
-            for &(pages, elapsed, paused) in &readings {
-                penalty = policy.penalty(&mut state, &Reading { pages, elapsed, paused }, limit, penalty);
+            for &(pages, elapsed, paused) in &samples {
+                penalty = policy.penalty(&mut state, &Sample { pages, elapsed, paused }, limit, penalty);
                 let most = limit.price().of(1024);
                 prop_assert!(price(penalty).of(1024) <= most, "{penalty:?} at {limit:?}");
             }

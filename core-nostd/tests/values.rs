@@ -1,16 +1,16 @@
 //! What the small values say of themselves, and that a default is a fresh one.
 
 use dirtylimit_core::{
-    Counts, Entry, Full, Limiter, Meter, Paced, PageRate, Penalty, PenaltyCell, Report, Ring, SECOND, Terms, VcpuCell,
-    VmCell,
+    Counters, Counts, Entry, Full, Limiter, Paced, PageRate, Penalty, PenaltyCell, RateEstimator, Ring, SECOND, Terms,
+    VcpuCell, VmCell,
 };
 
 #[test]
 fn defaults_are_fresh() {
     let cell = VcpuCell::default();
-    assert_eq!((cell.penalty.accept(), cell.report.counts()), (Penalty::NONE, Counts::default()));
-    cell.report.add_full_exit();
-    assert_eq!(cell.report.counts(), Counts { full_exits: 1, ..Counts::default() });
+    assert_eq!((cell.penalty.accept(), cell.counters.counts()), (Penalty::NONE, Counts::default()));
+    cell.counters.add_full_exit();
+    assert_eq!(cell.counters.counts(), Counts { full_exits: 1, ..Counts::default() });
     assert_eq!(PenaltyCell::default().accept(), Penalty::NONE);
     assert_eq!(VmCell::LEASE, 5 * SECOND);
     let (vm, new) = (VmCell::default(), VmCell::new());
@@ -44,12 +44,12 @@ fn a_limiter_has_only_the_places_it_was_made_with() {
 #[test]
 fn demand_is_what_running_shows() {
     const TENTH: u64 = SECOND / 10;
-    let (report, mut meter) = (Report::new(), Meter::default());
+    let (counters, mut estimator) = (Counters::new(), RateEstimator::default());
     let mut read = |pages, paused, elapsed| {
-        report.add_pages(pages, pages);
-        report.add_pause(paused);
-        meter.read(&report, elapsed);
-        (meter.rate().pages_per_sec(), meter.demand().pages_per_sec())
+        counters.add_pages(pages, pages);
+        counters.add_pause(paused);
+        estimator.read(&counters, elapsed);
+        (estimator.rate().pages_per_sec(), estimator.demand().pages_per_sec())
     };
     assert_eq!(read(100, TENTH / 2, TENTH), (1000, 2000), "a rate is all there after two time constants");
     assert_eq!(read(0, TENTH, TENTH), (0, 2000), "who was only paused has shown none");

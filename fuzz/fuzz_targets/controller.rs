@@ -25,7 +25,7 @@ enum Step {
     Stepped { period: u64, far: u8, near: u8, step: u8 },
     MaxPause { nanos: u64 },
     Tick { time: Time },
-    Report { vcpu: u8, net: u32, gross: u32, paused: u64 },
+    Counters { vcpu: u8, net: u32, gross: u32, paused: u64 },
     Settle { vcpu: u8, time: Time },
 }
 
@@ -153,18 +153,18 @@ impl Model {
                 }
                 self.check_budget(vm);
             }
-            Step::Report { vcpu, net, gross, paused } => {
+            Step::Counters { vcpu, net, gross, paused } => {
                 let Some(vcpu) = self.vcpu(vcpu) else { return };
-                let report = &vm.cell(vcpu.index).expect("a place of the table").report;
-                report.add_pages(net, gross);
-                report.add_full_exit();
-                report.add_pause(paused);
+                let counters = &vm.cell(vcpu.index).expect("a place of the table").counters;
+                counters.add_pages(net, gross);
+                counters.add_full_exit();
+                counters.add_pause(paused);
                 // No counter wraps between two looks: each step is followed by a query, which folds.
                 for (sum, more) in vcpu.since.iter_mut().zip([net, gross, 1, (paused / 1000) as u32]) {
                     *sum += u64::from(more);
                 }
             }
-            Step::Settle { vcpu, time } => self.settle(vm, vcpu, time),
+            Step::Settle { vcpu, time } => self.charge(vm, vcpu, time),
         }
     }
 
@@ -172,8 +172,8 @@ impl Model {
         match vm.register() {
             Ok(index) => {
                 assert!(self.vcpus[index.get()].is_none(), "a place given away twice");
-                let report = &vm.cell(index).expect("a place of the table").report;
-                let (pacer, totals) = (Pacer::new(report), Totals::default());
+                let counters = &vm.cell(index).expect("a place of the table").counters;
+                let (pacer, totals) = (Pacer::new(counters), Totals::default());
                 self.known[index.get()] = Some(index);
                 self.vcpus[index.get()] =
                     Some(Vcpu { index, limit: self.limit, weight: 1, totals, since: [0; 4], pacer, needed_pause: 0 });
@@ -194,16 +194,16 @@ impl Model {
         let (now, ticked) = (self.time(time), self.ticked);
         let Some(vcpu) = self.vcpu(vcpu) else { return };
         let cell = vm.cell(vcpu.index).expect("a place of the table");
-        let turn = vcpu.pacer.settle(now, vm.vm(), &cell.penalty, &cell.report);
-        assert!(turn.until <= now.saturating_add(vm.vm().max_pause().min(MAX_DEBT)), "longer than the longest pause");
-        match turn.slice {
+        let charge = vcpu.pacer.charge(now, vm.vm(), &cell.penalty, &cell.counters);
+        assert!(charge.until <= now.saturating_add(vm.vm().max_pause().min(MAX_DEBT)), "longer than the longest pause");
+        match charge.slice {
             Some(slice) => assert!(slice > 0 && cell.penalty.accept() != Penalty::NONE),
-            None => assert_eq!(turn.until, now, "a pause without a limit"),
+            None => assert_eq!(charge.until, now, "a pause without a limit"),
         }
-        assert!(ticked != Some(now) || turn.slice.is_some() == (cell.penalty.accept() != Penalty::NONE));
-        assert!(!vcpu.pacer.owes(&cell.report) || turn.until > now, "owes, but need not pause");
-        assert_eq!(vcpu.pacer.settle(now, vm.vm(), &cell.penalty, &cell.report), turn, "nothing new, another answer");
-        vcpu.needed_pause = cell.report.needed_pause();
+        assert!(ticked != Some(now) || charge.slice.is_some() == (cell.penalty.accept() != Penalty::NONE));
+        assert!(!vcpu.pacer.owes(&cell.counters) || charge.until > now, "owes, but need not pause");
+        assert_eq!(vcpu.pacer.charge(now, vm.vm(), &cell.penalty, &cell.counters), charge, "nothing new, another answer");
+        vcpu.needed_pause = cell.counters.needed_pause();
     }
 
     /// After a split: all together, each taking what it asks for and may, use up the budget where they ask for so much.

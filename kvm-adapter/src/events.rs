@@ -6,7 +6,7 @@
 use std::mem::replace;
 use std::{fmt, iter};
 
-use dirtylimit_core::{Nanos, PageRate, Report, SECOND, Unenforced};
+use dirtylimit_core::{Counters, Nanos, PageRate, SECOND, Unenforced};
 
 use crate::harvest::Place;
 use crate::sys;
@@ -43,17 +43,17 @@ pub(crate) struct State {
 pub(crate) struct Life {
     at: Nanos,
     gross: u32,
-    turns: u32,
+    charges: u32,
     /// A full exit was seen since, of which its thread has taken no note.
     full: bool,
 }
 
 impl Life {
     /// Whether the vCPU has left KVM_RUN with a full ring, and for a second neither dirtied a page nor come to pay.
-    fn is_unserved(&mut self, report: &Report, is_full: bool, now: Nanos) -> bool {
-        let (gross, turns) = (report.counts().gross, report.turns());
-        if self.at == 0 || (self.gross, self.turns) != (gross, turns) {
-            *self = Self { at: now, gross, turns, full: false };
+    fn is_unserved(&mut self, counters: &Counters, is_full: bool, now: Nanos) -> bool {
+        let (gross, charges) = (counters.counts().gross, counters.charges());
+        if self.at == 0 || (self.gross, self.charges) != (gross, charges) {
+            *self = Self { at: now, gross, charges, full: false };
         }
         // KVM changes the exit's reason now and then, where KVM_RUN is called again and again.
         self.full |= is_full;
@@ -78,7 +78,7 @@ fn tell_changes(vm: &Vm, mut harvest: Locked<'_>, now: Nanos) {
     let lapsed = !vm.limiter.vm().is_leased(now) && harvest.places.values().any(is_lapsed);
     let mut unserved = None;
     for (id, place) in &mut harvest.places {
-        if place.life.is_unserved(&place.seat.cell(&vm.limiter).report, place.seat.is_full(), now) {
+        if place.life.is_unserved(&place.seat.cell(&vm.limiter).counters, place.seat.is_full(), now) {
             unserved = unserved.or(Some(*id));
         }
     }

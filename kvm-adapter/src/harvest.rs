@@ -227,7 +227,7 @@ impl Harvest {
     }
 
     /// Frees the slices that vCPUs wait for, all by one reset.
-    pub(crate) fn serve(&mut self, kernel: &dyn Kernel, limiter: &VmLimiter) -> Result<(), Error> {
+    pub(crate) fn grant(&mut self, kernel: &dyn Kernel, limiter: &VmLimiter) -> Result<(), Error> {
         self.collect(kernel, |_, place, _| place.vcpu.to_grant())?;
         self.served = sys::now();
         self.places.values_mut().for_each(|place| place.vcpu.grant(place.seat.cell(limiter)));
@@ -330,7 +330,7 @@ impl Harvest {
     pub(crate) fn taken(&mut self, limiter: &VmLimiter) {
         for place in self.places.values_mut() {
             if place.vcpu.take_scaled() {
-                place.seat.tell(limiter);
+                place.seat.notify(limiter);
             }
         }
     }

@@ -151,21 +151,21 @@ impl DirtyLimit {
     /// Limits every vCPU, present and to come.
     pub fn set_limit_all(&self, limit: PageRate) {
         self.limiter(|limiter| limiter.set_limit_all(Some(limit)));
-        self.tell_all();
+        self.notify_all();
         info!("limit of every vCPU: {}", Limit(Some(limit)));
     }
 
     /// Lifts every limit.
     pub fn cancel_all(&self) {
         self.limiter(|limiter| limiter.set_limit_all(None));
-        self.tell_all();
+        self.notify_all();
         info!("limit of every vCPU: none");
     }
 
     /// Sets the budget of the whole VM, shared by max-min fairness among the vCPUs' demands; `None` lifts it.
     pub fn set_vm_limit(&self, budget: Option<PageRate>) {
         self.limiter(|limiter| limiter.set_vm_limit(budget));
-        self.tell_all();
+        self.notify_all();
         info!("budget of the VM: {}", Limit(budget));
     }
 
@@ -182,7 +182,7 @@ impl DirtyLimit {
     /// Changes the policy.
     pub fn set_policy(&self, policy: Shipped) {
         self.limiter(|limiter| limiter.set_policy(policy));
-        self.tell_all();
+        self.notify_all();
         info!("policy: {policy:?}");
     }
 
@@ -195,7 +195,7 @@ impl DirtyLimit {
     /// Changes the longest single pause, 100 µs to 1 s (clamped).
     pub fn set_max_pause(&self, pause: Duration) {
         self.0.limiter.vm().set_max_pause(Nanos::try_from(pause.as_nanos()).unwrap_or(Nanos::MAX));
-        self.tell_all();
+        self.notify_all();
         info!("longest pause: {:?}", self.max_pause());
     }
 
@@ -296,13 +296,13 @@ impl DirtyLimit {
     fn change(&self, id: u32, limit: Option<PageRate>) -> Result<(), Error> {
         self.with_seat(id, |seat| {
             self.0.limiter.set_limit(seat.index, limit);
-            seat.tell(&self.0.limiter);
+            seat.notify(&self.0.limiter);
         })?;
         info!("limit of vCPU {id}: {}", Limit(limit));
         Ok(())
     }
 
-    fn tell_all(&self) {
-        self.0.lock().places.values().for_each(|place| place.seat.tell(&self.0.limiter));
+    fn notify_all(&self) {
+        self.0.lock().places.values().for_each(|place| place.seat.notify(&self.0.limiter));
     }
 }

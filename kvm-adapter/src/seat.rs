@@ -69,13 +69,13 @@ impl Seat {
     }
 
     /// Makes a pausing thread look again.
-    pub(crate) fn poke(&self) {
+    pub(crate) fn wake(&self) {
         // Release: pairs with the acquire in `pause`, so that what was changed before is seen after.
         self.wake.fetch_add(1, Ordering::Release);
         sys::wake(&self.wake);
     }
 
-    /// Calls of [`Seat::poke`].
+    /// Calls of [`Seat::wake`].
     #[cfg(test)]
     pub(crate) fn wakes(&self) -> u32 {
         // Relaxed: one thread's look at its own work.
@@ -95,8 +95,8 @@ impl Seat {
     }
 
     /// Its penalty may be another: ends a pause, and a run where that is of use.
-    pub(crate) fn tell(&self, limiter: &VmLimiter) {
-        self.poke();
+    pub(crate) fn notify(&self, limiter: &VmLimiter) {
+        self.wake();
         if ends_slices(self.cell(limiter).penalty.accept()) {
             self.kick();
         }
@@ -146,7 +146,7 @@ impl Seat {
         stop: &mut dyn FnMut() -> bool,
     ) -> Ended {
         loop {
-            // Acquire: pairs with the release in `poke`. Read before the conditions: a poke after one was looked at
+            // Acquire: pairs with the release in `wake`. Read before the conditions: a wake-up after one was looked at
             // changes the word, and the futex does not sleep.
             let word = self.wake.load(Ordering::Acquire);
             let now = sys::now();
@@ -179,6 +179,6 @@ impl Interrupter {
     pub fn interrupt(&self) {
         // Release: pairs with the acquire in `Seat::interrupts`.
         self.0.interrupts.fetch_add(1, Ordering::Release);
-        self.0.poke();
+        self.0.wake();
     }
 }

@@ -183,7 +183,7 @@ impl Vcpu {
         if let Some(later) = machine.reset_later(now, harvest.served, vm.limiter.vm(), cell) {
             return Ok(later);
         }
-        harvest.serve(&*vm.kernel, &vm.limiter)?;
+        harvest.grant(&*vm.kernel, &vm.limiter)?;
         Ok(machine.reset_done(now, cell))
     }
 

@@ -39,7 +39,7 @@ impl Vcpu {
 
     /// `DirtyLimit::set_limit`'s second half.
     pub fn tell(&self) {
-        self.seat.tell(&self.limiter);
+        self.seat.notify(&self.limiter);
     }
 
     /// The penalty in force.

@@ -4,7 +4,7 @@
 //! executions that need fewer (with two, `entries_are_handed_over` never logged over a reset entry, which takes one). So
 //! models are small and unbounded where they can be, and each bounded one has a twin that fails within the same bound.
 //!
-//! loom remembers the last access to an atomic alone, so a thread that loads and then stores one (as `Report::add_pages`
+//! loom remembers the last access to an atomic alone, so a thread that loads and then stores one (as `Counters::add_pages`
 //! does) hides its store from others that had loaded before. Such a thread is the model's first, whose stores the others'
 //! loads are then tried against.
 

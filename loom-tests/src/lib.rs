@@ -15,8 +15,8 @@ pub mod controller;
 #[path = "../../core-nostd/src/enforce.rs"]
 pub mod enforce;
 #[rustfmt::skip]
-#[path = "../../core-nostd/src/kicked.rs"]
-pub mod kicked;
+#[path = "../../core-nostd/src/run_time.rs"]
+pub mod run_time;
 #[rustfmt::skip]
 #[path = "../../core-nostd/src/machine.rs"]
 pub mod machine;
@@ -79,11 +79,11 @@ pub mod weaken;
 extern crate self as dirtylimit_core;
 use controller::{Limiter, VcpuCell, VcpuIndex};
 use error::Error;
-use kicked::{TIMERS, ends_slices};
 use machine::Ended;
 use penalty::Penalty;
 use policy::Shipped;
 use rate::Nanos;
+use run_time::{TIMERS, ends_slices};
 
 /// The lease's renewal by itself, which only the core's `Limiter::tick` may call: for twins that call it too late.
 pub fn renew(vm: &penalty::VmCell, now: rate::Nanos) {

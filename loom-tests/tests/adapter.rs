@@ -66,7 +66,7 @@ fn twin_sleeps_without_a_second_look() {
 
 #[test]
 fn twin_pokes_relaxed() {
-    fails("poke relaxed", TWO, Some(site("seat.rs", "poke")), "deadlock", || interrupts(2, false));
+    fails("poke relaxed", TWO, Some(site("seat.rs", "wake")), "deadlock", || interrupts(2, false));
 }
 
 #[test]

@@ -86,7 +86,7 @@ fn twin_lets_a_tick_undo_a_cancel() {
 /// A vCPU goes and another takes its place, while the first one's last pages are still unread.
 fn places(tick: Tick) {
     let call = |limiter: &Two, a, _| {
-        limiter.cell(a).expect("registered").report.add_pages(7, 7);
+        limiter.cell(a).expect("registered").counters.add_pages(7, 7);
         limiter.unregister(a);
         limiter.set_limit(a, rate(1));
         limiter.set_weight(a, 3);

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use dirtylimit_loom::controller::Limiter;
 use dirtylimit_loom::explore::{ALL, FULL, fails, holds};
-use dirtylimit_loom::meter::{Reading, Report};
+use dirtylimit_loom::meter::{Counters, Sample};
 use dirtylimit_loom::pacer::Pacer;
 use dirtylimit_loom::penalty::{Penalty, PenaltyCell, Terms, VmCell};
 use dirtylimit_loom::policy::Policy;
@@ -83,7 +83,7 @@ struct Stamping;
 impl Policy for Stamping {
     type State = ();
 
-    fn penalty(&self, (): &mut (), reading: &Reading, _: PageRate, _: Penalty) -> Penalty {
+    fn penalty(&self, (): &mut (), reading: &Sample, _: PageRate, _: Penalty) -> Penalty {
         Penalty::new(Terms::Pace(Price::from_nanos(reading.elapsed)))
     }
 }
@@ -164,28 +164,28 @@ fn expiry(steps: u64, forget: bool) {
     limiter.set_limit(index, Some(PageRate::from_pages_per_sec(256)));
     limiter.tick(EARLY - SECOND);
     limiter.tick(EARLY); // one second a page, until EARLY + 5 s
-    cell.report.add_pages(1, 1);
+    cell.counters.add_pages(1, 1);
     let vcpu = thread::spawn({
         let limiter = limiter.clone();
         move || {
             let (vm, cell) = (limiter.vm(), limiter.cell(index).expect("registered"));
-            let mut pacer = Pacer::new(&cell.report);
+            let mut pacer = Pacer::new(&cell.counters);
             let mut limited = false;
             for step in 0..steps {
                 let now = LATE + step;
                 if forget {
-                    pacer = Pacer::new(&cell.report);
+                    pacer = Pacer::new(&cell.counters);
                 }
-                cell.report.add_pages(1, 1);
-                assert!(pacer.owes(&cell.report));
-                let turn = pacer.settle(now, vm, &cell.penalty, &cell.report);
-                assert!(turn.until <= now + vm.max_pause(), "no pause is longer than the longest");
-                assert!(turn.slice.is_some() || turn.until == now, "without a lease there is no pause");
-                assert!(turn.slice.is_some() || !limited, "a lease once seen holds");
-                let first = turn.slice.is_some() && !limited;
-                assert!(!first || turn.until == now, "pages from before the lease are forgiven");
-                assert!(first || !limited || turn.until > now, "and those under it are owed");
-                limited |= turn.slice.is_some();
+                cell.counters.add_pages(1, 1);
+                assert!(pacer.owes(&cell.counters));
+                let charge = pacer.charge(now, vm, &cell.penalty, &cell.counters);
+                assert!(charge.until <= now + vm.max_pause(), "no pause is longer than the longest");
+                assert!(charge.slice.is_some() || charge.until == now, "without a lease there is no pause");
+                assert!(charge.slice.is_some() || !limited, "a lease once seen holds");
+                let first = charge.slice.is_some() && !limited;
+                assert!(!first || charge.until == now, "pages from before the lease are forgiven");
+                assert!(first || !limited || charge.until > now, "and those under it are owed");
+                limited |= charge.slice.is_some();
             }
         }
     });
@@ -205,7 +205,7 @@ fn twin_forgets_the_debt() {
 
 /// What pays for a vCPU's pages at 1 ms each: the pacer, or its twin.
 trait Payer: Send {
-    fn settle(&mut self, report: &Report);
+    fn charge(&mut self, counters: &Counters);
     /// In ms, all that was charged so far.
     fn charged(&self) -> u64;
 }
@@ -219,8 +219,8 @@ struct Real {
 }
 
 impl Payer for Real {
-    fn settle(&mut self, report: &Report) {
-        self.until = self.pacer.settle(EARLY, &self.vm, &self.cell, report).until;
+    fn charge(&mut self, counters: &Counters) {
+        self.until = self.pacer.charge(EARLY, &self.vm, &self.cell, counters).until;
     }
 
     fn charged(&self) -> u64 {
@@ -235,9 +235,9 @@ struct ReadsTwice {
 }
 
 impl Payer for ReadsTwice {
-    fn settle(&mut self, report: &Report) {
-        self.charged += u64::from(report.net().wrapping_sub(self.paid));
-        self.paid = report.net();
+    fn charge(&mut self, counters: &Counters) {
+        self.charged += u64::from(counters.net().wrapping_sub(self.paid));
+        self.paid = counters.net();
     }
 
     fn charged(&self) -> u64 {
@@ -246,34 +246,34 @@ impl Payer for ReadsTwice {
 }
 
 /// Another thread harvests the vCPU's ring and reports; the vCPU pays for all of it in the end.
-fn harvested<P: Payer + 'static>(payer: impl Fn(&Report) -> P) {
-    let report = Arc::new(Report::new());
-    report.add_pages(u32::MAX - 1, u32::MAX - 1);
-    let mut payer = payer(&report);
-    payer.settle(&report);
+fn harvested<P: Payer + 'static>(payer: impl Fn(&Counters) -> P) {
+    let counters = Arc::new(Counters::new());
+    counters.add_pages(u32::MAX - 1, u32::MAX - 1);
+    let mut payer = payer(&counters);
+    payer.charge(&counters);
     let vcpu = thread::spawn({
-        let report = report.clone();
+        let counters = counters.clone();
         move || {
-            payer.settle(&report);
-            payer.settle(&report);
+            payer.charge(&counters);
+            payer.charge(&counters);
             payer
         }
     });
-    report.add_pages(2, 2);
-    report.add_pages(3, 3);
+    counters.add_pages(2, 2);
+    counters.add_pages(3, 3);
     let mut payer = vcpu.join().expect("no panic");
-    payer.settle(&report);
+    payer.charge(&counters);
     assert_eq!(payer.charged(), 5, "pages charged");
 }
 
 #[test]
 fn every_harvested_page_is_charged_once() {
     holds("every_harvested_page_is_charged_once", ALL, 40, || {
-        harvested(|report| {
+        harvested(|counters| {
             let (vm, cell) = (VmCell::new(), PenaltyCell::new());
             renew(&vm, EARLY);
             cell.set(Penalty::new(Terms::Pace(Price::from_nanos(1_000_000))));
-            Real { vm, cell, pacer: Pacer::new(report), until: EARLY }
+            Real { vm, cell, pacer: Pacer::new(counters), until: EARLY }
         });
     });
 }
@@ -281,6 +281,6 @@ fn every_harvested_page_is_charged_once() {
 #[test]
 fn twin_reads_the_count_twice() {
     fails("count read twice", ALL, None, "pages charged", || {
-        harvested(|report| ReadsTwice { paid: report.net(), charged: 0 });
+        harvested(|counters| ReadsTwice { paid: counters.net(), charged: 0 });
     });
 }

@@ -11,7 +11,7 @@ use std::cell::Cell;
 
 use dirtylimit_bench::guest::sim::{Fault, Machine};
 use dirtylimit_bench::record::KickKind;
-use dirtylimit_core::{Nanos, PageRate, Penalty, Policy, Price, RESERVED, Reading, SECOND, Terms};
+use dirtylimit_core::{Nanos, PageRate, Penalty, Policy, Price, RESERVED, SECOND, Sample, Terms};
 
 /// The machine under it: each full ring is emptied, and pauses are as long as they come. Nobody kicks.
 pub(crate) const MACHINE: Machine =
@@ -68,9 +68,9 @@ impl Published {
 impl Policy for Published {
     type State = State;
 
-    fn penalty(&self, state: &mut State, reading: &Reading, limit: PageRate, _: Penalty) -> Penalty {
-        state.pages += u64::from(reading.pages);
-        state.elapsed += reading.elapsed;
+    fn penalty(&self, state: &mut State, sample: &Sample, limit: PageRate, _: Penalty) -> Penalty {
+        state.pages += u64::from(sample.pages);
+        state.elapsed += sample.elapsed;
         if state.elapsed >= PERIOD {
             let rate = (state.pages >> 8) * SECOND / state.elapsed;
             state.sleep = self.adjust(state.sleep, rate, limit.bytes_per_sec(4096) >> 20);

@@ -9,9 +9,10 @@ use core::hint::black_box as any;
 
 use dirtylimit_core::migrate::{Goal, Migration, Reason, Round, Verdict};
 use dirtylimit_core::{
-    BadRingSize, Claim, Counts, Ended, Entry, Full, Limiter, Machine, Meter, Metered, Nanos, Paced, Pacer, Page,
-    PageRate, Penalty, PenaltyCell, Policy, Price, Reading, Report, Request, Ring, Run, Shipped, Status, Step, Stepped,
-    SteppedState, Terms, Totals, Turn, Unenforced, VcpuCell, VcpuIndex, VcpuRing, VmCell, ends_slices, level, share,
+    BadRingSize, Charge, Claim, Counters, Counts, Ended, Entry, Full, Limiter, Machine, Metered, Nanos, Paced, Pacer,
+    Page, PageRate, Penalty, PenaltyCell, Policy, Price, RateEstimator, Request, Ring, Run, Sample, Shipped, Status,
+    Step, Stepped, SteppedState, Terms, Totals, Unenforced, VcpuCell, VcpuIndex, VcpuRing, VmCell, ends_slices, level,
+    share,
 };
 
 #[panic_handler]
@@ -80,35 +81,35 @@ fn cells() {
 }
 
 fn meters() {
-    let (report, mut meter) = (&any(Report::new()), any(Meter::default()));
-    Report::add_pages(report, any(0), any(0));
-    Report::add_full_exit(report);
-    Report::add_pause(report, any(0));
-    Report::set_needed_pause(report, any(0));
-    any(Report::needed_pause(report));
-    Report::add_turn(report);
-    Report::add_overlong_pause(report);
-    any(Report::overlong_pauses(report));
-    any(Report::turns(report));
-    any(Report::net(report));
-    let counts: Counts = any(Report::counts(report));
+    let (counters, mut estimator) = (&any(Counters::new()), any(RateEstimator::default()));
+    Counters::add_pages(counters, any(0), any(0));
+    Counters::add_full_exit(counters);
+    Counters::add_pause(counters, any(0));
+    Counters::set_needed_pause(counters, any(0));
+    any(Counters::needed_pause(counters));
+    Counters::add_charge(counters);
+    Counters::add_overlong_pause(counters);
+    any(Counters::overlong_pauses(counters));
+    any(Counters::turns(counters));
+    any(Counters::net(counters));
+    let counts: Counts = any(Counters::counts(counters));
     any(Counts::since(counts, any(counts)));
     any(Totals::plus(any(Totals::default()), counts));
-    any(Meter::starting_at(counts));
-    Meter::fold(&mut meter, report);
-    any(Meter::read(&mut meter, report, any(0)));
-    let meter = &any(meter);
-    any(Meter::rate(meter));
-    any(Meter::demand(meter));
-    any(Meter::totals(meter, report));
+    any(RateEstimator::starting_at(counts));
+    RateEstimator::fold(&mut estimator, counters);
+    any(RateEstimator::read(&mut estimator, counters, any(0)));
+    let estimator = &any(estimator);
+    any(RateEstimator::rate(estimator));
+    any(RateEstimator::demand(estimator));
+    any(RateEstimator::totals(estimator, counters));
 }
 
 fn pacers() {
-    let (report, vm, cell) = (&any(Report::new()), &any(VmCell::new()), &any(PenaltyCell::new()));
-    let mut pacer = any(Pacer::new(report));
-    any(Pacer::owes(&pacer, report));
-    let turn = any(Pacer::settle(&mut pacer, any(0), vm, cell, report));
-    any(turn);
+    let (counters, vm, cell) = (&any(Counters::new()), &any(VmCell::new()), &any(PenaltyCell::new()));
+    let mut pacer = any(Pacer::new(counters));
+    any(Pacer::owes(&pacer, counters));
+    let charge = any(Pacer::charge(&mut pacer, any(0), vm, cell, counters));
+    any(charge);
     any(ends_slices(any(Penalty::NONE)));
 }
 
@@ -188,10 +189,10 @@ fn stepped() -> Stepped {
 }
 
 fn policies() {
-    let (state, reading, current) = (&mut any(SteppedState::default()), &any(Reading::default()), any(Penalty::NONE));
-    any(Policy::penalty(&Paced, &mut (), reading, rate(), current));
-    any(Policy::penalty(&stepped(), state, reading, rate(), current));
-    any(Policy::penalty(&any(Shipped::default()), any(state), reading, rate(), any(current)));
+    let (state, sample, current) = (&mut any(SteppedState::default()), &any(Sample::default()), any(Penalty::NONE));
+    any(Policy::penalty(&Paced, &mut (), sample, rate(), current));
+    any(Policy::penalty(&stepped(), state, sample, rate(), current));
+    any(Policy::penalty(&any(Shipped::default()), any(state), sample, rate(), any(current)));
 }
 
 fn shares() {
@@ -254,4 +255,4 @@ fn texts() {
 }
 
 /// What the calls above return is public as well.
-const _: fn(Turn, Status, Nanos, Step, Run) = |_, _, _, _, _| ();
+const _: fn(Charge, Status, Nanos, Step, Run) = |_, _, _, _, _| ();

@@ -5,7 +5,7 @@
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use dirtylimit_core::{
-    Ended, Machine, Nanos, Pacer, Penalty, PenaltyCell, Report, Request, Step, Turn, VcpuCell, VmCell,
+    Charge, Counters, Ended, Machine, Nanos, Pacer, Penalty, PenaltyCell, Request, Step, VcpuCell, VmCell,
 };
 
 #[panic_handler]
@@ -31,17 +31,17 @@ functions! {
     fn wait_free_accept(cell: &PenaltyCell) -> Penalty { cell.accept() }
     fn wait_free_is_leased(vm: &VmCell, now: Nanos) -> bool { vm.is_leased(now) }
     fn wait_free_max_pause(vm: &VmCell) -> Nanos { vm.max_pause() }
-    fn wait_free_owes(pacer: &Pacer, report: &Report) -> bool { pacer.owes(report) }
-    fn wait_free_settle(pacer: &mut Pacer, now: Nanos, vm: &VmCell, cell: &PenaltyCell, report: &Report) -> Turn {
-        pacer.settle(now, vm, cell, report)
+    fn wait_free_owes(pacer: &Pacer, counters: &Counters) -> bool { pacer.owes(counters) }
+    fn wait_free_charge_pages(pacer: &mut Pacer, now: Nanos, vm: &VmCell, cell: &PenaltyCell, counters: &Counters) -> Charge {
+        pacer.charge(now, vm, cell, counters)
     }
-    fn wait_free_add_pages(report: &Report, net: u32, gross: u32) { report.add_pages(net, gross) }
-    fn wait_free_add_full_exit(report: &Report) { report.add_full_exit() }
-    fn wait_free_add_turn(report: &Report) { report.add_turn() }
-    fn wait_free_add_overlong_pause(report: &Report) { report.add_overlong_pause() }
-    fn wait_free_add_pause(report: &Report, pause: Nanos) { report.add_pause(pause) }
-    fn wait_free_set_needed_pause(report: &Report, pause: Nanos) { report.set_needed_pause(pause) }
-    fn wait_free_net(report: &Report) -> u32 { report.net() }
+    fn wait_free_add_pages(counters: &Counters, net: u32, gross: u32) { counters.add_pages(net, gross) }
+    fn wait_free_add_full_exit(counters: &Counters) { counters.add_full_exit() }
+    fn wait_free_add_turn(counters: &Counters) { counters.add_charge() }
+    fn wait_free_add_overlong_pause(counters: &Counters) { counters.add_overlong_pause() }
+    fn wait_free_add_pause(counters: &Counters, pause: Nanos) { counters.add_pause(pause) }
+    fn wait_free_set_needed_pause(counters: &Counters, pause: Nanos) { counters.set_needed_pause(pause) }
+    fn wait_free_net(counters: &Counters) -> u32 { counters.net() }
     fn wait_free_make(request: &Request, stands: bool) { request.make(stands) }
     fn wait_free_stands(request: &Request) -> bool { request.stands() }
     fn wait_free_grant(request: &Request) { request.grant() }
@@ -68,9 +68,9 @@ functions! {
         word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| old.checked_mul(3)).is_ok()
     }
     fn planted_wait(cell: &PenaltyCell) { while cell.accept() != Penalty::NONE {} }
-    fn planted_call(report: &Report, each: fn(u32)) -> u32 {
-        each(report.net());
-        report.net()
+    fn planted_call(counters: &Counters, each: fn(u32)) -> u32 {
+        each(counters.net());
+        counters.net()
     }
-    fn planted_tail_call(report: &Report, each: fn(u32)) { each(report.net()) }
+    fn planted_tail_call(counters: &Counters, each: fn(u32)) { each(counters.net()) }
 }

@@ -11,9 +11,9 @@ fn rate(pages: u32) -> PageRate {
 /// Ticks once, after each vCPU has dirtied its pages and paused.
 fn tick<const N: usize>(limiter: &Limiter<Paced, N>, now: &mut Nanos, did: &[(VcpuIndex, u32, Nanos)]) {
     for (index, pages, pause) in did {
-        let report = &limiter.cell(*index).unwrap().report;
-        report.add_pages(*pages, *pages);
-        report.add_pause(*pause);
+        let counters = &limiter.cell(*index).unwrap().counters;
+        counters.add_pages(*pages, *pages);
+        counters.add_pause(*pause);
     }
     *now += TICK;
     limiter.tick(*now);
@@ -52,7 +52,7 @@ fn places_run_out_are_reused_and_inherit_nothing() {
     assert_ne!(a, b);
     assert_eq!(limiter.register(), Err(Full { capacity: 2 }));
     limiter.set_limit(a, Some(rate(1)));
-    limiter.cell(a).unwrap().report.add_pages(1000, 1000);
+    limiter.cell(a).unwrap().counters.add_pages(1000, 1000);
     limiter.unregister(a);
     limiter.unregister(a);
     assert_eq!(limiter.cell(a).unwrap().penalty.accept(), Penalty::NONE);
@@ -116,7 +116,7 @@ fn odd_times_do_no_harm() {
     let index = limiter.register().unwrap();
     limiter.set_limit(index, Some(rate(100)));
     for now in [Nanos::MAX, 0, 5, 5, Nanos::MAX, 1] {
-        limiter.cell(index).unwrap().report.add_pages(u32::MAX, 1);
+        limiter.cell(index).unwrap().counters.add_pages(u32::MAX, 1);
         limiter.tick(now);
     }
     limiter.set_policy(Shipped::default());
@@ -139,7 +139,7 @@ fn a_limit_that_is_not_enforced_says_why() {
     assert_eq!(why(now), Some(Unenforced::NotAccepted));
     assert_eq!(limiter.news(), Some((index, Some(Unenforced::NotAccepted))));
     assert_eq!(limiter.news(), None);
-    let turn = || limiter.cell(index).unwrap().report.add_turn();
+    let turn = || limiter.cell(index).unwrap().counters.add_charge();
     (0..45).for_each(|_| {
         turn();
         tick(&limiter, &mut now, &[(index, 20_000, 0)]);
@@ -149,7 +149,7 @@ fn a_limit_that_is_not_enforced_says_why() {
     assert_eq!((why(now), limiter.query(other, now).unwrap().unenforced), (None, None));
     // Pages again and again that nobody takes, until somebody does.
     let again = |now: &mut Nanos| {
-        limiter.cell(index).unwrap().report.add_pages(0, 20_000);
+        limiter.cell(index).unwrap().counters.add_pages(0, 20_000);
         tick(&limiter, now, &[]);
     };
     (0..45).for_each(|_| again(&mut now));
@@ -172,7 +172,7 @@ fn totals_do_not_wrap_where_somebody_asks_or_folds() {
     let [asked, folded] = [(); 2].map(|()| limiter.register().unwrap());
     for round in 1..=5u64 {
         for index in [asked, folded] {
-            limiter.cell(index).unwrap().report.add_pages(1 << 31, 1 << 31);
+            limiter.cell(index).unwrap().counters.add_pages(1 << 31, 1 << 31);
         }
         assert_eq!(limiter.query(asked, 0).unwrap().totals.net_pages, round << 31);
         limiter.fold();

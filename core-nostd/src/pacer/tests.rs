@@ -6,7 +6,7 @@ use proptest::prelude::*;
 struct Vcpu {
     vm: VmCell,
     cell: PenaltyCell,
-    report: Report,
+    counters: Counters,
     pacer: Pacer,
     now: Nanos,
     longest: Nanos,
@@ -18,35 +18,35 @@ impl Vcpu {
     }
 
     fn starting_at(terms: Option<Terms>, now: Nanos, net: u32) -> Self {
-        let (vm, cell, report) = (VmCell::new(), PenaltyCell::new(), Report::new());
-        report.add_pages(net, net);
+        let (vm, cell, counters) = (VmCell::new(), PenaltyCell::new(), Counters::new());
+        counters.add_pages(net, net);
         cell.set(terms.map_or(Penalty::NONE, Penalty::new));
-        let pacer = Pacer::new(&report);
-        Self { vm, cell, report, pacer, now, longest: 0 }
+        let pacer = Pacer::new(&counters);
+        Self { vm, cell, counters, pacer, now, longest: 0 }
     }
 
-    fn settle(&mut self) -> Turn {
+    fn charge(&mut self) -> Charge {
         self.vm.renew(self.now);
-        let mut settle = || self.pacer.settle(self.now, &self.vm, &self.cell, &self.report);
-        let turn = settle();
-        assert_eq!(settle(), turn, "nothing new, another answer");
-        turn
+        let mut settle = || self.pacer.charge(self.now, &self.vm, &self.cell, &self.counters);
+        let charge = settle();
+        assert_eq!(settle(), charge, "nothing new, another answer");
+        charge
     }
 
     /// Writes `pages` in `time`, settles and pauses.
     fn turn(&mut self, pages: u32, time: Nanos) -> Option<u32> {
-        self.report.add_pages(pages, pages);
+        self.counters.add_pages(pages, pages);
         self.now += time;
-        let turn = self.settle();
-        self.longest = self.longest.max(turn.until.saturating_sub(self.now));
-        self.now = self.now.max(turn.until);
-        turn.slice
+        let charge = self.charge();
+        self.longest = self.longest.max(charge.until.saturating_sub(self.now));
+        self.now = self.now.max(charge.until);
+        charge.slice
     }
 
     /// Writes whole slices at `page_time` for `time`; returns the pages written.
     fn run(&mut self, page_time: Nanos, time: Nanos) -> u64 {
         let end = self.now + time;
-        let mut slice = self.settle().slice.unwrap();
+        let mut slice = self.charge().slice.unwrap();
         let mut pages = 0;
         while self.now < end {
             pages += u64::from(slice);
@@ -90,7 +90,7 @@ fn the_rate_is_exact_against_a_rational_oracle() {
 fn no_window_has_more_than_the_burst_on_top() {
     let limit = 25_600u32;
     let mut vcpu = Vcpu::new(pace(limit));
-    let mut slice = vcpu.settle().slice.unwrap();
+    let mut slice = vcpu.charge().slice.unwrap();
     let mut log = vec![];
     for i in 0..4_000u64 {
         // Bursts at full speed, each after idling for anything between nothing and 40 ms.
@@ -118,7 +118,7 @@ fn a_writer_below_its_limit_never_pauses() {
 #[test]
 fn who_is_metered_within_a_slice_does_not_pause_either() {
     let mut vcpu = Vcpu::new(pace(25_600));
-    let mut left = vcpu.settle().slice.unwrap();
+    let mut left = vcpu.charge().slice.unwrap();
     for i in 0..1000 {
         // A pass comes by now and then.
         let pages = if i % 7 == 0 { left / 2 } else { left };
@@ -133,7 +133,7 @@ fn a_turn_that_took_as_long_as_it_costs_is_free_and_leaves_no_credit() {
     for (pages, time, pause) in [(14, 14, 0), (14, 13, 1), (24, 24, 0), (24, 23, 1), (26, 40, 2), (5, 1, 0), (7, 1, 1)]
     {
         let mut vcpu = Vcpu::new(pace(1000));
-        vcpu.settle();
+        vcpu.charge();
         (0..3).for_each(|_| _ = vcpu.turn(0, 9_000_000));
         assert_eq!(vcpu.longest, 0);
         vcpu.turn(pages, time * 1_000_000);
@@ -148,7 +148,7 @@ fn a_turn_that_took_as_long_as_it_costs_is_free_and_leaves_no_credit() {
 #[test]
 fn a_debt_is_paid_in_bounded_pauses_page_by_page() {
     let mut vcpu = Vcpu::new(pace(5_120));
-    vcpu.settle();
+    vcpu.charge();
     let start = vcpu.now;
     assert_eq!(vcpu.turn(4032, 2_000_000), Some(1)); // 787 ms: a drained ring
     while vcpu.turn(1, 600) == Some(1) {}
@@ -160,7 +160,7 @@ fn a_debt_is_paid_in_bounded_pauses_page_by_page() {
 #[test]
 fn no_debt_is_longer_than_a_second() {
     let mut vcpu = Vcpu::new(pace(1));
-    vcpu.settle();
+    vcpu.charge();
     vcpu.turn(u32::MAX, 1);
     assert!(vcpu.pacer.due - vcpu.now < MAX_DEBT);
 }
@@ -179,24 +179,24 @@ fn pages_from_before_the_limit_are_forgiven_once() {
 #[test]
 fn an_early_end_of_a_pause_leaves_the_rest_owed() {
     let mut vcpu = Vcpu::new(pace(25_600));
-    vcpu.settle();
-    vcpu.report.add_pages(102, 102);
-    assert!(vcpu.pacer.owes(&vcpu.report));
-    let until = vcpu.settle().until;
+    vcpu.charge();
+    vcpu.counters.add_pages(102, 102);
+    assert!(vcpu.pacer.owes(&vcpu.counters));
+    let until = vcpu.charge().until;
     for step in 1..4 {
         vcpu.now += 500_000;
-        assert!(vcpu.pacer.owes(&vcpu.report));
-        assert_eq!(vcpu.settle().until, until, "interrupted {step} times");
+        assert!(vcpu.pacer.owes(&vcpu.counters));
+        assert_eq!(vcpu.charge().until, until, "interrupted {step} times");
     }
     vcpu.now = until;
-    vcpu.settle();
-    assert!(!vcpu.pacer.owes(&vcpu.report));
+    vcpu.charge();
+    assert!(!vcpu.pacer.owes(&vcpu.counters));
 }
 
 #[test]
 fn sleep_is_on_top_of_running() {
     let mut vcpu = Vcpu::new(Some(Terms::Sleep(Price::from_nanos(10_000))));
-    vcpu.settle();
+    vcpu.charge();
     vcpu.turn(100, SECOND); // no credit for the second
     assert_eq!(vcpu.longest, 1_000_000);
 }
@@ -204,14 +204,14 @@ fn sleep_is_on_top_of_running() {
 #[test]
 fn a_lapsed_lease_frees_the_vcpu_and_its_renewal_forgives() {
     let mut vcpu = Vcpu::new(pace(256));
-    vcpu.settle();
-    vcpu.report.add_pages(100, 100);
-    let mut turn = |now| vcpu.pacer.settle(now, &vcpu.vm, &vcpu.cell, &vcpu.report);
+    vcpu.charge();
+    vcpu.counters.add_pages(100, 100);
+    let mut charge = |now| vcpu.pacer.charge(now, &vcpu.vm, &vcpu.cell, &vcpu.counters);
     vcpu.now += 2 * VmCell::LEASE;
-    assert!(turn(vcpu.now).slice.is_some(), "its clock has jumped");
+    assert!(charge(vcpu.now).slice.is_some(), "its clock has jumped");
     vcpu.now += GRACE;
-    let turn = vcpu.pacer.settle(vcpu.now, &vcpu.vm, &vcpu.cell, &vcpu.report);
-    assert_eq!((turn.until, turn.slice), (vcpu.now, None));
+    let charge = vcpu.pacer.charge(vcpu.now, &vcpu.vm, &vcpu.cell, &vcpu.counters);
+    assert_eq!((charge.until, charge.slice), (vcpu.now, None));
     assert_eq!(vcpu.turn(4032, 1000), Some(1));
     assert_eq!(vcpu.longest, 0);
 }
@@ -219,20 +219,20 @@ fn a_lapsed_lease_frees_the_vcpu_and_its_renewal_forgives() {
 #[test]
 fn who_rewrites_dirty_pages_gets_longer_slices_until_it_stops() {
     let mut vcpu = Vcpu::new(pace(256));
-    assert_eq!(vcpu.settle().slice, Some(1));
+    assert_eq!(vcpu.charge().slice, Some(1));
     let mut again = |net, gross| {
-        vcpu.report.add_pages(net, gross);
-        vcpu.settle().slice.unwrap()
+        vcpu.counters.add_pages(net, gross);
+        vcpu.charge().slice.unwrap()
     };
     assert_eq!([(); 5].map(|()| again(0, 100)), [2, 4, 8, 8, 8]);
     assert_eq!(again(0, 0), 8, "nothing seen, nothing learned");
     assert_eq!(again(1, 2), 1);
     assert_eq!([again(0, 100), again(0, 100)], [2, 4]);
-    vcpu.pacer.forget_stretch();
-    let turn = vcpu.settle();
-    assert_eq!((turn.slice, turn.stretched), (Some(1), false), "the log was taken");
-    vcpu.report.add_pages(0, 100);
-    assert!(vcpu.settle().stretched);
+    vcpu.pacer.forget_scale();
+    let charge = vcpu.charge();
+    assert_eq!((charge.slice, charge.scaled), (Some(1), false), "the log was taken");
+    vcpu.counters.add_pages(0, 100);
+    assert!(vcpu.charge().scaled);
 }
 
 #[test]
@@ -241,10 +241,10 @@ fn who_writes_a_stretched_slice_slower_than_allowed_never_pauses() {
         [(24, 24_000_000, 0), (24, 23_000_000, 1_000_000), (24, 1_000, 10_000_000), (8, 24_000_000, 0)]
     {
         let mut vcpu = Vcpu::new(pace(1000));
-        vcpu.settle();
+        vcpu.charge();
         for _ in 0..3 {
-            vcpu.report.add_pages(0, 100);
-            vcpu.settle();
+            vcpu.counters.add_pages(0, 100);
+            vcpu.charge();
         }
         vcpu.turn(pages, time);
         assert_eq!(vcpu.longest, pause, "{pages} in {time} ns");
@@ -255,30 +255,30 @@ fn who_writes_a_stretched_slice_slower_than_allowed_never_pauses() {
 fn another_limit_ends_a_stretch_and_a_touch_of_it_does_not() {
     for (limit, slice) in [(10_000, 120), (12_000, 144), (8_000, 96), (14_000, 42), (6_000, 18)] {
         let mut vcpu = Vcpu::new(pace(10_000));
-        vcpu.settle();
+        vcpu.charge();
         for _ in 0..2 {
-            vcpu.report.add_pages(0, 100);
-            vcpu.settle();
+            vcpu.counters.add_pages(0, 100);
+            vcpu.charge();
         }
         vcpu.cell.set(Penalty::new(pace(limit).unwrap()));
-        assert_eq!(vcpu.settle().slice, Some(slice), "{limit} pages/s");
+        assert_eq!(vcpu.charge().slice, Some(slice), "{limit} pages/s");
     }
 }
 
 #[test]
 fn unused_time_makes_the_slice_longer() {
     let mut vcpu = Vcpu::new(pace(1000));
-    assert_eq!(vcpu.settle().slice, Some(3));
+    assert_eq!(vcpu.charge().slice, Some(3));
     vcpu.now += 2_000_000;
-    assert_eq!(vcpu.settle().slice, Some(5));
+    assert_eq!(vcpu.charge().slice, Some(5));
     vcpu.now += SECOND;
-    assert_eq!(vcpu.settle().slice, Some(6), "no more than the burst");
+    assert_eq!(vcpu.charge().slice, Some(6), "no more than the burst");
 }
 
 #[test]
 fn a_lump_of_sleep_is_paid_for_once() {
     let mut vcpu = Vcpu::new(Some(Terms::Sleep(Price::from_nanos(100_000))));
-    vcpu.settle();
+    vcpu.charge();
     vcpu.turn(4032, 1_000_000);
     assert_eq!((vcpu.longest, vcpu.turn(0, 0)), (10_000_000, Some(30)));
 }
@@ -286,36 +286,36 @@ fn a_lump_of_sleep_is_paid_for_once() {
 #[test]
 fn who_cannot_be_held_says_what_pause_it_would_take() {
     let mut vcpu = Vcpu::new(pace(5_120));
-    vcpu.settle();
+    vcpu.charge();
     vcpu.turn(4032, 1_000_000);
-    assert_eq!(vcpu.report.needed_pause(), 0, "a lump that can be paid off");
+    assert_eq!(vcpu.counters.needed_pause(), 0, "a lump that can be paid off");
     for _ in 0..20 {
         vcpu.turn(512, 1_000_000);
     }
-    assert_eq!(vcpu.report.needed_pause(), 100_000_000);
+    assert_eq!(vcpu.counters.needed_pause(), 100_000_000);
     vcpu.turn(1, 1_000);
-    assert_eq!(vcpu.report.needed_pause(), 100_000_000, "it has not caught up");
+    assert_eq!(vcpu.counters.needed_pause(), 100_000_000, "it has not caught up");
     while vcpu.turn(1, 1_000) == Some(1) {}
-    assert_eq!(vcpu.report.needed_pause(), 0);
+    assert_eq!(vcpu.counters.needed_pause(), 0);
 }
 
 #[test]
 fn a_turn_that_one_pause_pays_needs_no_longer_one() {
     let mut vcpu = Vcpu::new(pace(100));
-    vcpu.settle();
+    vcpu.charge();
     vcpu.turn(200, 0);
     // Its debt is at the bound, but a page costs just the longest pause.
-    vcpu.report.add_pages(1, 1);
-    vcpu.settle();
-    vcpu.report.add_pages(1, 1);
-    vcpu.settle();
-    assert_eq!(vcpu.report.needed_pause(), 2 * SECOND, "what the 200 would have taken");
+    vcpu.counters.add_pages(1, 1);
+    vcpu.charge();
+    vcpu.counters.add_pages(1, 1);
+    vcpu.charge();
+    assert_eq!(vcpu.counters.needed_pause(), 2 * SECOND, "what the 200 would have taken");
 }
 
 #[test]
 fn what_is_forgiven_is_not_owed() {
     let mut vcpu = Vcpu::new(pace(256));
-    vcpu.settle();
+    vcpu.charge();
     vcpu.pacer.forgive();
     vcpu.turn(100, 0);
     assert_eq!(vcpu.longest, 0);
@@ -331,7 +331,7 @@ struct Exact {
 }
 
 impl Exact {
-    fn settle(&mut self, now: Nanos, pages: u32) -> i128 {
+    fn charge(&mut self, now: Nanos, pages: u32) -> i128 {
         let at = |time: Nanos| i128::from(time) * self.raw;
         let cost = i128::from(pages) * i128::from(SECOND) * 1024;
         let after = |unused: Nanos| self.due.max(at(now - unused)) + cost;
@@ -351,13 +351,13 @@ proptest! {
     ) {
         let limit = PageRate::from_raw(u64::try_from(raw).unwrap());
         let mut vcpu = Vcpu::new(Some(Terms::Pace(limit.price())));
-        vcpu.settle();
+        vcpu.charge();
         let mut exact = Exact { raw, due: i128::from(vcpu.now) * raw, turned: vcpu.now };
         let mut slack = 0;
         for (pages, time) in turns {
             vcpu.now += time;
-            vcpu.report.add_pages(pages, pages);
-            let (found, expected) = (i128::from(vcpu.settle().until), exact.settle(vcpu.now, pages));
+            vcpu.counters.add_pages(pages, pages);
+            let (found, expected) = (i128::from(vcpu.charge().until), exact.charge(vcpu.now, pages));
             // Each cost is rounded down to a nanosecond, of a price that is kept to 2^-13 or better.
             slack += 1 + i128::from(pages) * i128::from(SECOND) * 1024 / raw / 8192;
             prop_assert!(found <= expected + 1 && found + slack >= expected, "until {found}, not {expected}");
@@ -372,8 +372,8 @@ fn held_after(ran: Nanos, stopped: Nanos, ticks_again_after: Option<Nanos>) -> N
     let start = vcpu.now;
     vcpu.vm.renew(start);
     let mut settle = |now: Nanos, vm: &VmCell| {
-        vcpu.report.add_pages(2, 2);
-        vcpu.pacer.settle(now, vm, &vcpu.cell, &vcpu.report).slice.is_some()
+        vcpu.counters.add_pages(2, 2);
+        vcpu.pacer.charge(now, vm, &vcpu.cell, &vcpu.counters).slice.is_some()
     };
     let mut now = start;
     while now < start + ran {
@@ -412,21 +412,21 @@ fn a_lease_that_lapses_while_the_vcpu_runs_lapses_at_once_and_its_grace_is_given
     vcpu.vm.renew(start);
     let mut held = 0;
     for second in 0..60 {
-        vcpu.report.add_pages(1, 1);
-        let turn = vcpu.pacer.settle(start + second * SECOND, &vcpu.vm, &vcpu.cell, &vcpu.report);
-        held += u32::from(turn.slice.is_some());
+        vcpu.counters.add_pages(1, 1);
+        let charge = vcpu.pacer.charge(start + second * SECOND, &vcpu.vm, &vcpu.cell, &vcpu.counters);
+        held += u32::from(charge.slice.is_some());
     }
     assert!((6..=8).contains(&held), "{held} s");
     vcpu.vm.renew(start + 60 * SECOND);
-    let turn = vcpu.pacer.settle(start + 60 * SECOND, &vcpu.vm, &vcpu.cell, &vcpu.report);
-    assert!(turn.slice.is_some(), "and a tick holds it again");
+    let charge = vcpu.pacer.charge(start + 60 * SECOND, &vcpu.vm, &vcpu.cell, &vcpu.counters);
+    assert!(charge.slice.is_some(), "and a tick holds it again");
 }
 
 #[test]
 fn each_settlement_is_counted() {
     let mut vcpu = Vcpu::new(pace(1000));
     for turns in (2..20).step_by(2) {
-        vcpu.settle();
-        assert_eq!(vcpu.report.turns(), turns, "each is asked twice");
+        vcpu.charge();
+        assert_eq!(vcpu.counters.charges(), turns, "each is asked twice");
     }
 }

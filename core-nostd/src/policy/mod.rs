@@ -6,20 +6,20 @@ mod stepped;
 pub use paced::Paced;
 pub use stepped::{Stepped, SteppedState};
 
-use crate::meter::Reading;
+use crate::meter::Sample;
 use crate::penalty::Penalty;
 use crate::rate::PageRate;
 
-/// Turns a vCPU's reading and limit into its penalty. Write your own, or take [`Paced`] or [`Stepped`].
+/// Turns a vCPU's sample and limit into its penalty. Write your own, or take [`Paced`] or [`Stepped`].
 ///
-/// Called by the controller under its lock: once a tick for each limited vCPU, and with an empty reading when the limit
+/// Called by the controller under its lock: once a tick for each limited vCPU, and with an empty sample when the limit
 /// changes, so that a policy which needs no measurement applies at once. It must not block.
 pub trait Policy {
     /// What the policy remembers of one vCPU; its default is a vCPU just limited.
     type State: Default + core::fmt::Debug;
 
     /// The penalty from now on, given the one in force.
-    fn penalty(&self, state: &mut Self::State, reading: &Reading, limit: PageRate, current: Penalty) -> Penalty;
+    fn penalty(&self, state: &mut Self::State, sample: &Sample, limit: PageRate, current: Penalty) -> Penalty;
 }
 
 /// One of the policies that ship, chosen while running.
@@ -40,10 +40,10 @@ impl Default for Shipped {
 impl Policy for Shipped {
     type State = SteppedState;
 
-    fn penalty(&self, state: &mut SteppedState, reading: &Reading, limit: PageRate, current: Penalty) -> Penalty {
+    fn penalty(&self, state: &mut SteppedState, sample: &Sample, limit: PageRate, current: Penalty) -> Penalty {
         match self {
-            Self::Paced(paced) => paced.penalty(&mut (), reading, limit, current),
-            Self::Stepped(stepped) => stepped.penalty(state, reading, limit, current),
+            Self::Paced(paced) => paced.penalty(&mut (), sample, limit, current),
+            Self::Stepped(stepped) => stepped.penalty(state, sample, limit, current),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A price per page: the limit itself, with nothing to converge.
 
 use super::Policy;
-use crate::meter::Reading;
+use crate::meter::Sample;
 use crate::penalty::{Penalty, Terms};
 use crate::rate::PageRate;
 
@@ -12,7 +12,7 @@ pub struct Paced;
 impl Policy for Paced {
     type State = ();
 
-    fn penalty(&self, (): &mut (), _: &Reading, limit: PageRate, _: Penalty) -> Penalty {
+    fn penalty(&self, (): &mut (), _: &Sample, limit: PageRate, _: Penalty) -> Penalty {
         Penalty::new(Terms::Pace(limit.price()))
     }
 }
@@ -24,7 +24,7 @@ mod tests {
     #[test]
     fn the_price_is_the_limits_and_falls_as_it_rises() {
         let price =
-            |limit| Paced.penalty(&mut (), &Reading::default(), PageRate::from_pages_per_sec(limit), Penalty::NONE);
+            |limit| Paced.penalty(&mut (), &Sample::default(), PageRate::from_pages_per_sec(limit), Penalty::NONE);
         assert_eq!(price(1000).terms(), Some(Terms::Pace(PageRate::from_pages_per_sec(1000).price())));
         for terms in [0, 1, 256, 25_600, u32::MAX].map(|limit| price(limit).terms()) {
             assert!(matches!(terms, Some(Terms::Pace(_))), "a limit is never free: {terms:?}");

@@ -6,7 +6,7 @@
 //! and the tolerance is relative.
 
 use super::Policy;
-use crate::meter::Reading;
+use crate::meter::Sample;
 use crate::penalty::{Penalty, Terms};
 use crate::rate::{Nanos, PageRate, Price};
 
@@ -35,28 +35,28 @@ impl Default for Stepped {
 pub struct SteppedState {
     pages: u32,
     elapsed: Nanos,
-    /// Whether the first reading under the limit, which holds time before it, was thrown away.
+    /// Whether the first sample under the limit, which holds time before it, was thrown away.
     primed: bool,
 }
 
 impl Policy for Stepped {
     type State = SteppedState;
 
-    fn penalty(&self, state: &mut SteppedState, reading: &Reading, limit: PageRate, current: Penalty) -> Penalty {
+    fn penalty(&self, state: &mut SteppedState, sample: &Sample, limit: PageRate, current: Penalty) -> Penalty {
         let sleep = match current.terms() {
             Some(Terms::Sleep(price)) => price.of(PAGES),
             _ => 0,
         };
         let sleep_of = |sleep| Penalty::new(Terms::Sleep(Price::split(sleep, PAGES)));
-        if reading.elapsed == 0 {
+        if sample.elapsed == 0 {
             return sleep_of(sleep);
         }
         if !state.primed {
             state.primed = true;
             return sleep_of(sleep);
         }
-        state.pages = state.pages.saturating_add(reading.pages);
-        state.elapsed = state.elapsed.saturating_add(reading.elapsed);
+        state.pages = state.pages.saturating_add(sample.pages);
+        state.elapsed = state.elapsed.saturating_add(sample.elapsed);
         if state.elapsed < self.period {
             return current;
         }
@@ -101,7 +101,7 @@ mod tests {
     fn drive(run: Nanos, limit: u32, seconds: usize) -> [u64; 16] {
         let (policy, mut state) = (Stepped::default(), SteppedState::default());
         let limit = PageRate::from_pages_per_sec(limit);
-        let mut penalty = policy.penalty(&mut state, &Reading::default(), limit, Penalty::NONE);
+        let mut penalty = policy.penalty(&mut state, &Sample::default(), limit, Penalty::NONE);
         let mut rates = [0; 16];
         for rate in rates.iter_mut().take(seconds) {
             for _ in 0..20 {
@@ -111,8 +111,8 @@ mod tests {
                 };
                 let pages = u32::try_from(SECOND / 20 / (run + sleep)).unwrap();
                 *rate += u64::from(pages);
-                let reading = Reading { pages, elapsed: SECOND / 20, paused: 0 };
-                penalty = policy.penalty(&mut state, &reading, limit, penalty);
+                let sample = Sample { pages, elapsed: SECOND / 20, paused: 0 };
+                penalty = policy.penalty(&mut state, &sample, limit, penalty);
             }
         }
         rates
@@ -153,8 +153,8 @@ mod tests {
                 for elapsed in [1, SECOND, Nanos::MAX] {
                     let (mut state, mut penalty) = (SteppedState::default(), Penalty::NONE);
                     for _ in 0..4 {
-                        let reading = Reading { pages, elapsed, paused: 0 };
-                        penalty = policy.penalty(&mut state, &reading, limit, penalty);
+                        let sample = Sample { pages, elapsed, paused: 0 };
+                        penalty = policy.penalty(&mut state, &sample, limit, penalty);
                         if let Some(terms) = penalty.terms() {
                             assert!(matches!(terms, Terms::Sleep(price) if price.of(1024) <= limit.price().of(1024)));
                         }

@@ -47,7 +47,7 @@ fn vcpus_that_fill_their_rings_at_once_are_served_in_turn() {
             let before: Vec<_> = (0..count).map(given).collect();
             let mut harvest = limit.vm().lock();
             harvest.places.values_mut().for_each(|place| place.vcpu.ask(place.seat.cell(&limit.vm().limiter), BATCH));
-            harvest.serve(&fake, &limit.vm().limiter).unwrap();
+            harvest.grant(&fake, &limit.vm().limiter).unwrap();
             drop(harvest);
             for id in 0..count {
                 freed[id as usize] += before[id as usize] - given(id);

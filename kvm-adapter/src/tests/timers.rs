@@ -50,7 +50,7 @@ impl Guest {
 
     fn overlong_pauses(&self) -> u32 {
         let vm = self.limit.vm();
-        vm.lock().places[&0].seat.cell(&vm.limiter).report.overlong_pauses()
+        vm.lock().places[&0].seat.cell(&vm.limiter).counters.overlong_pauses()
     }
 
     fn paid(&mut self) -> Duration {

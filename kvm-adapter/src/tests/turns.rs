@@ -111,7 +111,7 @@ fn one_reset_serves_all_who_wait() {
         for place in harvest.places.values_mut() {
             place.vcpu.ask(place.seat.cell(&limit.vm().limiter), 100);
         }
-        harvest.serve(&fake, &limit.vm().limiter).unwrap();
+        harvest.grant(&fake, &limit.vm().limiter).unwrap();
     }
     assert_eq!((fake.resets(), limit.stats().resets), (1, 400));
     for vcpu in 0..4 {

@@ -49,7 +49,7 @@ fn a_ring_is_enabled_once_and_before_the_first_vcpu() {
     let _vcpu = late.vm().create_vcpu(0).unwrap();
     for machine in [twice, late] {
         let error = DirtyLimit::enable(machine.vm(), &Config::new()).unwrap_err();
-        assert!(matches!(error, Error::Enable { entries: 4096, .. }), "{error}");
+        assert!(matches!(error, Error::Enable { entries: 1024, .. }), "{error}");
         assert_eq!(error.errno(), libc::EINVAL);
         assert!(error.to_string().contains("before the first vCPU"), "{error}");
     }

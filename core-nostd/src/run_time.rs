@@ -8,7 +8,7 @@
 
 use core::mem::replace;
 
-use crate::pacer::{MAX_DEBT, Turn};
+use crate::pacer::{Charge, MAX_DEBT};
 use crate::penalty::{Penalty, Terms};
 use crate::rate::{Nanos, SECOND};
 use crate::ring::PML;
@@ -169,11 +169,11 @@ pub(crate) fn is_to_pause(penalty: Penalty, pages: u32, max_pause: Nanos) -> boo
 
 /// Whether a vCPU whose pages come in lumps shall pause at `now` until all is paid, however long that takes: where nothing
 /// ends a lump, and with timers where the next lump that they miss might be more than a vCPU can owe, and be forgiven.
-pub(crate) fn is_to_pay_all(penalty: Penalty, turn: &Turn, now: Nanos, is_timed: bool) -> bool {
+pub(crate) fn is_to_pay_all(penalty: Penalty, charge: &Charge, now: Nanos, is_timed: bool) -> bool {
     let next = price_of(penalty, PML).unwrap_or(0);
-    turn.until > now
-        && turn.due > turn.until
-        && !(is_timed && turn.due.saturating_add(next) <= now.saturating_add(MAX_DEBT))
+    charge.until > now
+        && charge.due > charge.until
+        && !(is_timed && charge.due.saturating_add(next) <= now.saturating_add(MAX_DEBT))
 }
 
 /// What so many pages cost; `None` where there is no penalty.
@@ -249,7 +249,7 @@ mod tests {
     #[test]
     fn what_the_next_lump_would_make_too_much_is_paid_at_once() {
         let (max_pause, now) = (10_000_000, 50 * SECOND);
-        let turn = |owed| Turn { until: now + max_pause.min(owed), due: now + owed, slice: Some(1), stretched: false };
+        let charge = |owed| Charge { until: now + max_pause.min(owed), due: now + owed, slice: Some(1), scaled: false };
         // At 1,280 pages a second a lump costs 400 ms.
         let penalty = Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(1280).price()));
         for (owed, off, timed) in [
@@ -259,10 +259,10 @@ mod tests {
             (601_000_000, true, true),
             (SECOND, true, true),
         ] {
-            let pays_all = |is_timed| is_to_pay_all(penalty, &turn(owed), now, is_timed);
+            let pays_all = |is_timed| is_to_pay_all(penalty, &charge(owed), now, is_timed);
             assert_eq!((pays_all(false), pays_all(true)), (off, timed), "{owed}");
         }
-        let runs_on = Turn { until: now, ..turn(SECOND) };
+        let runs_on = Charge { until: now, ..charge(SECOND) };
         assert!(!is_to_pay_all(penalty, &runs_on, now, true), "it is to have a page first");
     }
 
