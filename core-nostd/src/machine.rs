@@ -201,13 +201,13 @@ impl Machine {
             }
         }
         (self.call.latest, self.call.is_new) = (now.saturating_add(vm.max_pause()), true);
-        self.charge(now, vm, cell)
+        self.recharge(now, vm, cell)
     }
 
     /// Charges what was metered, where nobody needs the lock for that.
     ///
     /// Wait-free: at most 1000 instructions, [`Pacer::charge`] among them.
-    fn charge(&mut self, now: Nanos, vm: &VmCell, cell: &VcpuCell) -> Step {
+    fn recharge(&mut self, now: Nanos, vm: &VmCell, cell: &VcpuCell) -> Step {
         // Before the charge, so that no change between the two goes unseen.
         (self.call.charged, self.call.limited, self.call.penalty) = (false, false, cell.penalty.accept());
         if self.full || self.kicks {
@@ -337,7 +337,7 @@ impl Machine {
             return Step::Return(self.run(cell));
         }
         if ended == Ended::Changed || ended == Ended::Due && !self.call.charged {
-            return self.charge(now, vm, cell);
+            return self.recharge(now, vm, cell);
         }
         if ended == Ended::Due {
             if cell.request.stands() {

@@ -190,7 +190,7 @@ impl Model {
         self.policy = policy;
     }
 
-    fn settle(&mut self, vm: &Vm, vcpu: u8, time: Time) {
+    fn charge(&mut self, vm: &Vm, vcpu: u8, time: Time) {
         let (now, ticked) = (self.time(time), self.ticked);
         let Some(vcpu) = self.vcpu(vcpu) else { return };
         let cell = vm.cell(vcpu.index).expect("a place of the table");
@@ -202,7 +202,11 @@ impl Model {
         }
         assert!(ticked != Some(now) || charge.slice.is_some() == (cell.penalty.accept() != Penalty::NONE));
         assert!(!vcpu.pacer.owes(&cell.counters) || charge.until > now, "owes, but need not pause");
-        assert_eq!(vcpu.pacer.charge(now, vm.vm(), &cell.penalty, &cell.counters), charge, "nothing new, another answer");
+        assert_eq!(
+            vcpu.pacer.charge(now, vm.vm(), &cell.penalty, &cell.counters),
+            charge,
+            "nothing new, another answer"
+        );
         vcpu.needed_pause = cell.counters.needed_pause();
     }
 

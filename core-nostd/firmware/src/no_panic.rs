@@ -90,7 +90,7 @@ fn meters() {
     Counters::add_charge(counters);
     Counters::add_overlong_pause(counters);
     any(Counters::overlong_pauses(counters));
-    any(Counters::turns(counters));
+    any(Counters::charges(counters));
     any(Counters::net(counters));
     let counts: Counts = any(Counters::counts(counters));
     any(Counts::since(counts, any(counts)));

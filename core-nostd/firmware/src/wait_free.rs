@@ -32,12 +32,12 @@ functions! {
     fn wait_free_is_leased(vm: &VmCell, now: Nanos) -> bool { vm.is_leased(now) }
     fn wait_free_max_pause(vm: &VmCell) -> Nanos { vm.max_pause() }
     fn wait_free_owes(pacer: &Pacer, counters: &Counters) -> bool { pacer.owes(counters) }
-    fn wait_free_charge_pages(pacer: &mut Pacer, now: Nanos, vm: &VmCell, cell: &PenaltyCell, counters: &Counters) -> Charge {
+    fn wait_free_charge(pacer: &mut Pacer, now: Nanos, vm: &VmCell, cell: &PenaltyCell, counters: &Counters) -> Charge {
         pacer.charge(now, vm, cell, counters)
     }
     fn wait_free_add_pages(counters: &Counters, net: u32, gross: u32) { counters.add_pages(net, gross) }
     fn wait_free_add_full_exit(counters: &Counters) { counters.add_full_exit() }
-    fn wait_free_add_turn(counters: &Counters) { counters.add_charge() }
+    fn wait_free_add_charge(counters: &Counters) { counters.add_charge() }
     fn wait_free_add_overlong_pause(counters: &Counters) { counters.add_overlong_pause() }
     fn wait_free_add_pause(counters: &Counters, pause: Nanos) { counters.add_pause(pause) }
     fn wait_free_set_needed_pause(counters: &Counters, pause: Nanos) { counters.set_needed_pause(pause) }
