@@ -398,3 +398,6 @@ impl Machine {
         self.unserved = cell.request.stands();
     }
 }
+
+#[cfg(test)]
+mod tests;

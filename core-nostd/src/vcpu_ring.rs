@@ -175,3 +175,6 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
         take(&mut self.scaled)
     }
 }
+
+#[cfg(test)]
+mod tests;

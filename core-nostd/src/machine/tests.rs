@@ -1,0 +1,348 @@
+use std::rc::Rc;
+use std::vec::Vec;
+
+use super::*;
+use crate::penalty::Terms;
+use crate::rate::{PageRate, SECOND};
+use crate::ring::{PML, Page, Ring};
+use crate::vcpu_ring::Metered;
+
+const SIZE: u32 = 1024;
+const SOFT: u32 = SIZE - crate::ring::RESERVED;
+const MAX_PAUSE: Nanos = 10_000_000;
+
+/// A vCPU with its kernel. Time passes in pauses alone.
+struct Guest {
+    entries: Rc<[Entry]>,
+    vcpu: VcpuRing<Rc<[Entry]>>,
+    machine: Machine,
+    vm: VmCell,
+    cell: VcpuCell,
+    now: Nanos,
+    /// Entries pushed and reset.
+    dirty: u32,
+    reset: u32,
+    /// Pages that the CPU hands over together.
+    lump: u32,
+    served: Nanos,
+    longest: Nanos,
+    has_timers: bool,
+}
+
+impl Guest {
+    fn new(kicks: bool, timers: bool) -> Self {
+        let entries: Rc<[Entry]> = (0..SIZE).map(|_| Entry::new()).collect();
+        let vcpu = VcpuRing::new(Ring::new(entries.clone()).unwrap());
+        let (vm, cell) = (VmCell::new(), VcpuCell::new());
+        let machine = Machine::new(&cell, SIZE, kicks, timers);
+        let now = 1000 * SECOND;
+        vm.renew(now);
+        Self {
+            entries,
+            vcpu,
+            machine,
+            vm,
+            cell,
+            now,
+            dirty: 0,
+            reset: 0,
+            lump: 1,
+            served: 0,
+            longest: 0,
+            has_timers: timers,
+        }
+    }
+
+    fn limited(rate: u32) -> Self {
+        let mut guest = Self::new(false, false);
+        guest.limit(rate);
+        assert_eq!(guest.write(u32::MAX), SOFT);
+        assert!(is_enter(guest.exit()));
+        guest
+    }
+
+    /// Another limit, in pages a second.
+    fn limit(&self, rate: u32) {
+        self.cell.penalty.set(Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(rate).price())));
+    }
+
+    fn entry(&self, index: u32) -> &Entry {
+        &self.entries[(index % SIZE) as usize]
+    }
+
+    /// KVM_RUN: the guest writes so many pages, each another one, or until its ring is full. How many it wrote.
+    fn write(&mut self, pages: u32) -> u32 {
+        let begin = self.dirty;
+        while self.dirty - begin < pages && self.dirty - self.reset < SOFT + 1 - self.lump {
+            for _ in 0..self.lump {
+                self.entry(self.dirty).push(Page { slot: 0, offset: self.dirty.into() });
+                self.dirty += 1;
+            }
+        }
+        self.dirty - begin
+    }
+
+    /// KVM_RUN returned with a full ring: up to what is to follow.
+    fn exit(&mut self) -> Step {
+        self.machine.full_exit(&self.cell);
+        self.before_run()
+    }
+
+    fn before_run(&mut self) -> Step {
+        self.vm.renew(self.now);
+        let step = self.machine.begin(self.now, &self.vm, &self.cell);
+        self.follow(step)
+    }
+
+    fn follow(&mut self, mut step: Step) -> Step {
+        loop {
+            step = match step {
+                Step::Harvest => self.harvest(),
+                Step::Pause { until, .. } => self.pause(until, Ended::Due),
+                Step::Reset => match self.machine.reset_later(self.now, self.served, &self.vm, &self.cell) {
+                    Some(step) => step,
+                    None => self.grant(),
+                },
+                Step::Enter(Run { timers: Some(_), .. }) => {
+                    self.machine.armed(self.now);
+                    return step;
+                }
+                Step::Enter(_) | Step::Return(_) | Step::Wedged(_) => return step,
+            };
+        }
+    }
+
+    fn harvest(&mut self) -> Step {
+        self.vcpu.meter(&self.cell, |_| Metered::New);
+        let Self { machine, now, vm, cell, vcpu, has_timers, .. } = self;
+        machine.harvested(*now, vm, cell, vcpu, *has_timers)
+    }
+
+    fn pause(&mut self, until: Nanos, ended: Ended) -> Step {
+        let from = self.now;
+        self.now = self.now.max(until);
+        self.longest = self.longest.max(self.now - from);
+        self.machine.paused(from, self.now, ended, &self.vm, &self.cell)
+    }
+
+    /// A reset, for what the vCPU has asked for.
+    fn grant(&mut self) -> Step {
+        self.empty(self.vcpu.to_grant());
+        self.vcpu.grant(&self.cell);
+        self.served = self.now;
+        self.machine.reset_done(self.now, &self.cell)
+    }
+
+    fn empty(&mut self, count: u32) {
+        self.vcpu.collect(count, |_| ());
+        while self.entry(self.reset).reset().is_some() {
+            self.reset += 1;
+        }
+        self.vcpu.reclaim();
+    }
+}
+
+fn is_enter(step: Step) -> bool {
+    step == Step::Enter(Run::default())
+}
+
+#[test]
+fn a_vcpu_without_a_limit_gets_its_whole_ring_and_does_not_pause() {
+    let mut guest = Guest::new(false, false);
+    for _ in 0..5 {
+        assert_eq!(guest.write(u32::MAX), SOFT);
+        assert!(is_enter(guest.exit()));
+        assert!(guest.machine.is_quiet(&guest.cell), "nothing is owed");
+    }
+    assert_eq!((guest.longest, guest.cell.counters.counts().full_exits), (0, 5));
+}
+
+#[test]
+fn a_limit_is_held_from_the_first_slice_on_and_no_pause_is_longer_than_the_longest() {
+    for rate in [100, 1000, 20_000, 150_000] {
+        let mut guest = Guest::limited(rate);
+        let (begin, dirty) = (guest.now, guest.dirty);
+        while guest.now < begin + 2 * SECOND {
+            let wrote = guest.write(u32::MAX);
+            assert!((1..=SOFT / 2).contains(&wrote), "{rate}: a slice of {wrote}");
+            assert!(is_enter(guest.exit()));
+        }
+        let expected = u64::from(rate) * (guest.now - begin) / SECOND;
+        let wrote = u64::from(guest.dirty - dirty);
+        assert!(wrote.abs_diff(expected) <= expected / 50 + 2, "{rate}: {wrote} of {expected}");
+        // A wait for the reset comes on top, where one pause does not outlast the gap.
+        assert!(guest.longest <= MAX_PAUSE, "{rate}: {}", guest.longest);
+    }
+}
+
+#[test]
+fn what_ends_a_pause_says_what_follows() {
+    let mut guest = Guest::limited(100);
+    guest.write(u32::MAX);
+    let until = guest.now + MAX_PAUSE;
+    let pause = |guest: &mut Guest, ended, after| {
+        guest.machine.full_exit(&guest.cell);
+        guest.vm.renew(guest.now);
+        let step = guest.machine.begin(guest.now, &guest.vm, &guest.cell);
+        assert_eq!(step, Step::Harvest);
+        let Step::Pause { until, .. } = guest.harvest() else { panic!("it owes") };
+        assert!(until > guest.now);
+        guest.pause(guest.now + after, ended)
+    };
+    assert!(matches!(pause(&mut guest, Ended::Wanted, 1000), Step::Return(_)));
+    assert!(is_enter(pause(&mut guest, Ended::Hurry, 1000)));
+    // Another penalty: charged anew, which takes the lock, since the ring is still full.
+    guest.limit(200);
+    assert_eq!(pause(&mut guest, Ended::Changed, 1000), Step::Harvest);
+    // What was owed at first still is.
+    let Step::Pause { until: again, .. } = guest.harvest() else { panic!("it owes") };
+    assert!(again > guest.now && again <= until);
+    let waited = u64::from(guest.cell.counters.counts().paused) * 1000;
+    assert_eq!(waited, 3000, "each pause is counted");
+}
+
+#[test]
+fn a_lock_that_somebody_else_has_is_tried_again_and_at_last_the_vcpu_is_let_through() {
+    let mut guest = Guest::limited(20_000);
+    guest.write(u32::MAX);
+    guest.machine.full_exit(&guest.cell);
+    let begin = guest.now;
+    let mut step = guest.machine.begin(begin, &guest.vm, &guest.cell);
+    let mut tries = 0u32;
+    while step == Step::Harvest {
+        let Step::Pause { until, .. } = guest.machine.busy(guest.now, &guest.cell) else { break };
+        assert_eq!(until, guest.now + RETRY);
+        step = guest.pause(until, Ended::Due);
+        tries += 1;
+    }
+    assert_eq!(guest.now, begin + MAX_PAUSE + RESET_GAP);
+    assert_eq!(u64::from(tries), (MAX_PAUSE + RESET_GAP) / RETRY);
+    assert_eq!(guest.cell.counters.counts().paused, 0, "a wait for the lock is no pause");
+    assert!(!guest.machine.is_quiet(&guest.cell), "its exit was not served");
+    assert!(is_enter(guest.exit()));
+}
+
+#[test]
+fn a_reset_is_shared_unless_its_vcpu_cannot_wait() {
+    let reset = |guest: &mut Guest| {
+        guest.write(u32::MAX);
+        guest.machine.full_exit(&guest.cell);
+        let mut step = guest.machine.begin(guest.now, &guest.vm, &guest.cell);
+        assert_eq!(step, Step::Harvest);
+        step = guest.harvest();
+        while let Step::Pause { until, .. } = step {
+            step = guest.pause(until, Ended::Due);
+        }
+        assert_eq!(step, Step::Reset);
+        let last = guest.now - 100_000;
+        let until = match guest.machine.reset_later(guest.now, last, &guest.vm, &guest.cell) {
+            Some(Step::Pause { until, .. }) => Some(until - last),
+            Some(step) => panic!("{step:?}"),
+            None => None,
+        };
+        let _ = guest.grant();
+        until
+    };
+    let mut guest = Guest::limited(20_000);
+    assert_eq!(reset(&mut guest), Some(RESET_GAP), "slices of 60 pages");
+    guest.vm.set_max_pause(1_000_000);
+    assert_eq!(reset(&mut guest), None, "it has paused for as long as it may");
+    assert_eq!(reset(&mut Guest::limited(200_000)), None, "more than half its ring");
+    assert_eq!(reset(&mut Guest::new(false, false)), None, "no limit");
+    let mut scaled = Guest::limited(20_000);
+    scaled.write(u32::MAX);
+    // Every page was dirty already when it was published.
+    scaled.vcpu.add_merged(SOFT);
+    let _ = scaled.exit();
+    assert!(scaled.vcpu.take_scaled(), "longer slices");
+    assert_eq!(reset(&mut scaled), None);
+}
+
+#[test]
+fn full_exits_that_move_nothing_are_waited_for_longer_and_longer_and_then_it_is_wedged() {
+    let mut guest = Guest::new(false, false);
+    let mut waits = Vec::new();
+    let exits = loop {
+        guest.machine.full_exit(&guest.cell);
+        assert_eq!(guest.machine.begin(guest.now, &guest.vm, &guest.cell), Step::Harvest);
+        match guest.harvest() {
+            Step::Pause { until, .. } => {
+                waits.push(until - guest.now);
+                assert!(is_enter(guest.pause(until, Ended::Due)));
+            }
+            Step::Wedged(exits) => break exits,
+            step => panic!("{step:?}"),
+        }
+    };
+    assert_eq!((exits, waits.len()), (WEDGED, 63));
+    assert_eq!((waits[0], waits[9], waits[62]), (2000, 1_024_000, 1_024_000));
+    // A page in between begins anew, and so does one that somebody else has emptied meanwhile.
+    let mut guest = Guest::new(false, false);
+    for _ in 0..200 {
+        guest.write(1);
+        guest.vcpu.meter(&guest.cell, |_| Metered::New);
+        guest.empty(1);
+        assert!(is_enter(guest.exit()));
+    }
+}
+
+#[test]
+fn where_the_ring_cannot_end_a_slice_a_kick_does_and_its_time_is_learned() {
+    let mut guest = Guest::new(true, false);
+    guest.limit(20_000);
+    assert!(matches!(guest.before_run(), Step::Enter(Run { kick_after: Some(_), timers: None })));
+    assert!(guest.machine.is_run_over() && !guest.machine.is_quiet(&guest.cell));
+    let mut wrote = 0;
+    let mut last = 0;
+    for _ in 0..200 {
+        let Step::Enter(Run { kick_after: Some(time), .. }) = guest.before_run() else {
+            panic!("its ring is nearly empty")
+        };
+        guest.now += time;
+        // A page in 10 µs.
+        last = guest.write(u32::try_from(time / 10_000).unwrap());
+        wrote += last;
+        guest.empty(guest.vcpu.ring().held_back());
+    }
+    assert!((10..=60).contains(&last), "about half a slice of 60: {last}");
+    assert!(wrote > 1000);
+}
+
+#[test]
+fn lumps_are_ended_by_timers_and_paid_for_at_once_where_nothing_ends_them() {
+    for timers in [true, false] {
+        let mut guest = Guest::new(false, timers);
+        guest.lump = PML;
+        guest.limit(20_000);
+        let mut step = Step::Enter(Run::default());
+        for _ in 0..20 {
+            guest.write(u32::MAX);
+            guest.longest = 0;
+            step = guest.exit();
+        }
+        let longest = guest.longest;
+        if timers {
+            assert!(matches!(step, Step::Enter(Run { timers: Some(times), .. }) if times.is_sorted()), "{step:?}");
+            assert!(longest <= MAX_PAUSE, "{longest}");
+        } else {
+            assert!(is_enter(step), "{step:?}");
+            // 512 pages at 20,000 a second.
+            assert!(longest > MAX_PAUSE && longest <= 26_000_000, "{longest}");
+            assert!(guest.cell.counters.overlong_pauses() > 0);
+        }
+    }
+}
+
+#[test]
+fn a_call_that_failed_leaves_the_ring_to_the_next() {
+    let mut guest = Guest::limited(20_000);
+    guest.write(u32::MAX);
+    guest.machine.full_exit(&guest.cell);
+    assert_eq!(guest.machine.begin(guest.now, &guest.vm, &guest.cell), Step::Harvest);
+    let _ = guest.harvest();
+    assert!(guest.cell.request.stands());
+    guest.machine.failed(&guest.cell);
+    assert!(is_enter(guest.exit()));
+    assert!(!guest.cell.request.stands());
+    assert!(guest.write(u32::MAX) > 0);
+}
