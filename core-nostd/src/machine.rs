@@ -5,7 +5,7 @@
 //!           (lock had, metered)  ├► charge ┤
 //!  begin ────────────────────────┘         └► Reset ─► reset_later · reset_done ─► Enter
 //! ```
-//! What happened goes in with the time, the next [`Step`] comes out. Whoever drives it (an adapter, a simulator, a model)
+//! What happened goes in with the time, the next [`Step`] comes out. Its driver (an adapter, a simulator, a model)
 //! takes the step and says how it went: with [`Machine::busy`] where the VM's lock was not to be had.
 
 use core::mem::{replace, take};
@@ -133,7 +133,7 @@ struct Call {
     latest: Nanos,
     /// It has not paused yet.
     is_new: bool,
-    /// The ring was metered and charged, not left to somebody else who has the lock; under which penalty; and whether there
+    /// The ring was metered and charged, not left to another thread that has the lock; under which penalty; and whether there
     /// was a limit, and time to wait for others' resets.
     charged: bool,
     penalty: Penalty,

@@ -1,4 +1,4 @@
-//! Whether a vCPU waits for room in its ring: its thread says so under the VM's lock, and who resets answers.
+//! Whether a vCPU waits for room in its ring: its thread says so under the VM's lock, and the thread that resets answers.
 
 use crate::sync::{Atomic, Ordering, const_fn};
 

@@ -84,7 +84,7 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
         self.ring.reclaim()
     }
 
-    /// So many of its pages were published while they were dirty, and not taken, already.
+    /// That number of its pages were published although they were dirty, and not taken, already.
     pub const fn add_merged(&mut self, pages: u32) {
         self.merged = self.merged.saturating_add(pages);
     }

@@ -1,4 +1,4 @@
-//! The machine of a vCPU beside somebody who resets: the two meet at the VM's lock and at the vCPU's request.
+//! The machine of a vCPU beside another thread that resets: the two meet at the VM's lock and at the vCPU's request.
 #![expect(
     clippy::arc_with_non_send_sync,
     reason = "loom's cells are not Sync; its threads are coroutines of one thread"
@@ -27,7 +27,7 @@ struct Vm {
     index: VcpuIndex,
     kernel: Arc<Kernel>,
     vcpu: Mutex<VcpuRing<Mapping>>,
-    /// Written by who resets, before the slice is free; read by the vCPU once it enters.
+    /// Written by the thread that resets, before the slice is free; read by the vCPU once it enters.
     freed: UnsafeCell<()>,
 }
 

@@ -70,7 +70,7 @@ impl Guest {
         &self.entries[(index % SIZE) as usize]
     }
 
-    /// KVM_RUN: the guest writes so many pages, each another one, or until its ring is full. How many it wrote.
+    /// KVM_RUN: the guest writes that number of pages, each another one, or fills its ring. How many it wrote.
     fn write(&mut self, pages: u32) -> u32 {
         let begin = self.dirty;
         while self.dirty - begin < pages && self.dirty - self.reset < SOFT + 1 - self.lump {
