@@ -191,6 +191,9 @@ mod tests {
             assert_eq!(vcpu.run(4, net, gross, 400), None, "{net}, {gross}");
         }
         assert_eq!(vcpu.run(4, 1000, 1000, 0), None, "who keeps below its limit owes nothing");
+        let mut vcpu = Vcpu::new();
+        let windows = [1000, 400_000, 1000].map(|pages| vcpu.run(1, pages, pages, 20));
+        assert_eq!(windows, [None; 3], "what was counted before the first is not in it");
     }
 
     #[test]
@@ -246,6 +249,24 @@ mod tests {
         vcpu.facts.limit = limit;
         assert_eq!(vcpu.run(1, 400_000, 400_000, 0), None);
         assert_eq!(vcpu.run(1, 400_000, 400_000, 0), Some(Unenforced::NotAccepted));
+    }
+
+    #[test]
+    fn a_quarter_more_and_16_pages_are_no_fault_nor_twice_as_many_entries_and_1024() {
+        let (exceeded, rewrites) = (Some(Unenforced::Exceeded), Some(Unenforced::LogNotTaken));
+        for (net, gross, expected) in
+            [(1266, 1266, None), (1267, 1267, exceeded), (1000, 3024, None), (1000, 3025, rewrites)]
+        {
+            let mut vcpu = Vcpu::new();
+            vcpu.facts.taken = false;
+            for _ in 0..2 {
+                let Seen { net: before, gross: entries, charges, .. } = vcpu.seen;
+                (vcpu.seen.net, vcpu.seen.gross) = (before.wrapping_add(net), entries.wrapping_add(gross));
+                vcpu.seen.charges = charges.wrapping_add(1);
+                vcpu.watch.look(SECOND, vcpu.seen, vcpu.facts);
+            }
+            assert_eq!(vcpu.watch.verdict(), expected, "{net}, {gross}");
+        }
     }
 
     #[test]

@@ -290,9 +290,11 @@ mod tests {
         assert_eq!(after(90_000, 10, 10), 80_000);
         assert_eq!(after(90_000, 10, 11), 80_000 * 10 / 11);
         assert_eq!(after(90_000, 10, 100), 80_000 - 80_000 / 6, "a little sooner at a time");
+        assert_eq!(after(80_000, 10, 100), 80_000 - 80_000 / 6, "the first timer");
         assert_eq!(after(90_000, 10, 5), 120_000, "half the way later");
         assert_eq!(after(160_000, 10, 1), 90_000, "the third timer or the last");
         assert_eq!((after(800_000, 10, 40), after(800_000, 10, 41)), (90_000, 160_000), "none of them");
+        assert_eq!(after(799_999, 10, 41), 90_000, "less than twice the last one's time");
         assert_eq!(after(79_999, 10, 10), 79_999, "before any of them");
         assert_eq!(after(51_200, 1, 512), 20_000, "but not too soon");
         let mut run = RunTime::with_timers();

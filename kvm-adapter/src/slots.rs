@@ -333,5 +333,16 @@ mod tests {
         slots.soil(found, 0, 100).unwrap();
         assert_eq!(take(&mut slots), [u64::MAX, u64::MAX, u64::MAX, (1 << 8) - 1]);
         slots.take(found, 50, &mut piece).unwrap();
+        let mut third = [0];
+        slots.take(found, 2, &mut third).unwrap();
+        assert_eq!(third, [1], "a suspect one, in the piece that it lies in");
+    }
+
+    #[test]
+    fn a_slot_whose_last_word_is_whole_is_soiled_as_a_whole() {
+        let mut slots = Slots::default();
+        slots.add(1, Slot::new(1, 128).unwrap()).unwrap();
+        slots.soil(slots.find(1).unwrap(), 0, 2).unwrap();
+        assert_eq!(take(&mut slots), [u64::MAX; 2]);
     }
 }

@@ -346,3 +346,27 @@ fn a_call_that_failed_leaves_the_ring_to_the_next() {
     assert!(!guest.cell.request.stands());
     assert!(guest.write(u32::MAX) > 0);
 }
+
+#[test]
+fn a_run_without_a_page_or_in_an_emptied_ring_is_followed_by_no_wait_for_others() {
+    let paused = |guest: &mut Guest| {
+        guest.machine.full_exit(&guest.cell);
+        let step = guest.machine.begin(guest.now, &guest.vm, &guest.cell);
+        assert_eq!(step, Step::Harvest);
+        let Step::Pause { until, .. } = guest.harvest() else { panic!("no pause") };
+        guest.pause(until, Ended::Due)
+    };
+    let mut guest = Guest::limited(100_000);
+    guest.write(u32::MAX);
+    assert_eq!(paused(&mut guest), Step::Reset);
+    // Let through all the same, it returns with a full ring at once.
+    assert_eq!(guest.write(u32::MAX), 0);
+    assert_eq!(paused(&mut guest), Step::Reset);
+    assert_eq!(guest.machine.reset_later(guest.now, guest.now, &guest.vm, &guest.cell), None);
+    let _ = guest.grant();
+    // A sweep has emptied the ring before the vCPU's thread came.
+    guest.write(u32::MAX);
+    guest.vcpu.meter(&guest.cell, |_| Metered::New);
+    guest.empty(SOFT);
+    assert!(is_enter(paused(&mut guest)));
+}

@@ -57,3 +57,31 @@ impl Drop for Guarded {
         unsafe { libc::munmap(self.mapping.as_ptr(), self.mapped) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn its_words_are_zero_and_then_what_was_written() {
+        let mut guarded = Guarded::new(3).unwrap();
+        assert_eq!(guarded.words(), [0; 3]);
+        // SAFETY: the second of three words.
+        unsafe { guarded.start().cast::<u64>().add(1).write(7) };
+        assert_eq!(guarded.words(), [0, 7, 0]);
+    }
+
+    #[test]
+    fn it_is_unmapped_when_it_is_dropped() {
+        let is_mapped = || {
+            let guarded = Guarded::new(512).unwrap();
+            let start = guarded.mapping.as_ptr();
+            drop(guarded);
+            let mut page = 0;
+            // SAFETY: an address that is not mapped is an error; a byte is written for the page.
+            unsafe { libc::mincore(start, 1, &raw mut page) == 0 }
+        };
+        // Another thread may have a mapping there meanwhile, but not each time.
+        assert!((0..100).any(|_| !is_mapped()));
+    }
+}

@@ -48,3 +48,30 @@ impl Interrupts {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_fires_at_its_time_and_those_of_later_are_armed_for_it() {
+        let interrupts = Interrupts::new().unwrap();
+        interrupts.arm([1, 1_000, 2_000_000, 30_000_000]).unwrap();
+        for timer in &interrupts.0 {
+            let mut poll = libc::pollfd { fd: timer.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one structure, which is read and written.
+            assert_eq!(unsafe { libc::poll(&raw mut poll, 1, 20_000) }, 1, "it never fires");
+        }
+        let hours = [1, 2, 3, 4].map(|hours| hours * 3600 * SECOND + SECOND / 2);
+        interrupts.arm(hours).unwrap();
+        for (timer, time) in interrupts.0.iter().zip(hours) {
+            let zero = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+            let mut spec = libc::itimerspec { it_interval: zero, it_value: zero };
+            // SAFETY: writes `spec`; the descriptor is the timer's.
+            assert_eq!(unsafe { libc::timerfd_gettime(timer.as_raw_fd(), &raw mut spec) }, 0);
+            let left = spec.it_value.tv_sec.unsigned_abs() * SECOND + spec.it_value.tv_nsec.unsigned_abs();
+            assert!(left <= time && left > time - 60 * SECOND, "{left} of {time}");
+            assert_eq!((spec.it_interval.tv_sec, spec.it_interval.tv_nsec), (0, 0), "once");
+        }
+    }
+}

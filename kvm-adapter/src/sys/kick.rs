@@ -224,3 +224,49 @@ impl Drop for Timer {
         unsafe { libc::timer_delete(self.id) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The time that a timer has left; `None` where there is no such timer.
+    fn left(id: libc::timer_t) -> Option<Nanos> {
+        // SAFETY: writes the zeroed structure; an id that is no timer's is refused.
+        unsafe {
+            let mut spec: libc::itimerspec = zeroed();
+            let found = libc::timer_gettime(id, &raw mut spec) == 0;
+            found.then(|| spec.it_value.tv_sec.unsigned_abs() * SECOND + spec.it_value.tv_nsec.unsigned_abs())
+        }
+    }
+
+    #[test]
+    fn a_timer_is_armed_for_its_time_and_gone_when_it_is_dropped() {
+        let mut timer = Timer::new(libc::SIGRTMAX()).unwrap();
+        assert_eq!(left(timer.id), Some(0));
+        for time in [100 * SECOND, 200 * SECOND + SECOND / 2] {
+            timer.arm(time);
+            let left = left(timer.id).unwrap();
+            assert!(left <= time && left > time - 60 * SECOND, "{left} of {time}");
+        }
+        timer.set(0);
+        assert_eq!(left(timer.id), Some(0));
+        let id = timer.id;
+        drop(timer);
+        assert_eq!(left(id), None);
+    }
+
+    #[test]
+    fn a_claimed_signals_handler_knows_its_context_restarts_calls_and_has_its_own_stack() {
+        let signal = libc::SIGRTMAX() - 8;
+        assert!(claim(signal).unwrap() && claim(signal).unwrap(), "ours, again too");
+        // SAFETY: writes the zeroed structure.
+        let action = unsafe {
+            let mut action: libc::sigaction = zeroed();
+            assert_eq!(libc::sigaction(signal, std::ptr::null(), &raw mut action), 0);
+            action
+        };
+        let wanted = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
+        assert_eq!(action.sa_flags & wanted, wanted);
+        assert!(claim(0).is_err() && claim(libc::SIGKILL).is_err());
+    }
+}

@@ -6,6 +6,8 @@ use dirtylimit_core::{Shipped, Stepped};
 use dirtylimit_test_vm::kvm_or_skip;
 
 use crate::fake::{Fake, PAGES, SLOT, pages};
+#[cfg(feature = "planted-bugs")]
+use crate::sys::PlantedBug;
 use crate::sys::{self, Kernel, VmFd, page_size};
 use crate::{Caps, Config, Error, Kick};
 
@@ -25,7 +27,9 @@ fn without_a_capability_it_is_unsupported() {
 #[test]
 fn the_better_ring_is_enabled_and_the_plain_one_where_x86_allows_it() {
     let both = Fake::new().with(RING, 1 << 20);
-    let caps = both.limit(&Config::new()).unwrap().caps();
+    let limit = both.limit(&Config::new()).unwrap();
+    let caps = limit.caps();
+    assert_eq!(limit.page_size(), page_size());
     assert_eq!((caps.acq_rel, caps.bitmap, caps.max_entries), (true, false, 65_536));
     assert_eq!(both.enabled(), [(ACQ_REL, 16_384)]);
     let plain = Fake::default().with(RING, 1 << 16);
@@ -186,9 +190,15 @@ fn a_kick_that_cannot_be_one_is_refused_before_anything_is_enabled() {
 }
 
 #[test]
-fn a_policy_and_prompt_pauses_are_as_configured() {
+fn a_policy_and_pauses_are_as_configured() {
     let config = Config::new().policy(Shipped::Stepped(Stepped::default())).prompt(true);
     assert!(matches!(config.policy, Shipped::Stepped(_)) && matches!(Config::new().policy, Shipped::Paced(_)));
+    #[cfg(feature = "planted-bugs")]
+    assert!(config.clone().planted_bug(PlantedBug::OpenSignals).planted_bug == Some(PlantedBug::OpenSignals));
+    let pauses = |pause| Fake::new().limit(&Config::new().max_pause(pause)).unwrap().max_pause();
+    for (pause, held) in [(1, 100), (5_000, 5_000), (7_000_000, 1_000_000)] {
+        assert_eq!(pauses(Duration::from_micros(pause)), Duration::from_micros(held), "100 µs to 1 s");
+    }
     let prompt = |config| Fake::new().limit(config).unwrap().vm().prompt;
     assert!(prompt(&config) && !prompt(&Config::new()));
 }

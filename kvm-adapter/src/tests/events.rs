@@ -88,8 +88,11 @@ fn what_the_control_plane_does_is_told_once() {
     limit.set_max_pause(Duration::from_secs(7));
     assert_eq!(told(), info("longest pause: 1s"));
     drop(vcpu);
+    limit.tick();
     limit.remove_vcpu(3).unwrap();
     assert_eq!(told(), info("vCPU 3 is removed"));
+    limit.tick();
+    assert_eq!(told(), [], "nor of soft limits, where there is no ring");
     limit.set_limit(3, rate).unwrap_err();
     limit.remove_vcpu(3).unwrap_err();
     assert_eq!(told(), [], "what is refused changes nothing");
@@ -129,6 +132,11 @@ fn what_vcpu_threads_meet_is_told_by_the_next_tick_alone() {
     assert_eq!(told(), []);
     limit.tick();
     assert!(matches!(&told()[..], [(Warn, message)] if message.starts_with("1 resets were short or disturbed")));
+    fake.script([Goes::Disturbed, Goes::Disturbed]);
+    _ = full().unwrap();
+    _ = full().unwrap();
+    limit.tick();
+    assert!(matches!(&told()[..], [(Warn, message)] if message.starts_with("2 resets were short or disturbed")));
 
     fake.always(Some(Goes::Fails(libc::ENODEV)));
     assert_eq!((full(), full()), (Err(libc::ENODEV), Err(libc::ENODEV)));
@@ -148,10 +156,11 @@ fn what_vcpu_threads_meet_is_told_by_the_next_tick_alone() {
     fake.wedge(0);
     while full() != Err(libc::EIO) {}
     assert_eq!(told(), []);
-    limit.tick();
-    limit.tick();
     let wedged = (Error, "the dirty ring of vCPU 0 is wedged: its dirty pages are unknown".to_owned());
+    limit.tick();
     assert_eq!(told(), [wedged]);
+    limit.tick();
+    assert_eq!(told(), [], "once");
 }
 
 #[test]

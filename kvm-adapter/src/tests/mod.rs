@@ -5,7 +5,10 @@ mod enabling;
 mod events;
 mod exits;
 mod handlers;
+#[cfg(target_arch = "x86_64")]
+mod kicker;
 mod kicks;
+mod looks;
 mod lumps;
 mod memory;
 #[cfg(feature = "metrics")]

@@ -120,3 +120,25 @@ fn rings_are_metered_in_pieces() {
     assert_eq!(seen.iter().map(|(id, _)| *id).collect::<Vec<_>>(), (0..9).collect::<Vec<_>>());
     assert!(pieces == 2 && seen.iter().all(|(_, held)| *held > 1000), "{pieces}, {seen:?}");
 }
+
+/// It would wait for ever.
+#[test]
+fn a_tick_waits_for_no_lock() {
+    let limit = Fake::new().small();
+    let held = limit.vm().lock();
+    (0..3).for_each(|_| limit.tick());
+    drop(held);
+    assert!(limit.vm().limiter.vm().is_leased(crate::sys::now()));
+}
+
+#[test]
+fn who_gets_the_lock_after_it_tried_in_vain_hurries_nobody() {
+    let limit = Fake::new().small();
+    let vm = limit.vm();
+    let hurry = || format!("{vm:?}").rsplit("hurry: ").next().unwrap().starts_with('1');
+    assert!(vm.try_lock().is_some() && !hurry());
+    let held = vm.lock();
+    assert!(vm.try_lock().is_none());
+    drop(held);
+    assert!(hurry() && vm.try_lock().is_some() && !hurry());
+}

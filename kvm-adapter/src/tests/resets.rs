@@ -324,6 +324,18 @@ fn a_slot_that_comes_again_inherits_nothing() {
 }
 
 #[test]
+fn rings_are_collected_for_a_slot_that_comes_again_and_for_no_other() {
+    let (fake, limit, _file, _vcpu) = super::vm();
+    fake.write_all(0, 0..50);
+    limit.add_slot(7, 100).unwrap();
+    assert_eq!(fake.resets(), 0);
+    limit.remove_slot(7).unwrap();
+    fake.write_all(0, 50..99);
+    limit.add_slot(7, 100).unwrap();
+    assert_eq!((fake.resets(), limit.stats().resets), (2, 99));
+}
+
+#[test]
 fn three_cuts_within_ten_seconds_are_a_storm_until_ten_after_the_first() {
     let storm = |times: &[u64], end: u64| {
         let mut cuts = Cuts::default();

@@ -143,3 +143,26 @@ fn a_ring_that_others_took_from_proves_no_lumps() {
     let harvest = limit.vm().lock();
     assert!(harvest.places.values().all(|place| !place.ring().has_lumps()));
 }
+
+#[test]
+fn a_stale_exit_reason_proves_no_lumps() {
+    let (fake, limit, _file, mut vcpu) = super::vm();
+    fake.write_all(0, 0..500);
+    _ = vcpu.before_run().unwrap();
+    assert!(!limit.vm().lock().places[&0].ring().has_lumps());
+}
+
+#[test]
+fn a_ring_that_was_emptied_before_its_vcpu_went_on_proves_lumps_at_its_next_full_exit() {
+    let fake = Fake::new().with_lumps(LUMP);
+    let limit = fake.small();
+    let mut vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
+    let has_lumps = || limit.vm().lock().places[&0].ring().has_lumps();
+    fake.write_all(0, 0..PAGES);
+    limit.last_round().map(drop).unwrap();
+    _ = vcpu.before_run().unwrap();
+    assert!(!has_lumps(), "others took from it");
+    fake.write_all(0, 2000..PAGES);
+    _ = vcpu.before_run().unwrap();
+    assert!(has_lumps());
+}
