@@ -297,11 +297,14 @@ mod tests {
         for _ in 0..20 {
             counters.add_pages(256, 512);
             counters.add_pause(9_000_000);
+            counters.add_full_exit();
+            counters.add_overlong_pause();
             let sample = estimator.read(&counters, SECOND / 100);
             assert_eq!(sample, Sample { pages: 256, elapsed: SECOND / 100, paused: 9_000_000 });
         }
         let totals = estimator.totals(&counters);
         assert_eq!((totals.net_pages, totals.gross_pages, totals.paused_us), (20 * 256, 20 * 512, 180_000));
+        assert_eq!((totals.full_exits, counters.overlong_pauses()), (20, 20));
         for _ in 0..200 {
             counters.add_pages(256, 512);
             counters.add_pause(9_000_000);
@@ -309,6 +312,10 @@ mod tests {
         }
         assert!((25_590..=25_600).contains(&estimator.rate().pages_per_sec()), "{:?}", estimator.rate());
         assert!((255_900..=256_000).contains(&estimator.demand().pages_per_sec()), "{:?}", estimator.demand());
+        let (rate, demand) = (estimator.rate(), estimator.demand());
+        counters.add_pages(1, 1);
+        estimator.read(&counters, 0);
+        assert_eq!((estimator.rate(), estimator.demand()), (rate, demand), "no time, no rate");
     }
 
     #[test]

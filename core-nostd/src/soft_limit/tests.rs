@@ -1,3 +1,4 @@
+use super::SoftLimit;
 use crate::own::OwnPages;
 use crate::ring::{Entry, Page, Ring};
 use proptest::prelude::*;
@@ -222,5 +223,48 @@ fn pages_that_come_one_by_one_are_no_lumps_whoever_empties_the_ring_and_whatever
             ring.freed();
         }
         assert!(barren > 0 || at_entry < 2, "{at_entry}, {at_exit}");
+    }
+}
+
+#[test]
+fn where_pages_come_in_lumps_a_run_with_pages_takes_half_of_what_barren_ones_took_back() {
+    let mut soft = SoftLimit::new(960);
+    soft.proved(500, None);
+    assert_eq!(soft.get(), 500);
+    let barren = [500, 496, 492].map(|_| {
+        soft.proved(500, Some(0));
+        soft.get()
+    });
+    assert_eq!(barren, [500, 496, 492]);
+    soft.proved(500, None);
+    assert_eq!(soft.get(), 496);
+    soft.proved(500, None);
+    assert_eq!(soft.get(), 498);
+}
+
+#[test]
+fn a_first_full_exit_is_believed_above_a_quarter_and_its_lump_is_forgotten_bit_by_bit() {
+    for (level, believed) in [(240, 960), (241, 241)] {
+        let mut soft = SoftLimit::new(960);
+        soft.reached(level);
+        assert_eq!(soft.get(), believed);
+    }
+    let mut soft = SoftLimit::new(960);
+    let lumps = [241; 3].map(|level| {
+        soft.reached(level);
+        soft.lump()
+    });
+    assert_eq!(lumps, [719, 707, 695]);
+}
+
+#[test]
+fn what_was_refuted_takes_longer_to_be_believed_and_its_very_bound_does_not() {
+    let mut soft = SoftLimit::new(960);
+    soft.reached(960);
+    (0..2).for_each(|_| soft.barren(500));
+    assert_eq!(soft.get(), 468);
+    for (level, times, believed) in [(300, 2, 300), (468, 1, 300), (468, 1, 468), (469, 63, 468), (469, 1, 469)] {
+        (0..times).for_each(|_| soft.reached(level));
+        assert_eq!(soft.get(), believed, "{level}, {times}");
     }
 }

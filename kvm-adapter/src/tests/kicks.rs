@@ -79,7 +79,7 @@ fn a_descriptor_that_takes_no_signal_mask_is_told() {
     assert!(error.errno() == libc::ENOTTY && error.to_string().contains("KVM_SET_SIGNAL_MASK"), "{error}");
 }
 
-/// What a vCPU does after runs that wrote so many pages each, under a limit in pages a second; `kick` is not the library's.
+/// What a vCPU does after each of `runs`, in pages, under a limit in pages a second; `kick` is not the library's.
 fn paid_after(runs: &[u64], limit_of: u32, kick: Kick) -> Vec<(Duration, Decision)> {
     let fake = Fake::new();
     let limit = fake.limit(&Config::new().ring_entries(1024).kick(kick)).unwrap();
