@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -43,12 +42,13 @@ fn started_by(id: u32) -> Vec<String> {
     lines.filter(|line| line.contains(&of_it)).collect()
 }
 
-/// A program that does as a QEMU does, until it is driven.
+/// A program that does as a QEMU does, until it is driven. Another process writes it: a file that this one has open for
+/// writing while another test forks cannot be executed (ETXTBSY).
 fn fake(name: &str, then: &str) -> PathBuf {
     let path = std::env::temp_dir().join(format!("dirtylimit-fake-{name}-{}", std::process::id()));
     let script = format!("#!/bin/sh\n[ \"$1\" != --version ] || exec echo QEMU emulator version 9.9.9\n{then}\n");
-    fs::write(&path, script).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let write = ["-c", r#"printf %s "$1" >"$2" && chmod 755 "$2""#, "sh", &script];
+    assert!(Command::new("sh").args(write).arg(&path).status().unwrap().success());
     path
 }
 

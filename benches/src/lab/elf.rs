@@ -93,8 +93,12 @@ mod tests {
         let path = std::env::temp_dir().join(format!("dirtylimit-lab-elf-{}", std::process::id()));
         std::fs::write(&path, stripped).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
-        let listed = Command::new(&path).arg("--list").output();
+        // A file that this process has open for writing while another test forks cannot be executed (ETXTBSY).
+        let copy = path.with_extension("copy");
+        assert!(Command::new("cp").arg(&path).arg(&copy).status().unwrap().success());
+        let listed = Command::new(&copy).arg("--list").output();
         std::fs::remove_file(&path).unwrap();
+        std::fs::remove_file(&copy).unwrap();
         assert!(String::from_utf8_lossy(&listed.unwrap().stdout).contains("lab::elf::tests::"));
     }
 
