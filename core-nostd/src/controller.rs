@@ -59,6 +59,7 @@ impl core::error::Error for Full {}
 
 /// What is known of one vCPU.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Status {
     /// The limit set for it; `None`: unlimited.
     pub limit: Option<PageRate>,

@@ -168,6 +168,7 @@ impl Default for Counters {
 
 /// Sums since the vCPU was registered, which do not wrap.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
 pub struct Totals {
     /// Pages newly dirty since each was last published: what a migration has to send.
     pub net_pages: u64,

@@ -261,12 +261,12 @@ impl Model {
 impl Vcpu {
     fn totals_now(&self) -> Totals {
         let [net, gross, full_exits, paused] = self.since;
-        Totals {
-            net_pages: self.totals.net_pages + net,
-            gross_pages: self.totals.gross_pages + gross,
-            full_exits: self.totals.full_exits + full_exits,
-            paused_us: self.totals.paused_us + paused,
-        }
+        let mut totals = self.totals;
+        totals.net_pages += net;
+        totals.gross_pages += gross;
+        totals.full_exits += full_exits;
+        totals.paused_us += paused;
+        totals
     }
 }
 

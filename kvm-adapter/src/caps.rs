@@ -122,6 +122,7 @@ pub(crate) fn claim_signal(kick: Kick) -> Result<(), Error> {
 
 /// The dirty ring as a VM's KVM offers it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Caps {
     /// With acquire and release semantics spelled out (`KVM_CAP_DIRTY_LOG_RING_ACQ_REL`); without, x86's own order serves.
     pub acq_rel: bool,

@@ -25,6 +25,7 @@ const METERED: u32 = 4 * BATCH;
 
 /// What was done so far.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
 pub struct Stats {
     /// Entries given back by resets.
     pub resets: u64,

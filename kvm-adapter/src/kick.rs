@@ -13,6 +13,7 @@ use crate::sys::{Interrupts, Timer};
 
 /// Who ends a slice that the ring does not.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
 pub enum Kick {
     /// The ring alone, without a signal; and where the CPU was seen to hand pages over in lumps (Intel's PML), timers make it
     /// do so when the slice should be used up. Each such vCPU has four (`timerfd_create`), armed before KVM_RUN

@@ -35,7 +35,7 @@ impl Vm {
     fn new() -> Arc<Self> {
         let limiter = Limiter::new(Paced);
         let index = limiter.register().expect("room for one");
-        limiter.set_limit(index, Some(PageRate::from_pages_per_sec(100)));
+        limiter.set_limit(index, Some(PageRate::from_pages_per_sec(400)));
         limiter.tick(NOW);
         let kernel = Arc::new(Kernel::default());
         (0..ENTRIES - 1).for_each(|_| kernel.push(0));

@@ -51,7 +51,8 @@ fn a_limited_vcpu_exits_after_exactly_its_slice() {
         _ = vcpu.before_run().unwrap();
         paused += vcpu.paused().as_micros();
         slice_now = slice(&limit).unwrap();
-        assert!(slice_now < SOFT / 2);
+        // What the limit allows in 3 ms, and at most as much again for what was not used before.
+        assert!((60..=120).contains(&slice_now), "{slice_now}");
         // Served twice for one exit, or without one: nothing changes.
         _ = vcpu.before_run().unwrap();
         paused += vcpu.paused().as_micros();
