@@ -370,3 +370,85 @@ fn a_run_without_a_page_or_in_an_emptied_ring_is_followed_by_no_wait_for_others(
     guest.empty(SOFT);
     assert!(is_enter(paused(&mut guest)));
 }
+
+impl Guest {
+    /// A full exit whose thread does not get the lock until it is let through.
+    fn is_let_through(&mut self) {
+        self.machine.full_exit(&self.cell);
+        let mut step = self.machine.begin(self.now, &self.vm, &self.cell);
+        while step == Step::Harvest {
+            step = match self.machine.busy(self.now, &self.cell) {
+                Step::Pause { until, .. } => self.pause(until, Ended::Due),
+                step => step,
+            };
+        }
+        assert!(is_enter(step));
+    }
+}
+
+#[test]
+fn a_slice_that_others_freed_between_the_exit_and_its_thread_proves_no_lumps() {
+    let mut guest = Guest::limited(20_000);
+    guest.write(u32::MAX);
+    guest.machine.full_exit(&guest.cell);
+    let _ = guest.machine.begin(guest.now, &guest.vm, &guest.cell);
+    let _ = guest.harvest();
+    assert!(guest.cell.request.stands());
+    guest.is_let_through();
+    // KVM_RUN returns with a full ring at once, another thread's reset frees the slice, and only then the exit is looked at.
+    guest.empty(guest.vcpu.to_grant());
+    guest.vcpu.grant(&guest.cell);
+    assert!(guest.vcpu.ring().occupied() < SOFT);
+    assert!(is_enter(guest.exit()));
+    assert!(!guest.vcpu.ring().has_lumps());
+}
+
+#[test]
+fn entries_that_a_reset_has_not_given_back_are_waited_for() {
+    let mut guest = Guest::limited(20_000);
+    guest.write(u32::MAX);
+    guest.vcpu.meter(&guest.cell, |_| Metered::New);
+    guest.vcpu.collect(SOFT, |_| ());
+    guest.machine.full_exit(&guest.cell);
+    let _ = guest.machine.begin(guest.now, &guest.vm, &guest.cell);
+    let _ = guest.harvest();
+    assert!(guest.cell.request.stands(), "its ring is as full as before");
+    guest.empty(0);
+    guest.vcpu.grant(&guest.cell);
+    assert!(!guest.cell.request.stands());
+}
+
+#[test]
+fn a_scaled_slice_grows_until_the_log_is_taken() {
+    let mut guest = Guest::limited(20_000);
+    let mut slices = Vec::new();
+    for turn in 0..8 {
+        guest.write(u32::MAX);
+        guest.vcpu.add_merged(SOFT);
+        if turn == 6 {
+            guest.vcpu.take_scaled();
+        }
+        assert!(is_enter(guest.exit()));
+        slices.push(guest.vcpu.slice().unwrap());
+    }
+    assert!(slices[3] >= 8 * 60 && slices[5] == slices[3], "{slices:?}");
+    assert!(slices[6] < 4 * 60 && slices[7] > slices[6], "{slices:?}");
+}
+
+#[test]
+fn lumps_without_a_limit_or_with_kicks_cost_no_timers_and_no_long_pause() {
+    for kicks in [false, true] {
+        let mut guest = Guest::new(kicks, !kicks);
+        guest.lump = PML;
+        if kicks {
+            guest.limit(20_000);
+        }
+        for _ in 0..20 {
+            guest.write(u32::MAX);
+            let Step::Enter(run) = guest.exit() else { panic!("it enters") };
+            assert!(run.timers.is_none() && run.kick_after.is_none_or(|_| kicks));
+        }
+        assert!(guest.vcpu.ring().has_lumps());
+        assert!(guest.longest <= MAX_PAUSE && guest.cell.counters.overlong_pauses() == 0, "{}", guest.longest);
+    }
+}
