@@ -13,6 +13,7 @@ mod overrun;
 mod rig;
 mod rounds;
 mod sandboxed;
+mod shapes;
 mod soak;
 mod steal;
 mod stopped;
