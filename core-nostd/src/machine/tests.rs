@@ -152,7 +152,7 @@ fn a_vcpu_without_a_limit_gets_its_whole_ring_and_does_not_pause() {
     for _ in 0..5 {
         assert_eq!(guest.write(u32::MAX), SOFT);
         assert!(is_enter(guest.exit()));
-        assert!(guest.machine.is_quiet(&guest.cell), "nothing is owed");
+        assert!(guest.machine.is_quiet(&guest.cell) && !guest.machine.is_run_over(), "nothing is owed");
     }
     assert_eq!((guest.longest, guest.cell.counters.counts().full_exits), (0, 5));
 }
@@ -248,6 +248,13 @@ fn a_reset_is_shared_unless_its_vcpu_cannot_wait() {
     guest.vm.set_max_pause(1_000_000);
     assert_eq!(reset(&mut guest), None, "it has paused for as long as it may");
     assert_eq!(reset(&mut Guest::limited(200_000)), None, "more than half its ring");
+    let has_half = |rate: &u32| {
+        let mut guest = Guest::limited(*rate);
+        guest.write(u32::MAX);
+        is_enter(guest.exit()) && guest.vcpu.slice() == Some(SIZE / 2)
+    };
+    let half = (170_000..172_000).step_by(20).find(has_half).unwrap();
+    assert_eq!(reset(&mut Guest::limited(half)), None, "half of it");
     assert_eq!(reset(&mut Guest::new(false, false)), None, "no limit");
     let mut scaled = Guest::limited(20_000);
     scaled.write(u32::MAX);
@@ -451,4 +458,29 @@ fn lumps_without_a_limit_or_with_kicks_cost_no_timers_and_no_long_pause() {
         assert!(guest.vcpu.ring().has_lumps());
         assert!(guest.longest <= MAX_PAUSE && guest.cell.counters.overlong_pauses() == 0, "{}", guest.longest);
     }
+}
+
+#[test]
+fn a_full_ring_that_nobody_frees_is_not_wedged() {
+    let mut guest = Guest::limited(20_000);
+    guest.write(u32::MAX);
+    for _ in 0..2 * WEDGED {
+        guest.machine.full_exit(&guest.cell);
+        let _ = guest.machine.begin(guest.now, &guest.vm, &guest.cell);
+        let Step::Pause { until, .. } = guest.harvest() else { panic!("it has entries, which a reset may take") };
+        assert!(matches!(guest.pause(until, Ended::Wanted), Step::Return(_)));
+    }
+}
+
+#[test]
+fn where_kicks_end_slices_badly_a_ring_that_ends_them_is_paid_for() {
+    let mut guest = Guest::new(true, false);
+    guest.limit(1000);
+    assert!(matches!(guest.before_run(), Step::Enter(Run { kick_after: Some(_), .. })));
+    guest.now += 1_000_000;
+    assert_eq!(guest.write(u32::MAX), SOFT);
+    guest.machine.full_exit(&guest.cell);
+    assert_eq!(guest.machine.begin(guest.now, &guest.vm, &guest.cell), Step::Harvest);
+    let Step::Pause { until, .. } = guest.harvest() else { panic!("it owes") };
+    assert_eq!(until, guest.now + MAX_PAUSE);
 }
