@@ -38,12 +38,15 @@ fn new_pages_are_net_and_one_that_was_sent_twice_as_one_is_another_free() {
     push(&entries[10..], 10..15);
     vcpu.meter(&cell, |_| Metered::New);
     assert_eq!((cell.counters.counts().net, cell.counters.counts().gross), (6, 15));
+    push(&entries[15..], 15..16);
+    vcpu.meter(&cell, |_| Metered::New);
+    assert_eq!(cell.counters.counts().net, 7, "three were free, and no more");
     vcpu.add_merged(u32::MAX);
     vcpu.add_merged(1);
     vcpu.assign(None, true, false);
-    push(&entries[15..], 15..17);
+    push(&entries[16..], 16..18);
     vcpu.meter(&cell, |_| Metered::New);
-    assert_eq!(cell.counters.counts().net, 8, "what was merged before the limit is nobody's credit");
+    assert_eq!(cell.counters.counts().net, 9, "what was merged before the limit is nobody's credit");
 }
 
 #[test]
@@ -64,6 +67,7 @@ fn a_request_stands_until_a_reset_has_made_the_room() {
     let (entries, mut vcpu, cell) = ring();
     push(&entries, 0..SOFT.into());
     vcpu.meter(&cell, |_| Metered::New);
+    assert_eq!(vcpu.to_grant(), 0, "nothing was asked for");
     vcpu.ask(&cell, 100);
     assert!(cell.request.stands() && vcpu.to_grant() == 100);
     vcpu.grant(&cell);
@@ -132,4 +136,29 @@ fn a_ring_that_no_longer_ends_its_slice_and_a_slice_that_was_scaled_are_told_onc
     assert_eq!([vcpu.take_scaled(), vcpu.take_scaled()], [true, false]);
     vcpu.assign(Some(100), true, false);
     assert_eq!([vcpu.take_emptied(), vcpu.take_emptied()], [true, false]);
+}
+
+#[test]
+fn a_full_exit_proves_lumps_where_the_slice_was_free_when_its_run_began() {
+    let proves = |then: fn(&mut VcpuRing<Entries>, &VcpuCell)| {
+        let (entries, mut vcpu, cell) = ring();
+        push(&entries, 0..500);
+        vcpu.meter(&cell, |_| Metered::New);
+        vcpu.collect(100, |_| ());
+        entries.iter().take(100).for_each(|entry| _ = entry.reset());
+        vcpu.reclaim();
+        then(&mut vcpu, &cell);
+        push(&entries[500..], 500..550);
+        vcpu.meter(&cell, |_| Metered::New);
+        vcpu.ring.full_exit_of_kvm();
+        vcpu.ring().has_lumps()
+    };
+    assert!(proves(|vcpu, cell| vcpu.ask(cell, 0)));
+    assert!(proves(|vcpu, cell| {
+        vcpu.ask(cell, 10);
+        vcpu.grant(cell);
+    }));
+    assert!(!proves(|_, _| ()), "somebody has taken from the ring since");
+    assert!(!proves(|vcpu, cell| vcpu.ask(cell, SOFT)), "it waits");
+    assert!(!proves(|vcpu, cell| vcpu.grant(cell)), "nothing was asked for");
 }
