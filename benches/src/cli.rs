@@ -9,8 +9,8 @@ use dirtylimit_core::PageRate;
 
 use crate::compare::Compare;
 use crate::lab::Lab;
-use crate::plan::{MetricsTo, Plan, Step, VcpuPlan};
-use crate::record::{GuestKind, KickKind, PolicyKind};
+use crate::plan::{KickKind, MetricsTo, Plan, PolicyKind, Step, VcpuPlan};
+use crate::record::GuestKind;
 use crate::scenario::Scenarios;
 use crate::units::{Rate, is_plain_rate, parse_duration, parse_limit, parse_rate, parse_seconds};
 use crate::workload::Workload;

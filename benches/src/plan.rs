@@ -4,10 +4,32 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use dirtylimit_core::PageRate;
+use serde::Serialize;
 
-use crate::record::{KickKind, PolicyKind};
 use crate::workload::Workload;
+
+/// The policy that turns a rate and a limit into a penalty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PolicyKind {
+    /// A price per page.
+    Paced,
+    /// The published two-strategy algorithm: a sleep that grows and shrinks.
+    Stepped,
+}
+
+/// Who ends the slices that the ring does not, as the library's `Kick` names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KickKind {
+    /// The library's default: timers, where pages come in lumps.
+    Auto,
+    /// Nobody.
+    Off,
+    /// A signal of the library's.
+    Signal,
+}
 
 /// One run.
 #[derive(Clone, Debug)]

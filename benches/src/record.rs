@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use dirtylimit_core::PageRate;
 use serde::Serialize;
 
-use crate::plan::Plan;
+use crate::plan::{Plan, PolicyKind};
 use crate::units::PAGE_SIZE;
 use crate::workload::Workload;
 
@@ -19,27 +19,6 @@ pub enum GuestKind {
     Kvm,
     /// The simulated guest, in virtual time.
     Sim,
-}
-
-/// The policy that turns a rate and a limit into a penalty.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum PolicyKind {
-    /// A price per page.
-    Paced,
-    /// The published two-strategy algorithm: a sleep that grows and shrinks.
-    Stepped,
-}
-
-/// Who ends the slices that the ring does not, as the library's `Kick` names them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum KickKind {
-    /// The library's default: timers, where pages come in lumps.
-    Auto,
-    /// Nobody.
-    Off,
-    /// A signal of the library's.
-    Signal,
 }
 
 /// The machine that a run was made on.

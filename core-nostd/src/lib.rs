@@ -79,6 +79,8 @@ mod soft_limit;
 mod sync;
 mod vcpu_ring;
 
+const _: () = assert!(size_of::<Entry>() == 16, "an entry must lie as the kernel's does");
+
 pub use controller::{Full, Limiter, Status, VcpuCell, VcpuIndex};
 pub use enforce::Unenforced;
 pub use machine::{BATCH, Ended, Machine, RESET_GAP, Run, Step};

@@ -10,6 +10,9 @@ use crate::sync::{Atomic, Ordering, const_fn};
 #[repr(transparent)]
 pub struct Penalty(u32);
 
+// One store sets it: `sync` demands lock-free atomics of this size.
+const _: () = assert!(size_of::<Penalty>() == size_of::<u32>());
+
 /// What the price of a page buys.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Terms {

@@ -27,8 +27,5 @@ pub(crate) use array_of;
 /// ring has few entries.
 pub const RESERVED: u32 = 64;
 
-const _: () = assert!(size_of::<crate::ring::Entry>() == 16, "an entry must lie as the kernel's does");
-
 // The `atomic` crate falls back to a lock where the machine has no atomic of the size: never on our hot paths.
 const _: () = assert!(Atomic::<u32>::is_lock_free(), "dirtylimit needs lock-free 32-bit atomics");
-const _: () = assert!(Atomic::<crate::penalty::Penalty>::is_lock_free(), "a penalty must be set by one store");

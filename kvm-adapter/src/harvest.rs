@@ -13,10 +13,10 @@ use dirtylimit_core::{BATCH, Nanos, Ring, SECOND, VcpuRing};
 use crate::Error;
 use crate::batch::Batch;
 use crate::error::system;
-use crate::events::{Life, State};
 use crate::seat::{Seat, VmLimiter};
 use crate::slots::Slots;
 use crate::sys::{self, Kernel, Reset, RingPages};
+use crate::told::{Life, State};
 
 /// Resets in a row that gave nothing back, with entries waiting, before it is an error.
 const IDLE_RESETS: u32 = 64;

@@ -78,6 +78,7 @@ mod sys;
 #[cfg(test)]
 mod tests;
 mod throttle;
+mod told;
 mod vcpu;
 mod vm;
 

@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use dirtylimit_core::PageRate;
 
-use crate::plan::{Plan, VcpuPlan};
-use crate::record::{KickKind, PolicyKind};
+use crate::plan::{KickKind, Plan, PolicyKind, VcpuPlan};
 use crate::units::{PAGE_SIZE, mib_per_sec, significant};
 use crate::workload::Workload;
 

@@ -22,8 +22,8 @@ use clap::{Args, ValueEnum};
 use dirtylimit_core::PageRate;
 
 use crate::output::tell;
+use crate::plan::PolicyKind;
 use crate::probe;
-use crate::record::PolicyKind;
 use crate::report::progress::Interrupt;
 use crate::units::{parse_duration, parse_rate, parse_seconds};
 use crate::workload::Workload;

@@ -1,7 +1,8 @@
 //! Series whose measures are computed by hand: pages are 4 KiB, so 256 pages per second are 1 MiB/s.
 
 use super::*;
-use crate::record::{GuestKind, Host, PolicyKind};
+use crate::plan::PolicyKind;
+use crate::record::{GuestKind, Host};
 use crate::workload::Workload;
 
 const MS: Duration = Duration::from_millis(1);

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use dirtylimit_core::PageRate;
 
-use crate::record::{GuestKind, Host, PolicyKind, Recording, Sample, Stalls, VcpuRecording};
+use crate::plan::PolicyKind;
+use crate::record::{GuestKind, Host, Recording, Sample, Stalls, VcpuRecording};
 use crate::workload::Workload;
 
 fn rate(mib: u32) -> PageRate {

@@ -7,7 +7,8 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::measure::{Measures, Series, StepMeasures, VmMeasures};
-use crate::record::{GuestKind, Host, PolicyKind, Recording, VcpuRecording};
+use crate::plan::PolicyKind;
+use crate::record::{GuestKind, Host, Recording, VcpuRecording};
 use crate::workload::Workload;
 
 /// The document.

@@ -4,7 +4,8 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::measure::{Measures, StepMeasures, TOLERANCE_PCT, VmMeasures};
-use crate::record::{GuestKind, PolicyKind, Recording};
+use crate::plan::PolicyKind;
+use crate::record::{GuestKind, Recording};
 use crate::units::significant;
 
 /// A recording, written as a table.

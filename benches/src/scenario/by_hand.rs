@@ -3,16 +3,24 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::trial::HandServed;
 use crate::guest::kvm::raw_ring::{self, RawRing};
 use crate::guest::kvm::{Exit, GuestCpu, Load, Machine};
 use crate::plan::Plan;
 use crate::workload::Workload;
 use dirtylimit_test_vm::payload::{self, Mode};
+
+/// A guest whose ring is collected and reset by hand: when it is full, and at an interval too where there is one.
+#[derive(Clone, Copy, Debug)]
+pub struct HandServed {
+    /// Entries of the ring.
+    pub ring: u32,
+    /// The interval.
+    pub every: Option<Duration>,
+}
 
 /// Runs the one writer of `plan` for as long as the plan says, and gives its accesses per second of the limited phase.
 ///

@@ -9,11 +9,11 @@ use super::Measure::{
     Speed, StallMax, StallP999, Tick, VmError, WorstWindow,
 };
 use super::Must::{AtLeast, AtMost};
-use super::trial::{HandServed, Versus};
+use super::by_hand::HandServed;
+use super::trial::Versus;
 use super::{Bound, Case, Measure, Must, Scenario, Trial};
 use crate::guest::kvm::{Hold, Script};
-use crate::plan::{Plan, Step, VcpuPlan};
-use crate::record::{KickKind, PolicyKind};
+use crate::plan::{KickKind, Plan, PolicyKind, Step, VcpuPlan};
 use crate::units::PAGE_SIZE;
 use crate::workload::Workload;
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::by_hand;
+use super::by_hand::{self, HandServed};
 use super::interrupt::Paused;
 use super::measure::Evidence;
 use crate::guest::kvm::{self, Script};
@@ -30,15 +30,6 @@ pub struct Versus {
     pub plan: Plan,
     /// The other.
     pub by_hand: HandServed,
-}
-
-/// A guest whose ring is collected and reset by hand: when it is full, and at an interval too where there is one.
-#[derive(Clone, Copy, Debug)]
-pub struct HandServed {
-    /// Entries of the ring.
-    pub ring: u32,
-    /// The interval.
-    pub every: Option<Duration>,
 }
 
 impl Trial {

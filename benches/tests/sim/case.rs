@@ -5,8 +5,8 @@ use std::time::Duration;
 use dirtylimit_bench::guest::sim::Machine;
 use dirtylimit_bench::guest::{Phase, Progress, VcpuNow};
 use dirtylimit_bench::measure::{Measures, StepMeasures, VmMeasures};
-use dirtylimit_bench::plan::{Plan, VcpuPlan};
-use dirtylimit_bench::record::{KickKind, PolicyKind, Recording};
+use dirtylimit_bench::plan::{KickKind, Plan, PolicyKind, VcpuPlan};
+use dirtylimit_bench::record::Recording;
 use dirtylimit_bench::units::parse_rate;
 use dirtylimit_bench::workload::Workload;
 

@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use case::{Bounds, Case, Job, Silent, plan};
 use dirtylimit_bench::guest::sim::{Fault, Machine};
+use dirtylimit_bench::plan::KickKind::{self, Auto, Off, Signal};
+use dirtylimit_bench::plan::PolicyKind::{self, Paced, Stepped};
 use dirtylimit_bench::plan::{Plan, Step};
-use dirtylimit_bench::record::KickKind::{self, Auto, Off, Signal};
-use dirtylimit_bench::record::PolicyKind::{self, Paced, Stepped};
 use dirtylimit_bench::units::parse_rate;
 
 const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/sim.txt");

@@ -10,7 +10,7 @@
 use std::cell::Cell;
 
 use dirtylimit_bench::guest::sim::{Fault, Machine};
-use dirtylimit_bench::record::KickKind;
+use dirtylimit_bench::plan::KickKind;
 use dirtylimit_core::{Nanos, PageRate, Penalty, Policy, Price, RESERVED, SECOND, Sample, Terms};
 
 /// The machine under it: each full ring is emptied, and pauses are as long as they come. Nobody kicks.

@@ -7,8 +7,8 @@ use dirtylimit_core::PageRate;
 
 use super::{Hold, Load, MAX_VCPUS, Machine, Script, kvm_or_skip, run, run_scripted};
 use crate::guest::{Phase, Progress, VcpuNow};
-use crate::plan::{Plan, Step, VcpuPlan};
-use crate::record::{KickKind, PolicyKind, Recording};
+use crate::plan::{KickKind, Plan, PolicyKind, Step, VcpuPlan};
+use crate::record::Recording;
 use crate::workload::Workload;
 use dirtylimit_test_vm::payload::{self, Mode};
 

@@ -68,8 +68,7 @@ impl Script {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{Step, VcpuPlan};
-    use crate::record::{KickKind, PolicyKind};
+    use crate::plan::{KickKind, PolicyKind, Step, VcpuPlan};
     use crate::workload::Workload;
 
     #[test]

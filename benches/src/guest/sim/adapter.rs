@@ -11,7 +11,7 @@ use dirtylimit_core::{
 
 use super::kernel::{KernelRing, Memory, Published};
 use super::{Fault, costs};
-use crate::record::KickKind;
+use crate::plan::KickKind;
 
 /// As many as the adapter takes.
 pub(super) const MAX_VCPUS: usize = 1024;

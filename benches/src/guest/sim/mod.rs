@@ -29,8 +29,8 @@ use anyhow::Result;
 use dirtylimit_core::{BATCH, Policy, RESET_GAP, Shipped, Stepped};
 
 use super::Progress;
-use crate::plan::Plan;
-use crate::record::{KickKind, PolicyKind, Recording};
+use crate::plan::{KickKind, Plan, PolicyKind};
+use crate::record::Recording;
 
 /// The machine that is simulated.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
