@@ -1,6 +1,7 @@
 //! What a client is told when a command is not done.
 
 use serde::Serialize;
+use serde_json::{Value, json};
 
 /// QMP's error object.
 #[derive(Clone, PartialEq, Eq, Serialize, Debug)]
@@ -26,6 +27,11 @@ impl Error {
 
     /// As a reply, in a line of its own.
     pub(crate) fn line(&self) -> Vec<u8> {
-        super::session::line(&serde_json::json!({ "error": self }))
+        line(&json!({ "error": self }))
     }
+}
+
+/// A JSON text and its line end.
+pub(crate) fn line(value: &Value) -> Vec<u8> {
+    format!("{value}\r\n").into_bytes()
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Monitor;
-use super::command::{Arguments, missing};
+use super::arguments::{Arguments, missing};
 use super::error::Error;
 use crate::{PageRate, Shipped, Status, Stepped, Unenforced};
 

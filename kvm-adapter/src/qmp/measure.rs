@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Monitor;
-use super::command::{Arguments, missing};
+use super::arguments::{Arguments, missing};
 use super::error::Error;
 
 /// QEMU's bounds of a measurement, in ms, and of its sampling, which is not done here.

@@ -4,6 +4,7 @@
 //! [`Monitor::serve`] is all that a VMM needs. One with an event loop or sockets of its own drives a [`Session`] for each
 //! client instead: bytes in, replies out.
 
+mod arguments;
 mod command;
 mod error;
 mod extended;
@@ -19,7 +20,7 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-use self::command::Arguments;
+use self::arguments::Arguments;
 use self::error::Error;
 use self::measure::Measurement;
 pub use self::server::{MAX_CLIENTS, QmpServer};

@@ -5,8 +5,10 @@ use std::time::Instant;
 use serde_json::{Map, Value, json};
 
 use super::Monitor;
-use super::command::{Arguments, Command};
-use super::error::Error;
+use super::arguments::Arguments;
+use super::command::Command;
+use super::error::{Error, line};
+use super::standard::version;
 use super::stream::Splitter;
 
 /// The protocol's state for one client: greeted, then negotiating, then commanding.
@@ -118,15 +120,4 @@ fn without_fractions(value: &mut Value) {
         },
         _ => {}
     }
-}
-
-/// `qemu` is the version whose commands, arguments and messages these are; `package` says who really answers.
-pub(crate) fn version() -> Value {
-    let package = concat!("dirtylimit ", env!("CARGO_PKG_VERSION"));
-    json!({ "qemu": { "major": 10, "minor": 0, "micro": 2 }, "package": package })
-}
-
-/// A JSON text and its line end.
-pub(crate) fn line(value: &Value) -> Vec<u8> {
-    format!("{value}\r\n").into_bytes()
 }

@@ -5,9 +5,9 @@ use std::time::Instant;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::command::{Arguments, missing};
+use super::Monitor;
+use super::arguments::{Arguments, missing};
 use super::error::Error;
-use super::{Monitor, session};
 use crate::{PageRate, Unenforced};
 
 /// QEMU's `DirtyLimitInfo`.
@@ -23,7 +23,7 @@ struct DirtyLimitInfo {
 }
 
 pub(crate) fn query_version(_: &mut Monitor, _: Instant, _: &mut Arguments) -> Result<Value, Error> {
-    Ok(session::version())
+    Ok(version())
 }
 
 pub(crate) fn set_limit(monitor: &mut Monitor, _: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
@@ -58,4 +58,10 @@ pub(crate) fn query_limit(monitor: &mut Monitor, _: Instant, _: &mut Arguments) 
 pub(crate) fn quit(monitor: &mut Monitor, _: Instant, _: &mut Arguments) -> Result<Value, Error> {
     monitor.quit();
     Ok(json!({}))
+}
+
+/// `qemu` is the version whose commands, arguments and messages these are; `package` says who really answers.
+pub(crate) fn version() -> Value {
+    let package = concat!("dirtylimit ", env!("CARGO_PKG_VERSION"));
+    json!({ "qemu": { "major": 10, "minor": 0, "micro": 2 }, "package": package })
 }
