@@ -111,7 +111,7 @@ fn a_slice_that_the_ring_does_not_end_is_kicked_after_a_time_that_is_learned() {
 #[test]
 fn who_is_kicked_pays_for_a_run_with_pages_and_goes_on_after_one_without() {
     let paid = paid_after(&[0, 200, 0, 2], 4000, Kick::Vmm);
-    let pauses = [0, 1, 2, 3].map(|run: usize| paid[run].0 >= Duration::from_millis(10));
+    let pauses = [0, 1, 2, 3].map(|run: usize| !paid[run].0.is_zero());
     assert_eq!(pauses, [false, true, false, true], "{paid:?}");
 }
 
