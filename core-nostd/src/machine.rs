@@ -121,7 +121,7 @@ enum Timers {
     None,
     /// They were armed then.
     Armed(Nanos),
-    /// They were armed, and the run took so long.
+    /// They were armed, and the run took that time.
     Over(Nanos),
 }
 

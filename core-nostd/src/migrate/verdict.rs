@@ -141,7 +141,7 @@ pub enum Reason {
     SwitchTooDear,
     /// Unreachable: the rings hold back more than the downtime covers, although they were to be drained.
     HeldBack,
-    /// Unreachable: rounds take so long besides sending that too much is dirtied meanwhile.
+    /// Unreachable: in the time that rounds take besides sending too much is dirtied.
     RoundsTooLong,
     /// Unreachable: the deadline comes before the downtime can be kept.
     DeadlineTooSoon,
