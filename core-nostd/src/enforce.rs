@@ -10,13 +10,13 @@ use crate::rate::{Nanos, PageRate, SECOND};
 pub enum Unenforced {
     /// No tick has come for `VmCell::LEASE`, so that penalties have lapsed.
     Lapsed,
-    /// The vCPU has dirtied more than its limit for seconds, and its thread has not settled once: nothing brings it out of
+    /// The vCPU has dirtied more than its limit for seconds, and its thread has not come to be charged: nothing brings it out of
     /// the guest (its ring never fills, because it is emptied faster or larger than what the guest writes to), or the VMM
     /// does not let it pay.
     NotAccepted,
     /// A pause longer than the longest would be needed: `Status::needs_pause`.
     NeedsPause,
-    /// The vCPU has dirtied more than its limit for seconds, although its thread settles.
+    /// The vCPU has dirtied more than its limit for seconds, although its thread comes to be charged.
     Exceeded,
     /// The guest writes faster than its limit, but to pages that nobody takes: a page that is dirty and not taken is not
     /// counted again.
@@ -57,7 +57,7 @@ impl fmt::Display for Unenforced {
     }
 }
 
-/// What a vCPU has counted, and how often its thread has settled: free-running, they wrap.
+/// What a vCPU has counted, and how often its thread was charged: free-running, they wrap.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub(crate) struct Seen {
     pub(crate) net: u32,

@@ -18,7 +18,7 @@ const SHORTEST: Nanos = 2_400_000;
 const BURST: Nanos = SLICE + 3_000_000;
 /// The most that a vCPU can owe. What others drained from its ring beyond that is forgiven.
 pub const MAX_DEBT: Nanos = SECOND;
-/// A vCPU that finds its lease lapsed, and its own clock further on by this than at its last turn, gives the controller as
+/// A vCPU that finds its lease lapsed, and its own clock further on by this than at the last charge, gives the controller as
 /// long again: both may have stood still.
 const GRACE: Nanos = SECOND;
 
@@ -42,7 +42,7 @@ pub struct Charge {
 /// One vCPU's virtual clock: it is due at `due`, having paid for every page up to then (GCRA, the leaky bucket of
 /// ITU-T I.371). Owned by the vCPU's thread; no call waits or loops.
 ///
-/// Pages of a vCPU that was not limited when it last settled are forgiven: they were allowed when they were written, and
+/// Pages of a vCPU that was not limited at its last charge are forgiven: they were allowed when they were written, and
 /// a full ring of them, at a low limit, would freeze the guest for seconds.
 #[derive(Debug)]
 pub struct Pacer {
@@ -54,10 +54,10 @@ pub struct Pacer {
     /// Until when a lapsed lease counts all the same; 0 while it has not lapsed.
     grace: Nanos,
     limited: bool,
-    /// What the limit asked for as a slice at the last turn, and given was that × 2^`stretch`: see [`Pacer::slice`].
+    /// What the limit asked for as a slice at the last charge, and given was that × 2^`stretch`: see [`Pacer::slice`].
     nominal: u32,
     stretch: u32,
-    /// What the net count is while nothing is owed: as charged, or out of its reach where `due` was ahead at the last turn.
+    /// What the net count is while nothing is owed: as charged, or out of its reach where `due` was ahead at the last charge.
     quiet: u32,
 }
 
@@ -108,7 +108,7 @@ impl Pacer {
         let due = if !was_limited {
             now
         } else if credit > 0 {
-            // A turn may cost more than the burst: its slice was scaled, or a pass made room in the middle of it. Who
+            // A charge may be more than the burst: its slice was scaled, or a pass made room in the middle of it. Who
             // took so long for it owes nothing for it either, and has no credit.
             after(credit).min(after(run.min(LONGEST_SLICE)).max(now))
         } else {
@@ -157,8 +157,8 @@ impl Pacer {
         self.stretch = 0;
     }
 
-    /// Nothing that is dirtied up to the next turn is owed: for who lets the ring fill, because nothing else can end a
-    /// slice.
+    /// Nothing that is dirtied up to the next charge is owed: for a vCPU that is left to fill its ring, because nothing else can
+    /// end a slice.
     pub(crate) fn forgive(&mut self) {
         self.limited = false;
     }

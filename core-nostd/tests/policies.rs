@@ -28,7 +28,7 @@ fn price(penalty: Penalty) -> Price {
     }
 }
 
-/// What Stepped makes of a sample, when the sleep in force is so many 1024ths of a page's time at `limit`.
+/// What Stepped makes of a sample, when the sleep in force is that number of 1024ths of a page's time at `limit`.
 fn stepped(limit: PageRate, sample: &Sample, current: Penalty) -> Penalty {
     let (policy, mut state) = (Stepped { period: 0, ..Stepped::default() }, Default::default());
     // The first sample only primes it.

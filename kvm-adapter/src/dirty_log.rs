@@ -155,7 +155,7 @@ impl DirtyLimit {
     /// log. They are in the next round, and nobody is charged for them. From any thread.
     ///
     /// # Errors
-    /// [`Error::NoSlot`]; [`Error::SlotSize`] where the range ends beyond the slot: then none of it is marked.
+    /// [`Error::NoSlot`]; [`Error::PagesBeyond`] where the range ends beyond the slot: then none of it is marked.
     pub fn mark_dirty(&self, slot: u32, pages: Range<u64>) -> Result<(), Error> {
         let found = self.0.lock().slots.find(slot)?;
         if pages.end > found.pages {

@@ -187,7 +187,7 @@ impl Vcpu {
         Ok(machine.reset_done(now, cell))
     }
 
-    /// Arms what is to end the run to come; when the VMM is to, if it is its part.
+    /// Arms what is to end the run to come; returns after which time a kick is to.
     fn arm(&mut self, run: Run) -> Option<Duration> {
         if let Some(time) = run.kick_after {
             self.kicker.arm(time);
