@@ -250,15 +250,15 @@ impl Machine {
         let slice = charge.slice.unwrap_or(BATCH);
         // Timers are not exact: whatever is handed over from half a slice on ends it.
         let room = if is_timed { slice.div_ceil(2) } else { slice };
-        let waits = vcpu.ring.to_collect(room) > 0 || (self.full && vcpu.ring.awaiting_reset() > 0);
+        let waits = vcpu.to_collect(room) > 0 || (self.full && vcpu.ring.awaiting_reset() > 0);
         vcpu.ask(cell, if waits { room } else { 0 });
         let gross = cell.counters.counts().gross;
         self.barren = gross == self.rested;
-        let kicked_slice = charge.slice.filter(|slice| self.kicks && !vcpu.ring.ends(*slice));
+        let kicked_slice = charge.slice.filter(|slice| self.kicks && !vcpu.ends(*slice));
         let given = self.kicked_slice.or(replace(&mut self.timed_slice, charge.slice.filter(|_| is_timed)));
         let penalty = cell.penalty.accept();
         if self.learn(given.unwrap_or(slice), gross) {
-            if kicked_slice.is_some() && self.run_time.is_to_fill(penalty, vcpu.ring.room()) {
+            if kicked_slice.is_some() && !vcpu.is_draining() && self.run_time.is_to_fill(penalty, vcpu.ring.room()) {
                 self.pacer.forgive();
                 charge.until = now;
             }

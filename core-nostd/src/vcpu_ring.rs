@@ -38,13 +38,25 @@ pub struct VcpuRing<E> {
     merged: u32,
     /// When a sweep last found that the vCPU's thread has not noticed its limit; `None` where it had.
     unnoticed: Option<Nanos>,
+    /// It is kept empty: a kick ends its slices.
+    draining: bool,
 }
 
 impl<E: AsRef<[Entry]>> VcpuRing<E> {
     /// Of a vCPU that was not limited yet.
     pub const fn new(ring: Ring<E>) -> Self {
         let own = OwnPages::new();
-        Self { ring, own, slice: None, wanted: 0, limited: false, scaled: false, merged: 0, unnoticed: None }
+        Self {
+            ring,
+            own,
+            slice: None,
+            wanted: 0,
+            limited: false,
+            scaled: false,
+            merged: 0,
+            unnoticed: None,
+            draining: false,
+        }
     }
 
     /// The ring, to look at.
@@ -112,9 +124,30 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
         }
     }
 
+    /// From now on the ring is kept empty, so that few pages are held back in it: each reset takes all of it, and so does a
+    /// sweep. Only a kick ends a slice then. Or no longer.
+    pub const fn set_draining(&mut self, draining: bool) {
+        self.draining = draining;
+    }
+
+    /// Whether it is kept empty.
+    pub const fn is_draining(&self) -> bool {
+        self.draining
+    }
+
+    /// How many entries to collect for a slice, as [`Ring::to_collect`]; all while the ring is kept empty.
+    pub(crate) fn to_collect(&self, slice: u32) -> u32 {
+        if self.draining { self.ring.held_back() } else { self.ring.to_collect(slice) }
+    }
+
+    /// Whether the ring ends such a slice.
+    pub(crate) fn ends(&self, slice: u32) -> bool {
+        !self.draining && self.ring.ends(slice)
+    }
+
     /// How many entries to collect for what the vCPU has asked for.
     pub fn to_grant(&self) -> u32 {
-        if self.wanted > 0 { self.ring.to_collect(self.wanted) } else { 0 }
+        if self.wanted > 0 { self.to_collect(self.wanted) } else { 0 }
     }
 
     /// After a reset: answers the vCPU, if what it has asked for is free.
@@ -136,7 +169,7 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
             }
             slice => {
                 self.unnoticed = None;
-                slice.map_or(self.ring.held_back(), |slice| self.ring.to_collect(slice))
+                slice.map_or(self.ring.held_back(), |slice| self.to_collect(slice))
             }
         }
     }
@@ -167,7 +200,9 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
 
     /// After a sweep: whether the ring was so emptied that it no longer ends the slice, so that only a kick does. Once.
     pub fn take_emptied(&mut self) -> bool {
-        self.slice.take_if(|slice| !self.ring.ends(*slice)).is_some()
+        let is_emptied = self.slice.is_some_and(|slice| !self.ends(slice));
+        self.slice = self.slice.filter(|_| !is_emptied);
+        is_emptied
     }
 
     /// The log was taken: whether a scaled slice is one no longer, of which the vCPU is to be told. Once.

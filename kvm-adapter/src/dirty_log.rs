@@ -132,6 +132,22 @@ impl DirtyLimit {
         Ok(round)
     }
 
+    /// For the last rounds of a migration: from now on the rings of limited vCPUs are kept empty, and kicks end their slices, so
+    /// that a round leaves a slice of each in place of a ring ([`Round::held_back`]); or no longer. Costs the guest more exits
+    /// and resets. From any thread; the running vCPUs are kicked at once, but with [`crate::Kick::Vmm`], where the VMM kicks them
+    /// after the call.
+    ///
+    /// # Errors
+    /// [`Error::NoKick`] where the ring alone ends slices: a smaller ring ([`crate::Config::ring_for`]) has fewer pages to hold
+    /// back.
+    pub fn set_draining(&self, draining: bool) -> Result<(), Error> {
+        if draining && !self.0.kick.ends_runs() {
+            return Err(Error::NoKick);
+        }
+        self.0.lock().set_draining(draining);
+        Ok(())
+    }
+
     /// The last round, with every vCPU out of KVM_RUN: complete. Where there is a backup bitmap (arm64) it reads that too, by
     /// `KVM_GET_DIRTY_LOG`; call it after the interrupt controller's tables were saved.
     ///

@@ -46,6 +46,12 @@ pub enum Error {
          so this VM cannot be used: make another one, and enable its ring before its first memory slot"
     )]
     EnableBitmap(io::Error),
+    /// The rings are to be kept empty, and nothing but a full one ends a run.
+    #[error(
+        "rings are kept empty only where kicks end the vCPUs' runs: this VM was enabled with Kick::Auto or Kick::Off; take \
+         Kick::Signal or Kick::Vmm, or a smaller ring (Config::ring_for)"
+    )]
+    NoKick,
     /// KVM refused to switch its manual protection of the dirty log off.
     #[error(
         "KVM refused to switch KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 off: {0}; with it on, pages would be left unprotected that \
@@ -227,7 +233,7 @@ impl Error {
     /// The `errno` closest to it, for C interfaces and VMMs that speak in them.
     pub fn errno(&self) -> i32 {
         match self {
-            Self::Unsupported | Self::NoBitmap => libc::EOPNOTSUPP,
+            Self::Unsupported | Self::NoBitmap | Self::NoKick => libc::EOPNOTSUPP,
             Self::RingSize { .. }
             | Self::SlotSize { .. }
             | Self::SlotTooShort { .. }

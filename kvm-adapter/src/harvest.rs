@@ -109,6 +109,8 @@ pub(crate) struct Harvest {
     first: u32,
     /// When slices were last freed.
     pub(crate) served: Nanos,
+    /// The rings are kept empty.
+    draining: bool,
     cuts: Cuts,
     stats: Stats,
     /// Of which the log is told, beside what is found in the rest; and what it was told.
@@ -124,11 +126,25 @@ impl Harvest {
             batch: Batch::new(),
             first: 0,
             served: 0,
+            draining: false,
             cuts: Cuts::default(),
             stats: Stats::default(),
             news: State::default(),
             told: State::default(),
         }
+    }
+
+    /// A vCPU's ring is one of those from now on.
+    pub(crate) fn add(&mut self, id: u32, mut place: Place) {
+        place.vcpu.set_draining(self.draining);
+        self.places.insert(id, place);
+    }
+
+    /// From now on the rings are kept empty, or no longer.
+    pub(crate) fn set_draining(&mut self, draining: bool) {
+        self.draining = draining;
+        self.places.values_mut().for_each(|place| place.vcpu.set_draining(draining));
+        self.kick_emptied();
     }
 
     pub(crate) fn stats(&self) -> Stats {

@@ -13,6 +13,7 @@
 //! | before each `KVM_RUN` | [`Vcpu::before_run`] |
 //! | at exit 31 | nothing: the next [`Vcpu::before_run`] sees it, from the first instruction on, limit or not |
 //! | instead of `KVM_GET_DIRTY_LOG` | [`DirtyLimit::round`] while it runs, [`DirtyLimit::last_round`] at the end, and [`Round::merge`] for each slot |
+//! | before the last rounds, where kicks end slices | [`DirtyLimit::set_draining`]: fewer pages are left for the downtime |
 //! | where the VMM or a device writes guest memory | [`DirtyLimit::mark_dirty`] |
 //! | where vCPUs are kicked | [`Interrupter::interrupt`], if the kick is not a signal to the thread |
 //! | control plane | [`DirtyLimit::set_limit`], [`DirtyLimit::cancel`], [`DirtyLimit::set_vm_limit`], [`DirtyLimit::query`] |

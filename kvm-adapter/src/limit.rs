@@ -101,7 +101,7 @@ impl DirtyLimit {
         }
         let index = self.0.limiter.register().map_err(|source| Error::TooManyVcpus { id, source })?;
         let seat = Arc::new(Seat::new(id, index, run, kick));
-        harvest.places.insert(id, Place::new(ring, seat.clone()));
+        harvest.add(id, Place::new(ring, seat.clone()));
         drop(harvest);
         info!("vCPU {id} is added");
         Ok(Vcpu::new(self.0.clone(), seat))

@@ -1,4 +1,3 @@
-use std::rc::Rc;
 use std::vec::Vec;
 
 use super::*;
@@ -11,136 +10,8 @@ const SIZE: u32 = 1024;
 const SOFT: u32 = SIZE - crate::ring::RESERVED;
 const MAX_PAUSE: Nanos = 10_000_000;
 
-/// A vCPU with its kernel. Time passes in pauses alone.
-struct Guest {
-    entries: Rc<[Entry]>,
-    vcpu: VcpuRing<Rc<[Entry]>>,
-    machine: Machine,
-    vm: VmCell,
-    cell: VcpuCell,
-    now: Nanos,
-    /// Entries pushed and reset.
-    dirty: u32,
-    reset: u32,
-    /// Pages that the CPU hands over together.
-    lump: u32,
-    served: Nanos,
-    longest: Nanos,
-    has_timers: bool,
-}
-
-impl Guest {
-    fn new(kicks: bool, timers: bool) -> Self {
-        let entries: Rc<[Entry]> = (0..SIZE).map(|_| Entry::new()).collect();
-        let vcpu = VcpuRing::new(Ring::new(entries.clone()).unwrap());
-        let (vm, cell) = (VmCell::new(), VcpuCell::new());
-        let machine = Machine::new(&cell, SIZE, kicks, timers);
-        let now = 1000 * SECOND;
-        vm.renew(now);
-        Self {
-            entries,
-            vcpu,
-            machine,
-            vm,
-            cell,
-            now,
-            dirty: 0,
-            reset: 0,
-            lump: 1,
-            served: 0,
-            longest: 0,
-            has_timers: timers,
-        }
-    }
-
-    fn limited(rate: u32) -> Self {
-        let mut guest = Self::new(false, false);
-        guest.limit(rate);
-        assert_eq!(guest.write(u32::MAX), SOFT);
-        assert!(is_enter(guest.exit()));
-        guest
-    }
-
-    /// Another limit, in pages a second.
-    fn limit(&self, rate: u32) {
-        self.cell.penalty.set(Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(rate).price())));
-    }
-
-    fn entry(&self, index: u32) -> &Entry {
-        &self.entries[(index % SIZE) as usize]
-    }
-
-    /// KVM_RUN: the guest writes that number of pages, each another one, or fills its ring. How many it wrote.
-    fn write(&mut self, pages: u32) -> u32 {
-        let begin = self.dirty;
-        while self.dirty - begin < pages && self.dirty - self.reset < SOFT + 1 - self.lump {
-            for _ in 0..self.lump {
-                self.entry(self.dirty).push(Page { slot: 0, offset: self.dirty.into() });
-                self.dirty += 1;
-            }
-        }
-        self.dirty - begin
-    }
-
-    /// KVM_RUN returned with a full ring: up to what is to follow.
-    fn exit(&mut self) -> Step {
-        self.machine.full_exit(&self.cell);
-        self.before_run()
-    }
-
-    fn before_run(&mut self) -> Step {
-        self.vm.renew(self.now);
-        let step = self.machine.begin(self.now, &self.vm, &self.cell);
-        self.follow(step)
-    }
-
-    fn follow(&mut self, mut step: Step) -> Step {
-        loop {
-            step = match step {
-                Step::Harvest => self.harvest(),
-                Step::Pause { until, .. } => self.pause(until, Ended::Due),
-                Step::Reset => match self.machine.reset_later(self.now, self.served, &self.vm, &self.cell) {
-                    Some(step) => step,
-                    None => self.grant(),
-                },
-                Step::Enter(Run { timers: Some(_), .. }) => {
-                    self.machine.armed(self.now);
-                    return step;
-                }
-                Step::Enter(_) | Step::Return(_) | Step::Wedged(_) => return step,
-            };
-        }
-    }
-
-    fn harvest(&mut self) -> Step {
-        self.vcpu.meter(&self.cell, |_| Metered::New);
-        let Self { machine, now, vm, cell, vcpu, has_timers, .. } = self;
-        machine.harvested(*now, vm, cell, vcpu, *has_timers)
-    }
-
-    fn pause(&mut self, until: Nanos, ended: Ended) -> Step {
-        let from = self.now;
-        self.now = self.now.max(until);
-        self.longest = self.longest.max(self.now - from);
-        self.machine.paused(from, self.now, ended, &self.vm, &self.cell)
-    }
-
-    /// A reset, for what the vCPU has asked for.
-    fn grant(&mut self) -> Step {
-        self.empty(self.vcpu.to_grant());
-        self.vcpu.grant(&self.cell);
-        self.served = self.now;
-        self.machine.reset_done(self.now, &self.cell)
-    }
-
-    fn empty(&mut self, count: u32) {
-        self.vcpu.collect(count, |_| ());
-        while self.entry(self.reset).reset().is_some() {
-            self.reset += 1;
-        }
-        self.vcpu.reclaim();
-    }
-}
+mod guest;
+use guest::Guest;
 
 fn is_enter(step: Step) -> bool {
     step == Step::Enter(Run::default())
@@ -497,4 +368,35 @@ fn where_kicks_end_slices_badly_a_ring_that_ends_them_is_paid_for() {
     assert_eq!(guest.machine.begin(guest.now, &guest.vm, &guest.cell), Step::Harvest);
     let Step::Pause { until, .. } = guest.harvest() else { panic!("it owes") };
     assert_eq!(until, guest.now + MAX_PAUSE);
+}
+
+#[test]
+fn a_ring_that_is_kept_empty_holds_little_back_and_its_slices_are_ended_by_kicks() {
+    let [filled, drained] = [false, true].map(|draining| {
+        let mut guest = Guest::new(true, false);
+        guest.limit(20_000);
+        guest.write(u32::MAX);
+        assert!(is_enter(guest.exit()));
+        guest.vcpu.set_draining(draining);
+        let (mut most, mut wrote, from) = (0, 0, guest.now);
+        for run in 0..400 {
+            let Step::Enter(Run { kick_after, timers: None }) = guest.before_run() else { panic!("{run}") };
+            assert!(kick_after.is_some() || !draining, "nothing else ends run {run}");
+            // A page in 10 µs.
+            let time = kick_after.unwrap_or(Nanos::MAX);
+            let pages = guest.write(u32::try_from(time / 10_000).unwrap_or(u32::MAX));
+            guest.now += Nanos::from(pages) * 10_000;
+            if kick_after.is_none() {
+                guest.machine.full_exit(&guest.cell);
+            }
+            if run >= 100 {
+                most = most.max(guest.dirty - guest.reset);
+            }
+            wrote += pages;
+        }
+        let allowed = u32::try_from((guest.now - from) / 50_000).unwrap();
+        assert!(wrote.abs_diff(allowed) <= allowed / 20 + 200, "{draining}: {wrote} of {allowed}");
+        most
+    });
+    assert!(filled >= SOFT && drained <= 400, "slices of 200: {filled}, {drained}");
 }

@@ -3,6 +3,7 @@
 mod changes;
 mod common;
 mod disturbed;
+mod drained;
 mod held;
 mod kicks;
 mod machines;
