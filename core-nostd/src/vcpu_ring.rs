@@ -131,7 +131,7 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
     }
 
     /// Whether it is kept empty.
-    pub const fn is_draining(&self) -> bool {
+    pub(crate) const fn is_draining(&self) -> bool {
         self.draining
     }
 

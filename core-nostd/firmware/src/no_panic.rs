@@ -130,6 +130,7 @@ fn machines() {
     VcpuRing::assign(&mut vcpu, any(None), any(false), any(false));
     any(VcpuRing::slice(&vcpu));
     VcpuRing::ask(&mut vcpu, cell, any(0));
+    VcpuRing::set_draining(&mut vcpu, any(true));
     any(VcpuRing::to_grant(&vcpu));
     VcpuRing::grant(&mut vcpu, cell);
     any(VcpuRing::plan_sweep(&mut vcpu, cell, any(0), || any(Some(rate()))));
