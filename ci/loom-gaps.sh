@@ -13,14 +13,14 @@ functions() {
 
 core=core-nostd/src adapter=kvm-adapter/src
 wanted=$(
-    functions $core/penalty.rs 'PenaltyCell|VmCell'
-    functions $core/meter.rs 'Counters|RateEstimator'
-    functions $core/ring.rs 'Entry|Ring'
-    functions $core/pacer.rs 'Pacer'
-    functions $core/request.rs 'Request'
-    functions $core/vcpu_ring.rs 'VcpuRing'
-    functions $core/machine.rs 'Machine'
-    functions $core/controller.rs 'Limiter|VcpuCell'
+    functions $core/set_penalty.rs 'PenaltyCell|VmCell'
+    functions $core/prepare.rs 'Counters|RateEstimator'
+    functions $core/ring/consumer.rs 'Entry|Ring'
+    functions $core/accept_penalty/pacer.rs 'Pacer'
+    functions $core/vcpu_cell.rs 'VcpuCell|Request'
+    functions $core/accept_penalty/vcpu_ring.rs 'VcpuRing'
+    functions $core/accept_penalty/machine.rs 'Machine'
+    functions $core/controller/mod.rs 'Limiter'
     functions $adapter/seat.rs 'Interrupter'
     functions $adapter/vcpu.rs 'Vcpu'
     functions $adapter/limit.rs 'DirtyLimit'

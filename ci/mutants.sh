@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Plants every bug that cargo-mutants knows in the core, one after the other, and demands that a test sees it; with `adapter`
 # first, in the adapter's files that decide, whose tests run on a kernel that is none. By hand, not in CI: each of some 1140
-# (of the adapter 580) takes seconds. Further arguments are cargo-mutants' own: mutants.sh --file core-nostd/src/ring.rs, or
+# (of the adapter 580) takes seconds. Further arguments are cargo-mutants' own: mutants.sh --file core-nostd/src/ring/consumer.rs, or
 # mutants.sh adapter --shard 0/8.
 #
 # Who survives fails this, but for those that .cargo/mutants.toml explains. What was found is below target/mutants.out.

@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 source=core-nostd/firmware/src/no_panic.rs
-functions=$(ci/public-functions.sh core-nostd/src/*.rs)
+shopt -s globstar
+functions=$(ci/public-functions.sh core-nostd/src/**/*.rs)
 bad=0
 for function in $functions; do
     grep -qE "(^|[^A-Za-z0-9_:])$function\(" "$source" || { echo "no-panic: $source does not call $function" >&2; bad=1; }

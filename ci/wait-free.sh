@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+shopt -s globstar
 # Each documented bound, as "function number".
 bounds=$(awk '
     match($0, /Wait-free: at most [0-9]+ instructions/) { split(substr($0, RSTART, RLENGTH), words, " "); bound = words[4] }
@@ -17,7 +18,7 @@ bounds=$(awk '
         if (bound) print name, bound, $1
         bound = 0
     }
-' core-nostd/src/*.rs)
+' core-nostd/src/**/*.rs)
 
 check() { # TARGET FILE
     awk -v target="$1" -v bounds="$bounds" '

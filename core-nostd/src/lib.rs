@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!  control plane ──set/cancel/query──► Limiter::tick ─► PREPARE ─► CALCULATE ─► SET PENALTY ─┐
-//!                                         ▲            meter       policy       penalty     │ one wait-free store
-//!                                         └─ every period           share                   ▼
+//!                                         ▲                                                 │ one wait-free store
+//!                                         └─ every period                                   ▼
 //!  vCPU thread: KVM_RUN ─► exit, ring full ─► VcpuRing::meter ─► ACCEPT PENALTY: Machine (one wait-free load), pause
 //! ```
-//! Each stage is the module of its name; a vCPU from an exit to its next entry is one [`Machine`], which decides, and leaves
+//! Each stage is the file or folder of its name (`prepare`, `calculate`, `set_penalty`, `accept_penalty`); a vCPU from an exit to its next entry is one [`Machine`], which decides, and leaves
 //! clocks, locks and system calls to its driver. `dirtylimit-kvm` puts KVM under it; an embedder of another kind (a unikernel's
 //! VMM, firmware) drives the same parts:
 //!
@@ -61,36 +61,26 @@
 #[macro_use]
 extern crate std;
 
+mod accept_penalty;
+mod calculate;
 mod controller;
-mod enforce;
-mod machine;
-mod meter;
 pub mod migrate;
-mod own;
-mod pacer;
-mod penalty;
-mod policy;
+mod prepare;
 mod rate;
-mod request;
 mod ring;
-mod run_time;
-mod share;
-mod soft_limit;
+mod set_penalty;
 mod sync;
-mod vcpu_ring;
+mod vcpu_cell;
 
 const _: () = assert!(size_of::<Entry>() == 16, "an entry must lie as the kernel's does");
 
-pub use controller::{Full, Limiter, Status, VcpuCell, VcpuIndex};
-pub use enforce::Unenforced;
-pub use machine::{BATCH, Ended, Machine, RESET_GAP, Run, Step};
-pub use meter::{Counters, Counts, RateEstimator, Sample, Totals};
-pub use pacer::{Charge, MAX_DEBT, Pacer, SLICE};
-pub use penalty::{Penalty, PenaltyCell, Terms, VmCell};
-pub use policy::{Paced, Policy, Shipped, Stepped, SteppedState};
+pub use accept_penalty::{
+    BATCH, Charge, Ended, MAX_DEBT, Machine, Metered, Pacer, RESET_GAP, Run, SLICE, Step, TIMERS, VcpuRing, ends_slices,
+};
+pub use calculate::{Claim, Paced, Policy, Shipped, Stepped, SteppedState, level, share};
+pub use controller::{Full, Limiter, Status, Unenforced, VcpuIndex};
+pub use prepare::{Counters, Counts, RateEstimator, Sample, Totals};
 pub use rate::{Nanos, PageRate, Price, SECOND};
-pub use request::Request;
 pub use ring::{BadRingSize, Entry, PML, Page, RESERVED, Ring};
-pub use run_time::{TIMERS, ends_slices};
-pub use share::{Claim, level, share};
-pub use vcpu_ring::{Metered, VcpuRing};
+pub use set_penalty::{Penalty, PenaltyCell, Terms, VmCell};
+pub use vcpu_cell::{Request, VcpuCell};

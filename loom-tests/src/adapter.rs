@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::accept_penalty::Ended;
+use crate::calculate::Shipped;
 use crate::kick::{Kick, Kicker};
-use crate::machine::Ended;
-use crate::penalty::Penalty;
-use crate::policy::Shipped;
 use crate::rate::{Nanos, PageRate};
 use crate::seat::{Interrupter, Seat, VmLimiter};
+use crate::set_penalty::Penalty;
 use crate::sys::{self, KickSignal};
 use crate::throttle::ThrottleThread;
 

@@ -9,50 +9,29 @@
 
 // rustfmt would look for their tests here; their own package formats them.
 #[rustfmt::skip]
-#[path = "../../core-nostd/src/controller.rs"]
+#[path = "../../core-nostd/src/accept_penalty/mod.rs"]
+pub mod accept_penalty;
+#[rustfmt::skip]
+#[path = "../../core-nostd/src/calculate/mod.rs"]
+pub mod calculate;
+#[rustfmt::skip]
+#[path = "../../core-nostd/src/controller/mod.rs"]
 pub mod controller;
 #[rustfmt::skip]
-#[path = "../../core-nostd/src/enforce.rs"]
-pub mod enforce;
-#[rustfmt::skip]
-#[path = "../../core-nostd/src/run_time.rs"]
-pub mod run_time;
-#[rustfmt::skip]
-#[path = "../../core-nostd/src/machine.rs"]
-pub mod machine;
-#[rustfmt::skip]
-#[path = "../../core-nostd/src/meter.rs"]
-pub mod meter;
-#[rustfmt::skip]
-#[path = "../../core-nostd/src/own.rs"]
-pub mod own;
-#[rustfmt::skip]
-#[path = "../../core-nostd/src/pacer.rs"]
-pub mod pacer;
-#[rustfmt::skip]
-#[path = "../../core-nostd/src/penalty.rs"]
-pub mod penalty;
-#[rustfmt::skip]
-#[path = "../../core-nostd/src/policy/mod.rs"]
-pub mod policy;
+#[path = "../../core-nostd/src/prepare.rs"]
+pub mod prepare;
 #[rustfmt::skip]
 #[path = "../../core-nostd/src/rate.rs"]
 pub mod rate;
 #[rustfmt::skip]
-#[path = "../../core-nostd/src/request.rs"]
-pub mod request;
-#[rustfmt::skip]
-#[path = "../../core-nostd/src/ring.rs"]
+#[path = "../../core-nostd/src/ring/mod.rs"]
 pub mod ring;
 #[rustfmt::skip]
-#[path = "../../core-nostd/src/share.rs"]
-pub mod share;
+#[path = "../../core-nostd/src/set_penalty.rs"]
+pub mod set_penalty;
 #[rustfmt::skip]
-#[path = "../../core-nostd/src/soft_limit.rs"]
-mod soft_limit;
-#[rustfmt::skip]
-#[path = "../../core-nostd/src/vcpu_ring.rs"]
-pub mod vcpu_ring;
+#[path = "../../core-nostd/src/vcpu_cell.rs"]
+pub mod vcpu_cell;
 
 #[rustfmt::skip]
 #[expect(dead_code, unreachable_pub, reason = "public in the adapter, and only in part used here")]
@@ -77,15 +56,15 @@ pub mod weaken;
 
 // The adapter's files take the core's parts from its crate.
 extern crate self as dirtylimit_core;
-use controller::{Limiter, VcpuCell, VcpuIndex};
+use accept_penalty::{Ended, TIMERS, ends_slices};
+use calculate::Shipped;
+use controller::{Limiter, VcpuIndex};
 use error::Error;
-use machine::Ended;
-use penalty::Penalty;
-use policy::Shipped;
 use rate::Nanos;
-use run_time::{TIMERS, ends_slices};
+use set_penalty::Penalty;
+use vcpu_cell::VcpuCell;
 
 /// The lease's renewal by itself, which only the core's `Limiter::tick` may call: for twins that call it too late.
-pub fn renew(vm: &penalty::VmCell, now: rate::Nanos) {
+pub fn renew(vm: &set_penalty::VmCell, now: rate::Nanos) {
     vm.renew(now);
 }

@@ -7,8 +7,8 @@ use std::io;
 use loom::sync::Mutex;
 use loom::sync::atomic::Ordering;
 
+use crate::accept_penalty::TIMERS;
 use crate::rate::Nanos;
-use crate::run_time::TIMERS;
 use crate::sync::AtomicU32;
 
 thread_local! {

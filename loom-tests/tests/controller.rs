@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
+use dirtylimit_loom::calculate::{Shipped, Stepped};
 use dirtylimit_loom::controller::{Limiter, VcpuIndex};
 use dirtylimit_loom::explore::{ALL, fails, holds};
-use dirtylimit_loom::penalty::{Penalty, Terms};
-use dirtylimit_loom::policy::{Shipped, Stepped};
 use dirtylimit_loom::rate::{PageRate, SECOND};
+use dirtylimit_loom::set_penalty::{Penalty, Terms};
 use loom::thread;
 
 const START: u64 = 1000 * SECOND;

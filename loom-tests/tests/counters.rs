@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use dirtylimit_loom::explore::{ALL, FULL, fails, holds};
-use dirtylimit_loom::meter::{Counters, RateEstimator};
+use dirtylimit_loom::prepare::{Counters, RateEstimator};
 use loom::sync::Mutex;
 use loom::thread;
 

@@ -6,14 +6,14 @@
 
 use std::sync::Arc;
 
-use dirtylimit_loom::controller::{Limiter, VcpuCell, VcpuIndex};
+use dirtylimit_loom::accept_penalty::{Ended, Machine, Metered, Step, VcpuRing};
+use dirtylimit_loom::calculate::Paced;
+use dirtylimit_loom::controller::{Limiter, VcpuIndex};
 use dirtylimit_loom::explore::{ALL, fails, holds};
 use dirtylimit_loom::kernel::{ENTRIES, Kernel, Mapping};
-use dirtylimit_loom::machine::{Ended, Machine, Step};
-use dirtylimit_loom::policy::Paced;
 use dirtylimit_loom::rate::{PageRate, SECOND};
 use dirtylimit_loom::ring::Ring;
-use dirtylimit_loom::vcpu_ring::{Metered, VcpuRing};
+use dirtylimit_loom::vcpu_cell::VcpuCell;
 use dirtylimit_loom::weaken::site;
 use loom::cell::UnsafeCell;
 use loom::sync::Mutex;
@@ -109,10 +109,10 @@ fn twin_grants_before_the_reset() {
 
 #[test]
 fn twin_grants_relaxed() {
-    fails("grant relaxed", ALL, Some(site("request.rs", "grant")), "Causality violation", || slices(false));
+    fails("grant relaxed", ALL, Some(site("vcpu_cell.rs", "grant")), "Causality violation", || slices(false));
 }
 
 #[test]
 fn twin_looks_for_its_slice_relaxed() {
-    fails("stands relaxed", ALL, Some(site("request.rs", "stands")), "Causality violation", || slices(false));
+    fails("stands relaxed", ALL, Some(site("vcpu_cell.rs", "stands")), "Causality violation", || slices(false));
 }

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use dirtylimit_loom::accept_penalty::Pacer;
+use dirtylimit_loom::calculate::Policy;
 use dirtylimit_loom::controller::Limiter;
 use dirtylimit_loom::explore::{ALL, FULL, fails, holds};
-use dirtylimit_loom::meter::{Counters, Sample};
-use dirtylimit_loom::pacer::Pacer;
-use dirtylimit_loom::penalty::{Penalty, PenaltyCell, Terms, VmCell};
-use dirtylimit_loom::policy::Policy;
+use dirtylimit_loom::prepare::{Counters, Sample};
 use dirtylimit_loom::rate::{PageRate, Price, SECOND};
 use dirtylimit_loom::renew;
+use dirtylimit_loom::set_penalty::{Penalty, PenaltyCell, Terms, VmCell};
 use dirtylimit_loom::weaken::site;
 use loom::sync::atomic::AtomicU32;
 use loom::thread;
@@ -146,13 +146,13 @@ fn twin_reads_the_lease_first() {
 
 #[test]
 fn twin_sets_relaxed() {
-    let site = site("penalty.rs", "set");
+    let site = site("set_penalty.rs", "set");
     fails("set relaxed", ALL, Some(site), "without its lease", || lease(Order::Right));
 }
 
 #[test]
 fn twin_accepts_relaxed() {
-    let site = site("penalty.rs", "accept");
+    let site = site("set_penalty.rs", "accept");
     fails("accept relaxed", ALL, Some(site), "without its lease", || lease(Order::Right));
 }
 

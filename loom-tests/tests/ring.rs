@@ -61,22 +61,22 @@ fn entries_are_handed_over() {
 
 #[test]
 fn twin_push_publishes_nothing() {
-    fails("push relaxed", ALL, Some(site("ring.rs", "push")), "Causality violation", handed_over);
+    fails("push relaxed", ALL, Some(site("ring/consumer.rs", "push")), "Causality violation", handed_over);
 }
 
 #[test]
 fn twin_peek_acquires_nothing() {
-    fails("peek relaxed", ALL, Some(site("ring.rs", "peek")), "Causality violation", handed_over);
+    fails("peek relaxed", ALL, Some(site("ring/consumer.rs", "peek")), "Causality violation", handed_over);
 }
 
 #[test]
 fn twin_collect_releases_nothing() {
-    fails("collect relaxed", ALL, Some(site("ring.rs", "collect")), "Causality violation", handed_over);
+    fails("collect relaxed", ALL, Some(site("ring/consumer.rs", "collect")), "Causality violation", handed_over);
 }
 
 #[test]
 fn twin_reset_acquires_nothing() {
-    fails("reset relaxed", ALL, Some(site("ring.rs", "reset")), "Causality violation", handed_over);
+    fails("reset relaxed", ALL, Some(site("ring/consumer.rs", "reset")), "Causality violation", handed_over);
 }
 
 /// When and how a pass publishes the pages that it collected.

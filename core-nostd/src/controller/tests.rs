@@ -1,5 +1,5 @@
 use super::*;
-use crate::policy::{Paced, Shipped, SteppedState};
+use crate::calculate::{Paced, Shipped, SteppedState};
 use crate::rate::SECOND;
 
 const TICK: Nanos = SECOND / 20;

@@ -13,7 +13,7 @@
 
 use core::mem::take;
 
-use crate::soft_limit::SoftLimit;
+use super::soft_limit::SoftLimit;
 pub use crate::sync::RESERVED;
 use crate::sync::{Atomic, Ordering, const_fn};
 

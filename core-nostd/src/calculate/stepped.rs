@@ -6,9 +6,9 @@
 //! and the tolerance is relative.
 
 use super::Policy;
-use crate::meter::Sample;
-use crate::penalty::{Penalty, Terms};
+use crate::prepare::Sample;
 use crate::rate::{Nanos, PageRate, Price};
+use crate::set_penalty::{Penalty, Terms};
 
 /// Sleep for each page, steered towards the limit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

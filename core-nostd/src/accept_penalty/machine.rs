@@ -10,13 +10,13 @@
 
 use core::mem::{replace, take};
 
-use crate::controller::VcpuCell;
-use crate::pacer::{Charge, Pacer};
-use crate::penalty::{Penalty, VmCell};
+use super::pacer::{Charge, Pacer};
+use super::run_time::{self, RunTime, TIMERS};
+use super::vcpu_ring::VcpuRing;
 use crate::rate::Nanos;
 use crate::ring::Entry;
-use crate::run_time::{self, RunTime, TIMERS};
-use crate::vcpu_ring::VcpuRing;
+use crate::set_penalty::{Penalty, VmCell};
+use crate::vcpu_cell::VcpuCell;
 
 /// The most entries that are collected for one reset, so that nobody waits for longer than a fraction of a millisecond (the
 /// largest ring of today's kernels takes sixteen); and the room that a vCPU without a limit waits for.

@@ -2,8 +2,8 @@ use std::rc::Rc;
 use std::vec::Vec;
 
 use super::*;
-use crate::penalty::Terms;
 use crate::rate::SECOND;
+use crate::set_penalty::Terms;
 
 const SIZE: u32 = 1024;
 const SOFT: u32 = SIZE - crate::ring::RESERVED;

@@ -1,10 +1,10 @@
 use std::vec::Vec;
 
 use super::*;
-use crate::penalty::Terms;
+use crate::accept_penalty::Metered;
 use crate::rate::{PageRate, SECOND};
 use crate::ring::{PML, Page, Ring};
-use crate::vcpu_ring::Metered;
+use crate::set_penalty::Terms;
 
 const SIZE: u32 = 1024;
 const SOFT: u32 = SIZE - crate::ring::RESERVED;

@@ -1,35 +1,17 @@
 //! One tick over all vCPUs: PREPARE → CALCULATE → SET PENALTY, and the control plane that sets limits and asks.
 
+mod enforce;
+
 use heapless::Vec;
 
-use crate::enforce::{Facts, Seen, Unenforced, Watch};
-use crate::meter::{Counters, Counts, RateEstimator, Sample, Totals};
-use crate::penalty::{Penalty, PenaltyCell, Terms, VmCell};
-use crate::policy::Policy;
+use crate::calculate::{Claim, Policy, level, share};
+use crate::prepare::{Counters, Counts, RateEstimator, Sample, Totals};
 use crate::rate::{Nanos, PageRate};
-use crate::request::Request;
-use crate::share::{Claim, level, share};
+use crate::set_penalty::{Penalty, Terms, VmCell};
 use crate::sync::{Mutex, array_of, const_fn};
-
-/// The words between the controller and one vCPU: two cache lines, each written from one side.
-#[derive(Debug, Default)]
-pub struct VcpuCell {
-    /// Written by the controller, read by the vCPU's thread.
-    pub penalty: PenaltyCell,
-    /// Written by the ring's owner and the vCPU's thread, read by the controller.
-    pub counters: Counters,
-    /// Written by the vCPU's thread and the ring's owner.
-    pub request: Request,
-}
-
-impl VcpuCell {
-    const_fn! {
-        /// No penalty, nothing reported, nothing asked for.
-        pub fn new() -> Self {
-            Self { penalty: PenaltyCell::new(), counters: Counters::new(), request: Request::new() }
-        }
-    }
-}
+use crate::vcpu_cell::VcpuCell;
+pub use enforce::Unenforced;
+use enforce::{Facts, Seen, Watch};
 
 /// Which of the limiter's vCPUs: its place in the table, free for reuse once unregistered.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

@@ -2,9 +2,9 @@
 
 use core::mem::replace;
 
-use crate::meter::{Counters, Counts};
-use crate::penalty::{PenaltyCell, Terms, VmCell};
+use crate::prepare::{Counters, Counts};
 use crate::rate::{Nanos, SECOND};
+use crate::set_penalty::{PenaltyCell, Terms, VmCell};
 
 /// A slice is what the limit allows in so long, or in the longest pause if that is less; at least one page. On top comes
 /// what was not used before, up to the burst.

@@ -1,5 +1,5 @@
 use super::SoftLimit;
-use crate::own::OwnPages;
+use crate::ring::OwnPages;
 use crate::ring::{Entry, Page, Ring};
 use proptest::prelude::*;
 use std::collections::HashSet;

@@ -1,14 +1,16 @@
 //! CALCULATE: from what a vCPU did and may do to what it pays.
 
 mod paced;
+mod share;
 mod stepped;
 
 pub use paced::Paced;
+pub use share::{Claim, level, share};
 pub use stepped::{Stepped, SteppedState};
 
-use crate::meter::Sample;
-use crate::penalty::Penalty;
+use crate::prepare::Sample;
 use crate::rate::PageRate;
+use crate::set_penalty::Penalty;
 
 /// Turns a vCPU's sample and limit into its penalty. Write your own, or take [`Paced`] or [`Stepped`].
 ///

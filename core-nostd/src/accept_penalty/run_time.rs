@@ -8,10 +8,10 @@
 
 use core::mem::replace;
 
-use crate::pacer::{Charge, MAX_DEBT};
-use crate::penalty::{Penalty, Terms};
+use super::pacer::{Charge, MAX_DEBT};
 use crate::rate::{Nanos, SECOND};
 use crate::ring::PML;
+use crate::set_penalty::{Penalty, Terms};
 
 /// The shortest run before a kick, less than it takes to enter the guest on some hosts; and the longest.
 const SHORTEST: Nanos = 5_000;

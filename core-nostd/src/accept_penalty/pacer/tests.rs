@@ -1,6 +1,6 @@
 use super::*;
-use crate::penalty::Penalty;
 use crate::rate::{PageRate, Price};
+use crate::set_penalty::Penalty;
 use proptest::prelude::*;
 
 struct Vcpu {

@@ -2,12 +2,12 @@
 
 use core::mem::take;
 
-use crate::controller::VcpuCell;
-use crate::own::OwnPages;
-use crate::penalty::Penalty;
+use super::run_time;
 use crate::rate::{Nanos, PageRate};
+use crate::ring::OwnPages;
 use crate::ring::{Entry, Page, Ring};
-use crate::run_time;
+use crate::set_penalty::Penalty;
+use crate::vcpu_cell::VcpuCell;
 
 /// What a metered page is to the dirty log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,6 +1,28 @@
-//! Whether a vCPU waits for room in its ring: its thread says so under the VM's lock, and the thread that resets answers.
+//! The words between threads about one vCPU: its penalty, what its ring told, and whether it waits for room in that.
 
+use crate::prepare::Counters;
+use crate::set_penalty::PenaltyCell;
 use crate::sync::{Atomic, Ordering, const_fn};
+
+/// The words between the controller and one vCPU: two cache lines, each written from one side.
+#[derive(Debug, Default)]
+pub struct VcpuCell {
+    /// Written by the controller, read by the vCPU's thread.
+    pub penalty: PenaltyCell,
+    /// Written by the ring's owner and the vCPU's thread, read by the controller.
+    pub counters: Counters,
+    /// Written by the vCPU's thread and the ring's owner.
+    pub request: Request,
+}
+
+impl VcpuCell {
+    const_fn! {
+        /// No penalty, nothing reported, nothing asked for.
+        pub fn new() -> Self {
+            Self { penalty: PenaltyCell::new(), counters: Counters::new(), request: Request::new() }
+        }
+    }
+}
 
 /// A request of a vCPU's for a slice, which stands until a reset has freed that. How many pages is with the ring, under the
 /// lock; this word is for the vCPU's thread, which looks without it.

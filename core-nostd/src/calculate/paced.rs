@@ -1,9 +1,9 @@
 //! A price per page: the limit itself, with nothing to converge.
 
 use super::Policy;
-use crate::meter::Sample;
-use crate::penalty::{Penalty, Terms};
+use crate::prepare::Sample;
 use crate::rate::PageRate;
+use crate::set_penalty::{Penalty, Terms};
 
 /// Each page costs 1 s ÷ limit, run or paused; the vCPU's pacer does the rest, from its first slice on.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
