@@ -1,5 +1,6 @@
 //! What all handles on one VM share.
 
+use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use dirtylimit_core::{Nanos, SECOND};
@@ -15,7 +16,6 @@ use crate::sys::{self, Kernel, SignalsBlocked, new_limiter};
 /// (For tests of the order longer than any thread waits for a CPU.)
 const COURTESY: Nanos = if cfg!(test) { 2 * SECOND } else { 200_000 };
 
-#[derive(Debug)]
 pub(crate) struct Vm {
     pub(crate) kernel: Box<dyn Kernel>,
     pub(crate) caps: Caps,
@@ -27,6 +27,16 @@ pub(crate) struct Vm {
     harvest: Mutex<Harvest>,
     /// Futex: 1 since somebody tried the lock in vain, until somebody tries with success.
     hurry: AtomicU32,
+}
+
+/// Without what the lock guards, which is as large as the guest's memory is, and the limiter's table.
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { caps, ring_entries, kick, hurry, .. } = self;
+        let mut vm = f.debug_struct("Vm");
+        vm.field("caps", caps).field("ring_entries", ring_entries).field("kick", kick).field("hurry", hurry);
+        vm.finish_non_exhaustive()
+    }
 }
 
 /// The harvest's lock, held with every signal blocked: a handler of this thread that pauses its vCPU (kvmtool's does) must

@@ -36,10 +36,12 @@ fn kicks_while_a_full_exit_waits_are_no_full_exits() {
     fake.write_all(0, 2000..PAGES);
     limit.last_round().map(drop).unwrap();
     immediate_exit(&file, true);
+    let mut paused = 0;
     for _ in 0..1000 {
         assert!(matches!(vcpu.before_run().unwrap(), Decision::Enter { .. }), "KVM_RUN is to see the kick");
-        assert!(vcpu.paused() < Duration::from_millis(1), "{vcpu:?}");
+        paused += u32::from(vcpu.paused() > Duration::from_millis(1));
     }
+    assert!(paused < 100, "{paused} of 1,000 took a millisecond: the host preempts fewer");
 }
 
 #[test]

