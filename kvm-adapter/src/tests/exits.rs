@@ -41,7 +41,7 @@ fn kicks_while_a_full_exit_waits_are_no_full_exits() {
         assert!(matches!(vcpu.before_run().unwrap(), Decision::Enter { .. }), "KVM_RUN is to see the kick");
         paused += u32::from(vcpu.paused() > Duration::from_millis(1));
     }
-    assert!(paused < 100, "{paused} of 1,000 took a millisecond: the host preempts fewer");
+    assert!(paused < 50, "{paused} of 1,000 took a millisecond: the host preempts fewer");
 }
 
 #[test]
