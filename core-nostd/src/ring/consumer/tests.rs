@@ -114,6 +114,53 @@ fn entries_of_the_kernels_own_use_up_no_slice() {
 }
 
 #[test]
+fn a_full_exit_without_a_page_of_the_guests_says_what_the_ring_shows() {
+    let memory = entries(1024);
+    let mut ring = Ring::new(memory.as_slice()).unwrap();
+    assert_eq!(ring.size(), 1024);
+    let mut next = 0;
+    let mut push = |ring: &mut Ring<&[Entry]>, count: u32, guest: bool| {
+        for _ in 0..count {
+            memory[next & 1023].push(Page { slot: 0, offset: 0 });
+            next += 1;
+        }
+        ring.meter_guest(|_| guest);
+    };
+    let free = |ring: &mut Ring<&[Entry]>, count: u32| {
+        ring.collect(count, |_| ());
+        memory.iter().filter_map(Entry::reset).count();
+        ring.reclaim();
+        ring.freed();
+    };
+    for _ in 0..3 {
+        ring.full_exit_of_kvm();
+        assert!((ring.soft_limit(), ring.has_lumps()) == (960, false), "an empty ring says nothing");
+    }
+    push(&mut ring, 960, true);
+    ring.full_exit();
+    for _ in 0..3 {
+        ring.full_exit();
+        assert_eq!((ring.to_collect(1), ring.soft_limit()), (1, 960), "it had no room");
+    }
+    // KVM's own entry takes the room each time: there is more and more, up to 16 of them.
+    for room in (2..18).chain([17, 17 + 32]) {
+        free(&mut ring, 1);
+        push(&mut ring, 1, false);
+        ring.full_exit();
+        assert_eq!(ring.to_collect(1), room);
+    }
+    assert_eq!(ring.soft_limit(), 960 - 32, "and then the ring is said to be full sooner");
+    let memory = entries(1024);
+    let mut ring = Ring::new(memory.as_slice()).unwrap();
+    for (entries, expected) in [(0..500, 960), (500..501, 501 - 32)] {
+        memory[entries].iter().for_each(|entry| entry.push(Page { slot: 0, offset: 0 }));
+        ring.meter_guest(|_| false);
+        ring.full_exit();
+        assert_eq!(ring.soft_limit(), expected, "full below what was believed, twice");
+    }
+}
+
+#[test]
 fn a_ring_ends_slices_that_its_room_fits() {
     let memory = entries(4096);
     let mut ring = Ring::new(memory.as_slice()).unwrap();
