@@ -352,6 +352,21 @@ mod tests {
     }
 
     #[test]
+    fn demand_is_of_the_time_that_it_ran_and_only_a_pause_shows_none() {
+        let counters = Counters::new();
+        let mut estimator = RateEstimator::default();
+        // Of 64 ms.
+        for (pages, paused_ms, demand) in
+            [(160, 48, 10_000), (0, 49, 10_000), (0, 64, 10_000), (0, 48, 0), (160, 64, 160_000), (0, 0, 0)]
+        {
+            counters.add_pages(pages, pages);
+            counters.add_pause(paused_ms * 1_000_000);
+            estimator.read(&counters, 64_000_000);
+            assert_eq!(estimator.demand().pages_per_sec(), demand, "{pages} pages, {paused_ms} ms paused");
+        }
+    }
+
+    #[test]
     fn odd_times_do_no_harm() {
         let counters = Counters::new();
         let mut estimator = RateEstimator::default();
