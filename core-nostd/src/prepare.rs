@@ -367,6 +367,17 @@ mod tests {
     }
 
     #[test]
+    fn half_of_a_step_comes_through_in_50_ms_and_all_of_it_in_100() {
+        for (ms, expected) in [(25, 4_000), (50, 8_000), (100, 16_000), (1_000, 16_000)] {
+            let counters = Counters::new();
+            let mut estimator = RateEstimator::default();
+            counters.add_pages(16 * ms, 16 * ms);
+            estimator.read(&counters, Nanos::from(ms) * 1_000_000);
+            assert_eq!(estimator.rate().pages_per_sec(), expected, "{ms} ms");
+        }
+    }
+
+    #[test]
     fn odd_times_do_no_harm() {
         let counters = Counters::new();
         let mut estimator = RateEstimator::default();
