@@ -11,8 +11,6 @@ mod kicks;
 mod looks;
 mod lumps;
 mod memory;
-#[cfg(feature = "metrics")]
-mod metrics;
 mod order;
 mod passes;
 mod resets;
