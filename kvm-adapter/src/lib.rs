@@ -28,7 +28,7 @@
 //!   at most 64 pages of a vCPU that stay dirty until they are known to be protected again. When a call fails, what was
 //!   collected stays for the next.
 //! - **No pause above `max_pause`**, but where others hold the VM's lock, 2.1 ms at most, or no timer ends a lump. A limited vCPU runs in slices of pages: entries
-//!   are held back in its ring so that it exits when the slice is used up, pauses for its price, and gets the next. No signal,
+//!   are held back in its ring so that it exits when the slice is used up, pauses until it is paid for, and gets the next. No signal,
 //!   and timers only where pages come in lumps ([`Kick::Auto`]); another [`Kick`] is an option for rings that never fill. What
 //!   one pause does not cover stays owed.
 //! - **A pause ends at once** when the limit is lifted or changed, when a signal reaches the thread, or when the

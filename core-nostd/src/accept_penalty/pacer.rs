@@ -102,13 +102,13 @@ impl Pacer {
         };
         let max_pause = vm.max_pause();
         let run = now.saturating_sub(replace(&mut self.turned, now));
-        let (price, credit, most) = match terms {
-            Terms::Pace(price) => (price, TOLERANCE, MAX_DEBT),
-            // Whoever steers the price sees what a lump did to the rate: it is not to be paid for twice.
-            Terms::Sleep(price) => (price, 0, max_pause),
+        let (interval, credit, most) = match terms {
+            Terms::Pace(interval) => (interval, TOLERANCE, MAX_DEBT),
+            // Whoever steers the interval sees what a lump did to the rate: it is not to be paid for twice.
+            Terms::Sleep(interval) => (interval, 0, max_pause),
         };
         let was_limited = replace(&mut self.limited, true);
-        let cost = price.of(new.net);
+        let cost = interval.of(new.net);
         let after = |unused| self.due.max(now.saturating_sub(unused)).saturating_add(cost);
         let due = if !was_limited {
             now
@@ -128,18 +128,18 @@ impl Pacer {
         }
         self.quiet = if self.due > now { counts.net.wrapping_add(UNREACHABLE) } else { counts.net };
         let until = self.due.min(now.saturating_add(max_pause));
-        let nominal = price
+        let nominal = interval
             .pages_for(SLICE)
-            .max(price.pages_for(SHORTEST).saturating_add(1))
-            .min(price.pages_for(max_pause))
+            .max(interval.pages_for(SHORTEST).saturating_add(1))
+            .min(interval.pages_for(max_pause))
             .max(1);
         let nominal = self.slice(nominal, new);
-        let unused = price.pages_for(now.saturating_sub(self.due));
+        let unused = interval.pages_for(now.saturating_sub(self.due));
         let slice = match self.due {
             // What one pause does not cover stays owed, and the vCPU goes on page by page.
             due if due > until => 1,
             // No slice may cost more than the tolerance: who writes it slower than allowed owes nothing for it.
-            _ => nominal.saturating_add(unused).min(price.pages_for(credit)).max(nominal),
+            _ => nominal.saturating_add(unused).min(interval.pages_for(credit)).max(nominal),
         };
         Charge { until, due: self.due, slice: Some(slice), scaled: self.scale > 0 }
     }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::rate::{PageRate, Price};
+use crate::rate::{EmissionInterval, PageRate};
 use crate::set_penalty::Penalty;
 use proptest::prelude::*;
 
@@ -57,7 +57,7 @@ impl Vcpu {
 }
 
 fn pace(pages: u32) -> Option<Terms> {
-    Some(Terms::Pace(PageRate::from_pages_per_sec(pages).price()))
+    Some(Terms::Pace(PageRate::from_pages_per_sec(pages).interval()))
 }
 
 #[test]
@@ -195,7 +195,7 @@ fn an_early_end_of_a_pause_leaves_the_rest_owed() {
 
 #[test]
 fn sleep_is_on_top_of_running() {
-    let mut vcpu = Vcpu::new(Some(Terms::Sleep(Price::from_nanos(10_000))));
+    let mut vcpu = Vcpu::new(Some(Terms::Sleep(EmissionInterval::from_nanos(10_000))));
     vcpu.charge();
     vcpu.turn(100, SECOND); // no credit for the second
     assert_eq!(vcpu.longest, 1_000_000);
@@ -277,7 +277,7 @@ fn unused_time_makes_the_slice_longer() {
 
 #[test]
 fn a_lump_of_sleep_is_paid_for_once() {
-    let mut vcpu = Vcpu::new(Some(Terms::Sleep(Price::from_nanos(100_000))));
+    let mut vcpu = Vcpu::new(Some(Terms::Sleep(EmissionInterval::from_nanos(100_000))));
     vcpu.charge();
     vcpu.turn(4032, 1_000_000);
     assert_eq!((vcpu.longest, vcpu.turn(0, 0)), (10_000_000, Some(30)));
@@ -350,7 +350,7 @@ proptest! {
         turns in prop::collection::vec((prop_oneof![Just(0u32), 1u32..50, 1u32..5000], 0u64..50_000_000), 1..100),
     ) {
         let limit = PageRate::from_raw(u64::try_from(raw).unwrap());
-        let mut vcpu = Vcpu::new(Some(Terms::Pace(limit.price())));
+        let mut vcpu = Vcpu::new(Some(Terms::Pace(limit.interval())));
         vcpu.charge();
         let mut exact = Exact { raw, due: i128::from(vcpu.now) * raw, turned: vcpu.now };
         let mut slack = 0;
@@ -358,7 +358,7 @@ proptest! {
             vcpu.now += time;
             vcpu.counters.add_pages(pages, pages);
             let (found, expected) = (i128::from(vcpu.charge().until), exact.charge(vcpu.now, pages));
-            // Each cost is rounded down to a nanosecond, of a price that is kept to 2^-13 or better.
+            // Each cost is rounded down to a nanosecond, of an interval that is kept to 2^-13 or better.
             slack += 1 + i128::from(pages) * i128::from(SECOND) * 1024 / raw / 8192;
             prop_assert!(found <= expected + 1 && found + slack >= expected, "until {found}, not {expected}");
         }
