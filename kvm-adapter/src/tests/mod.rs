@@ -15,6 +15,7 @@ mod order;
 mod passes;
 mod resets;
 mod signals;
+mod snapshot;
 mod timers;
 mod turns;
 mod vcpus;
