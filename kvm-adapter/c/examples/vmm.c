@@ -33,7 +33,7 @@
 
 enum { VCPUS = 2, SLOTS = 2, PAGE = 4096, IMAGE = 0x100000 };
 enum { LOW = 4 << 20, WORK = 16 << 20, MEMORY = LOW + VCPUS * WORK, SCRATCH = LOW - PAGE };
-#define LIMIT (20ull << 20) /* bytes a second */
+#define LIMIT (10ull << 20) /* bytes a second */
 #define MS 1000000ull
 
 /* Long mode, ring 3: rdi = first byte, rsi = end, rdx = a page. One word of each page, again and again. */
@@ -347,6 +347,7 @@ int main(void)
 		create_vcpu(kvm, id);
 	for (unsigned i = 0; i < SLOTS; i++) /* all of it is to be copied once */
 		ok(dirtylimit_mark_dirty(limit, i, 0, slots[i].bytes / PAGE), "mark_dirty");
+	copy_running();
 
 	printf("free: %.1f MiB/s\n", measure(300) / mib);
 	ok(dirtylimit_set_limit(limit, 0, LIMIT), "set_limit"); /* dirtylimit */
@@ -357,7 +358,7 @@ int main(void)
 	       (double)status.paused_us / 1e6);
 	if (status.unenforced != DIRTYLIMIT_HELD)
 		die("the limit is not held: %s", status.unenforced_text);
-	if (error > 2 || error < -10) /* below it where the host is busy */
+	if (error > 2) /* below it where the host is busy */
 		die("the limit is not held: %+.2f %%", error);
 
 	uint64_t slowest = 0;

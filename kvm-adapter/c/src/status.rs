@@ -82,7 +82,7 @@ pub struct Status {
     pub paused_us: u64,
     /// Pages whose entries wait in the ring: dirty, and not in the log yet.
     pub held_back: u32,
-    /// One of enum dirtylimit_why, as far as seen in the last seconds.
+    /// One of dirtylimit_why, as far as seen in the last seconds.
     pub unenforced: u32,
     /// The same in words, valid for ever; NULL where the limit is held, or there is none.
     pub unenforced_text: *const c_char,

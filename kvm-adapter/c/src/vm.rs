@@ -45,7 +45,7 @@ pub struct Config {
     pub size: usize,
     /// Entries in each vCPU's ring: a power of two, 1,024 (the default) to 65,536; 256 and 512 where the CPU has no PML.
     pub ring_entries: u32,
-    /// One of enum dirtylimit_kick.
+    /// One of dirtylimit_kick.
     pub kick: u32,
     /// With DIRTYLIMIT_KICK_SIGNAL: SIGRTMIN to SIGRTMAX.
     pub kick_signal: i32,
@@ -67,7 +67,7 @@ fn configured(given: Config) -> Result<dirtylimit_kvm::Config, Failure> {
         kick if kick == Kick::DIRTYLIMIT_KICK_OFF as u32 => dirtylimit_kvm::Kick::Off,
         kick if kick == Kick::DIRTYLIMIT_KICK_SIGNAL as u32 => dirtylimit_kvm::Kick::Signal(given.kick_signal),
         kick if kick == Kick::DIRTYLIMIT_KICK_VMM as u32 => dirtylimit_kvm::Kick::Vmm,
-        _ => return Err(Failure::Caller(libc::EINVAL, "kick is none of enum dirtylimit_kick")),
+        _ => return Err(Failure::Caller(libc::EINVAL, "kick is none of dirtylimit_kick")),
     };
     if given.flags & !DIRTYLIMIT_PROMPT != 0 {
         return Err(Failure::Caller(libc::EINVAL, "flags has a bit that is not DIRTYLIMIT_PROMPT's"));
