@@ -29,8 +29,12 @@ unsafe fn size_of_given<T: Versioned>(given: *const T, name: &'static str) -> Re
     // SAFETY: the caller's promise.
     let size = unsafe { given.cast::<usize>().read() };
     match size {
-        _ if size < T::FIRST => Err(Failure::Caller(libc::EINVAL, "the struct's size is too small: set it to its sizeof")),
-        _ if size > LARGEST => Err(Failure::Caller(libc::E2BIG, "the struct's size is too large: set it to its sizeof")),
+        _ if size < T::FIRST => {
+            Err(Failure::Caller(libc::EINVAL, "the struct's size is too small: set it to its sizeof"))
+        }
+        _ if size > LARGEST => {
+            Err(Failure::Caller(libc::E2BIG, "the struct's size is too large: set it to its sizeof"))
+        }
         _ => Ok(size),
     }
 }

@@ -19,6 +19,13 @@ pub const DIRTYLIMIT_PROMPT: u32 = 1;
 #[derive(Debug)]
 pub struct Limit(pub(crate) DirtyLimit);
 
+impl From<DirtyLimit> for Limit {
+    /// For C to drive what Rust has enabled.
+    fn from(limit: DirtyLimit) -> Self {
+        Self(limit)
+    }
+}
+
 /// A thread that ticks.
 #[derive(Debug)]
 pub struct Throttle(#[expect(dead_code, reason = "dropping it ends the thread")] ThrottleThread);
