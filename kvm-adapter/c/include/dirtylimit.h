@@ -37,7 +37,7 @@
 #define DIRTYLIMIT_NO_KICK UINT64_MAX
 
 // What dirtylimit_before_run() wants the vCPU's thread to do.
-typedef enum dirtylimit_decision {
+typedef enum {
     // Call KVM_RUN.
     DIRTYLIMIT_ENTER = 0,
     // A signal, an interrupter or stop() ended a pause: the VMM wants its thread for something else. See to that first, and
@@ -46,7 +46,7 @@ typedef enum dirtylimit_decision {
 } dirtylimit_decision;
 
 // What ends a slice that the ring does not.
-typedef enum dirtylimit_kick {
+typedef enum {
     // The ring alone, and timers of the vCPU's thread where the CPU hands pages over in lumps (Intel's PML): no signal.
     DIRTYLIMIT_KICK_AUTO = 0,
     // Nothing: the vCPU runs until its ring is full, and pays for that.
@@ -58,7 +58,7 @@ typedef enum dirtylimit_kick {
 } dirtylimit_kick;
 
 // Why a limit is not held.
-typedef enum dirtylimit_why {
+typedef enum {
     // It is held, or there is none.
     DIRTYLIMIT_HELD = 0,
     // No tick has come for 5 s.
@@ -93,12 +93,12 @@ typedef struct dirtylimit_throttle_t dirtylimit_throttle_t;
 typedef struct dirtylimit_vcpu_t dirtylimit_vcpu_t;
 
 // How to limit a VM. Set size to its sizeof and the rest to 0: 0 is the default of each field, those of later versions too.
-typedef struct dirtylimit_config_t {
+typedef struct {
     // sizeof(dirtylimit_config_t).
     size_t size;
     // Entries in each vCPU's ring: a power of two, 1,024 (the default) to 65,536; 256 and 512 where the CPU has no PML.
     uint32_t ring_entries;
-    // One of enum dirtylimit_kick.
+    // One of dirtylimit_kick.
     uint32_t kick;
     // With DIRTYLIMIT_KICK_SIGNAL: SIGRTMIN to SIGRTMAX.
     int32_t kick_signal;
@@ -113,7 +113,7 @@ typedef struct dirtylimit_config_t {
 typedef int (*dirtylimit_stop_t)(void *opaque);
 
 // What is known of one vCPU. Set size to its sizeof. Rates are in bytes a second.
-typedef struct dirtylimit_status_t {
+typedef struct {
     // sizeof(dirtylimit_status_t).
     size_t size;
     // The limit set for it, or DIRTYLIMIT_UNLIMITED.
@@ -136,14 +136,14 @@ typedef struct dirtylimit_status_t {
     uint64_t paused_us;
     // Pages whose entries wait in the ring: dirty, and not in the log yet.
     uint32_t held_back;
-    // One of enum dirtylimit_why, as far as seen in the last seconds.
+    // One of dirtylimit_why, as far as seen in the last seconds.
     uint32_t unenforced;
     // The same in words, valid for ever; NULL where the limit is held, or there is none.
     const char *unenforced_text;
 } dirtylimit_status_t;
 
 // What was harvested of a VM so far. Set size to its sizeof.
-typedef struct dirtylimit_stats_t {
+typedef struct {
     // sizeof(dirtylimit_stats_t).
     size_t size;
     // Entries given back by resets.
@@ -180,14 +180,14 @@ uint32_t dirtylimit_version(void);
 // -EOPNOTSUPP: this KVM has no ring of a kind that the machine can use. -EINVAL: the ring's size, the kick or its signal are not
 // allowed. -E2BIG: config asks for something that only a later version of the library knows. -EBUSY: the signal is handled or
 // ignored already. Others: what KVM answered; the text tells what to do.
-int dirtylimit_enable(int vm_fd, const struct dirtylimit_config_t *config, struct dirtylimit_t **limit);
+int dirtylimit_enable(int vm_fd, const dirtylimit_config_t *config, dirtylimit_t **limit);
 
 // Frees the VM's handle. NULL is none. Handles of vCPUs, rounds, interrupters and throttle threads stay valid until they are freed
 // themselves; the thread stops ticking. Any thread.
-void dirtylimit_free(struct dirtylimit_t *limit);
+void dirtylimit_free(dirtylimit_t *limit);
 
 // The size of the pages that slots and dirty logs count, in bytes: the host's. Any thread.
-uint32_t dirtylimit_page_size(struct dirtylimit_t *limit);
+uint32_t dirtylimit_page_size(dirtylimit_t *limit);
 
 // The largest ring whose pages that rounds hold back take at most half of a migration's downtime to send, for
 // dirtylimit_config_t's ring_entries: 1,024 to 65,536. bandwidth is the wire's, in bytes a second; vcpus are those that write. Any
@@ -199,52 +199,52 @@ uint32_t dirtylimit_ring_for(uint64_t downtime_ns, uint64_t bandwidth, uint32_t 
 // KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2. Any thread.
 //
 // -EEXIST: known with another size. -EINVAL: 0 pages, or 2^31 and more.
-int dirtylimit_add_slot(struct dirtylimit_t *limit, uint32_t slot, uint64_t pages);
+int dirtylimit_add_slot(dirtylimit_t *limit, uint32_t slot, uint64_t pages);
 
 // Collects and forgets a slot, with what is dirty in it, before it is deleted or changed in KVM. One that is not known is none to
 // forget. Any thread.
 //
 // Any error: KVM_RESET_DIRTY_RINGS failed, and the slot is known still.
-int dirtylimit_remove_slot(struct dirtylimit_t *limit, uint32_t slot);
+int dirtylimit_remove_slot(dirtylimit_t *limit, uint32_t slot);
 
 // Limits a vCPU to that many bytes a second of newly dirty pages, in force while ticks come (dirtylimit_tick(),
 // dirtylimit_throttle_start()); DIRTYLIMIT_UNLIMITED lifts its limit, and ends a pause at once. Any thread.
 //
 // -ENOENT: no such vCPU. -EINVAL: 0.
-int dirtylimit_set_limit(struct dirtylimit_t *limit, uint32_t id, uint64_t bytes_per_second);
+int dirtylimit_set_limit(dirtylimit_t *limit, uint32_t id, uint64_t bytes_per_second);
 
 // As dirtylimit_set_limit(), for every vCPU, present and to come.
-int dirtylimit_set_limit_all(struct dirtylimit_t *limit, uint64_t bytes_per_second);
+int dirtylimit_set_limit_all(dirtylimit_t *limit, uint64_t bytes_per_second);
 
 // Sets the budget of the whole VM, shared by max-min fairness among its vCPUs' demands; DIRTYLIMIT_UNLIMITED lifts it. Any thread.
 //
 // -EINVAL: 0.
-int dirtylimit_set_vm_limit(struct dirtylimit_t *limit, uint64_t bytes_per_second);
+int dirtylimit_set_vm_limit(dirtylimit_t *limit, uint64_t bytes_per_second);
 
 // How much a vCPU counts in the split of the VM's budget: 1 until told otherwise. Any thread.
 //
 // -ENOENT: no such vCPU.
-int dirtylimit_set_weight(struct dirtylimit_t *limit, uint32_t id, uint32_t weight);
+int dirtylimit_set_weight(dirtylimit_t *limit, uint32_t id, uint32_t weight);
 
 // Changes the longest single pause of a vCPU, from 100 µs to 1 s (clamped). Any thread.
-int dirtylimit_set_max_pause(struct dirtylimit_t *limit, uint64_t max_pause_ns);
+int dirtylimit_set_max_pause(dirtylimit_t *limit, uint64_t max_pause_ns);
 
 // One tick: measures each vCPU, and sets its penalty. For a VMM's event loop, every 10 to 100 ms. Limits lapse 5 s after the last
 // tick. Any thread.
-int dirtylimit_tick(struct dirtylimit_t *limit);
+int dirtylimit_tick(dirtylimit_t *limit);
 
 // Ticks every period_ns (1 ms to 1 s, clamped) on the calling thread, whose name, priority and seccomp filter are the VMM's, until
 // stop(opaque), which is asked before each tick, returns anything but 0.
-int dirtylimit_run_throttle(struct dirtylimit_t *limit, uint64_t period_ns, dirtylimit_stop_t stop, void *opaque);
+int dirtylimit_run_throttle(dirtylimit_t *limit, uint64_t period_ns, dirtylimit_stop_t stop, void *opaque);
 
 // Ticks every period_ns (1 ms to 1 s, clamped) from a thread of its own, with all signals blocked and the seccomp filter of the
 // calling one. Any thread.
 //
 // -EAGAIN and others: no thread can be started.
-int dirtylimit_throttle_start(struct dirtylimit_t *limit, uint64_t period_ns, struct dirtylimit_throttle_t **throttle);
+int dirtylimit_throttle_start(dirtylimit_t *limit, uint64_t period_ns, dirtylimit_throttle_t **throttle);
 
 // Ends the thread, and waits for its end. NULL is none. Any thread.
-void dirtylimit_throttle_stop(struct dirtylimit_throttle_t *throttle);
+void dirtylimit_throttle_stop(dirtylimit_throttle_t *throttle);
 
 // Maps a vCPU's dirty ring and makes a handle of it; after KVM_CREATE_VCPU and before its first KVM_RUN. id is the caller's.
 // After the handle was freed, the same id and descriptor attach to the same ring again. vcpu_fd may be closed afterwards. Any
@@ -252,19 +252,19 @@ void dirtylimit_throttle_stop(struct dirtylimit_throttle_t *throttle);
 //
 // -EBUSY: the vCPU has a handle, or its ring was consumed by somebody else. -EEXIST, -EBADF: id and descriptor do not belong
 // together. -ENXIO: it has no ring, since the VM had none when it was created, or is another. -ENOSPC: there are too many.
-int dirtylimit_add_vcpu(struct dirtylimit_t *limit, uint32_t id, int vcpu_fd, struct dirtylimit_vcpu_t **vcpu);
+int dirtylimit_add_vcpu(dirtylimit_t *limit, uint32_t id, int vcpu_fd, dirtylimit_vcpu_t **vcpu);
 
 // Frees a vCPU's handle; its ring, and what is dirty in it, stays with the VM. NULL is none. The vCPU's thread, or any once that
 // thread is done with it.
 //
 // -EBUSY: somebody is inside dirtylimit_before_run(), and the handle stays.
-int dirtylimit_vcpu_free(struct dirtylimit_vcpu_t *vcpu);
+int dirtylimit_vcpu_free(dirtylimit_vcpu_t *vcpu);
 
 // Collects what a vCPU's ring holds and forgets the vCPU, for VMMs that never run it again. Not needed at the end of a VM. Any
 // thread.
 //
 // -ENOENT: no such vCPU. -EBUSY: it has a handle. Any other: the pages cannot be reset, and the vCPU stays.
-int dirtylimit_remove_vcpu(struct dirtylimit_t *limit, uint32_t id);
+int dirtylimit_remove_vcpu(dirtylimit_t *limit, uint32_t id);
 
 // To be called before each KVM_RUN, limit or not: pays what is owed, and frees room in a full ring. The VMM does nothing at
 // KVM_EXIT_DIRTY_RING_FULL but to come here. Answers DIRTYLIMIT_ENTER or DIRTYLIMIT_RETURN, or a negative errno.
@@ -282,21 +282,21 @@ int dirtylimit_remove_vcpu(struct dirtylimit_t *limit, uint32_t id);
 // -EBUSY: called by two threads at once, or by a handler that has interrupted it. -EIO: the ring is wedged, and every page of
 // the VM must be sent again, or KVM_RESET_DIRTY_RINGS gave too little back: the text tells. -EXDEV: a vCPU of this VM is
 // another VM's.
-int dirtylimit_before_run(struct dirtylimit_vcpu_t *vcpu, uint64_t *kick_after_ns);
+int dirtylimit_before_run(dirtylimit_vcpu_t *vcpu, uint64_t *kick_after_ns);
 
 // As dirtylimit_before_run(), for VMMs that block their kick signal outside KVM_RUN: a pause also ends within 10 ms of stop(opaque)
 // returning anything but 0 (whether a signal is pending, say). stop may be NULL.
-int dirtylimit_before_run_unless(struct dirtylimit_vcpu_t *vcpu, dirtylimit_stop_t stop, void *opaque, uint64_t *kick_after_ns);
+int dirtylimit_before_run_unless(dirtylimit_vcpu_t *vcpu, dirtylimit_stop_t stop, void *opaque, uint64_t *kick_after_ns);
 
 // Makes what ends the vCPU's pauses. It may outlive the vCPU's handle; the same vCPU, attached again, has the same. Any thread.
-int dirtylimit_interrupter(struct dirtylimit_vcpu_t *vcpu, struct dirtylimit_interrupter_t **interrupter);
+int dirtylimit_interrupter(dirtylimit_vcpu_t *vcpu, dirtylimit_interrupter_t **interrupter);
 
 // Makes the vCPU's current dirtylimit_before_run(), or else the next one that would pause, answer DIRTYLIMIT_RETURN at once. Not
 // needed where the VMM's kick is a signal to the thread that is open outside KVM_RUN. Any thread, any signal handler.
-int dirtylimit_interrupt(struct dirtylimit_interrupter_t *interrupter);
+int dirtylimit_interrupt(dirtylimit_interrupter_t *interrupter);
 
 // Frees it. NULL is none. Any thread.
-void dirtylimit_interrupter_free(struct dirtylimit_interrupter_t *interrupter);
+void dirtylimit_interrupter_free(dirtylimit_interrupter_t *interrupter);
 
 // A round of the dirty log over a running VM: collects, resets, publishes. Of limited vCPUs it leaves the newest pages in their
 // rings, for a later round, so that they stay inside their slices. Free it after its slots were merged. Any thread; a round
@@ -304,54 +304,54 @@ void dirtylimit_interrupter_free(struct dirtylimit_interrupter_t *interrupter);
 //
 // -ENOENT, once, after everything was published: the guest has dirtied pages of slots that are not known, or shorter than KVM's,
 // and they are in no dirty log. -EIO and others: KVM_RESET_DIRTY_RINGS failed, and nothing is lost by it.
-int dirtylimit_round(struct dirtylimit_t *limit, struct dirtylimit_round_t **round);
+int dirtylimit_round(dirtylimit_t *limit, dirtylimit_round_t **round);
 
 // The last round: complete. No vCPU is in KVM_RUN, and none enters until its slots were merged. On arm64 it reads the backup
 // bitmap, so call it after the interrupt controller's tables were saved. Free it. Any thread but a vCPU's that is stopped by it.
 //
 // As dirtylimit_round(); -EINVAL: KVM has more pages in a slot than it was added with.
-int dirtylimit_last_round(struct dirtylimit_t *limit, struct dirtylimit_round_t **round);
+int dirtylimit_last_round(dirtylimit_t *limit, dirtylimit_round_t **round);
 
 // Ors the dirty pages of a slot into bitmap, in the form of KVM_GET_DIRTY_LOG: a bit a page from the slot's first, 64 a word; and
 // forgets them. bitmap is aligned to 8 bytes and has at least (pages of the slot + 63) / 64 * 8 of them; nobody else uses it
 // meanwhile. pages may be NULL; else the number of pages is added to it. The round's thread.
 //
 // -ENOENT: no such slot. -EINVAL: the bitmap is too short, or not aligned, and nothing is forgotten.
-int dirtylimit_merge(struct dirtylimit_round_t *round, uint32_t slot, void *bitmap, size_t bytes, uint64_t *pages);
+int dirtylimit_merge(dirtylimit_round_t *round, uint32_t slot, void *bitmap, size_t bytes, uint64_t *pages);
 
 // Ring entries that the round itself has collected, reset and published; what vCPUs have published since the last merge comes
 // on top. 0 for NULL. The round's thread.
-uint64_t dirtylimit_round_published(struct dirtylimit_round_t *round);
+uint64_t dirtylimit_round_published(dirtylimit_round_t *round);
 
 // Pages that a round over a running VM has left in the rings of limited vCPUs: dirty, not in its log, and a floor under the
 // downtime. 0 for the last round, and for NULL. The round's thread.
-uint64_t dirtylimit_round_held_back(struct dirtylimit_round_t *round);
+uint64_t dirtylimit_round_held_back(dirtylimit_round_t *round);
 
 // Frees a round. What was not merged is in the next. NULL is none.
-void dirtylimit_round_free(struct dirtylimit_round_t *round);
+void dirtylimit_round_free(dirtylimit_round_t *round);
 
 // Makes pages of a slot dirty that no vCPU wrote: what the VMM, its devices or vhost write into guest memory, which KVM does not
 // log. They are in the next round, and no vCPU is charged for them. Any thread.
 //
 // -ENOENT: no such slot. -EINVAL: the pages end beyond it, and none is marked.
-int dirtylimit_mark_dirty(struct dirtylimit_t *limit, uint32_t slot, uint64_t first_page, uint64_t pages);
+int dirtylimit_mark_dirty(dirtylimit_t *limit, uint32_t slot, uint64_t first_page, uint64_t pages);
 
 // Says that a slot's suspect pages (dirtylimit_stats_t) are protected again: with the vCPUs stopped, switch
 // KVM_MEM_LOG_DIRTY_PAGES of the slot off and on, and merge it, before this call. Any thread.
 //
 // -ENOENT: no such slot.
-int dirtylimit_trust_slot(struct dirtylimit_t *limit, uint32_t slot);
+int dirtylimit_trust_slot(dirtylimit_t *limit, uint32_t slot);
 
 // Tells what is known of a vCPU, as of the last dirtylimit_meter() or tick. Any thread.
 //
 // -ENOENT: no such vCPU.
-int dirtylimit_query(struct dirtylimit_t *limit, uint32_t id, struct dirtylimit_status_t *status);
+int dirtylimit_query(dirtylimit_t *limit, uint32_t id, dirtylimit_status_t *status);
 
 // Tells what was harvested so far. Any thread.
-int dirtylimit_stats(struct dirtylimit_t *limit, struct dirtylimit_stats_t *stats);
+int dirtylimit_stats(dirtylimit_t *limit, dirtylimit_stats_t *stats);
 
 // Brings the counts of dirtylimit_query() up to date. Disturbs no guest. Any thread.
-int dirtylimit_meter(struct dirtylimit_t *limit);
+int dirtylimit_meter(dirtylimit_t *limit);
 
 #ifdef __cplusplus
 }  // extern "C"
