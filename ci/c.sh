@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Checks the C interface as it is installed: libraries, header and dirtylimit.pc into a scratch directory, then C programs by
 # pkg-config against the shared and the static library: a VMM on real KVM, which holds a limit and loses no page, and what
-# mistakes are answered; both under AddressSanitizer, the latter under valgrind too. The shared library gives out what the
-# header names and nothing else, and is under 2 MiB. About 60 s.
+# mistakes are answered; both under AddressSanitizer and valgrind too. The shared library gives out what the
+# header names and nothing else, and is under 2 MiB. About 40 s.
 #
 # A machine without a usable /dev/kvm, or without valgrind and apt, skips that part, loudly.
 set -euo pipefail
@@ -43,12 +43,13 @@ readelf -d "$work/errors.shared" | grep -q 'NEEDED.*libdirtylimit\.so\.[0-9]' ||
 
 for kind in shared static asan; do "$work/errors.$kind"; done
 echo "c: mistakes are answered, by the shared and the static library, under AddressSanitizer too"
-if ! command -v valgrind >/dev/null && [[ $EUID -eq 0 ]]; then
+has_valgrind() { command -v valgrind >/dev/null; }
+if ! has_valgrind && [[ $EUID -eq 0 ]]; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends valgrind >/dev/null 2>&1 || true
 fi
-valgrind() { command valgrind --quiet --error-exitcode=9 --leak-check=full --show-leak-kinds=definite,indirect,possible "$@"; }
-if command -v valgrind >/dev/null; then
-    valgrind "$work/errors.static"
+memcheck() { valgrind --quiet --error-exitcode=9 --leak-check=full --show-leak-kinds=definite,indirect,possible "$@"; }
+if has_valgrind; then
+    memcheck "$work/errors.static"
     echo "c: and under valgrind"
 else
     echo "c: ############ SKIPPED: valgrind is not installed, so NOTHING RAN UNDER IT ############"
@@ -62,3 +63,8 @@ for kind in shared static asan; do
     echo "c: the VMM, $kind"
     "$work/vmm.$kind"
 done
+if has_valgrind; then
+    echo "c: the VMM under valgrind, which is slow, so that its limit may be more than it reaches"
+    # It has no description of KVM_RESET_DIRTY_RINGS, which reads and writes no memory of the program.
+    memcheck --sim-hints=lax-ioctls "$work/vmm.static"
+fi

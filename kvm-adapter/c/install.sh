@@ -21,6 +21,7 @@ soname=$(readelf -d "$library.so" | sed -n 's/.*SONAME.*\[\(.*\)\].*/\1/p')
 
 install -D -m 644 "$here/include/dirtylimit.h" "$to$prefix/include/dirtylimit.h"
 install -D -m 644 "$library.a" "$to$libdir/libdirtylimit.a"
+strip --strip-debug "$to$libdir/libdirtylimit.a"
 install -D -m 755 -s "$library.so" "$to$libdir/libdirtylimit.so.$version"
 [[ $soname == "libdirtylimit.so.$version" ]] || ln -sf "libdirtylimit.so.$version" "$to$libdir/$soname"
 ln -sf "$soname" "$to$libdir/libdirtylimit.so"
