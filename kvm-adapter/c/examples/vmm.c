@@ -31,7 +31,7 @@
 #error "the guest is written for x86-64"
 #endif
 
-enum { VCPUS = 2, SLOTS = 2, PAGE = 4096, IMAGE = 0x100000 };
+enum { VCPUS = 2, SLOTS = 1 + VCPUS, PAGE = 4096, IMAGE = 0x100000 };
 enum { LOW = 4 << 20, WORK = 16 << 20, MEMORY = LOW + VCPUS * WORK, SCRATCH = LOW - PAGE };
 #define LIMIT (10ull << 20) /* bytes a second */
 #define MS 1000000ull
@@ -50,6 +50,7 @@ extern const char guest[], guest_end[];
 struct slot {
 	uint64_t start, bytes;
 	uint64_t *bitmap;
+	uint64_t pages; /* copied so far */
 };
 
 struct vcpu {
@@ -64,7 +65,8 @@ enum pause { NONE, IN_LOOP, IN_HANDLER };
 
 static int vm;
 static unsigned char *memory, *copy;
-static struct slot slots[SLOTS] = { { 0, LOW, NULL }, { LOW, MEMORY - LOW, NULL } };
+/* The first has what all need, each other what one vCPU writes. */
+static struct slot slots[SLOTS];
 static struct vcpu vcpus[VCPUS];
 static dirtylimit_t *limit;                      /* dirtylimit */
 static _Atomic enum pause wanted;
@@ -202,12 +204,14 @@ static void create_vm(int kvm)
 
 	vm = sys(ioctl(kvm, KVM_CREATE_VM, 0), "KVM_CREATE_VM");
 	ok(dirtylimit_enable(vm, &config, &limit), "enable"); /* dirtylimit: first of all */
-	memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 	copy = calloc(1, MEMORY);
 	if (memory == MAP_FAILED || !copy)
 		die("no memory");
 	for (unsigned i = 0; i < SLOTS; i++) {
 		struct slot *slot = &slots[i];
+		slot->start = i ? LOW + (i - 1) * (uint64_t)WORK : 0;
+		slot->bytes = i ? WORK : LOW;
 		struct kvm_userspace_memory_region region = {
 			.slot = i, .flags = KVM_MEM_LOG_DIRTY_PAGES, .guest_phys_addr = slot->start,
 			.memory_size = slot->bytes, .userspace_addr = (uintptr_t)(memory + slot->start),
@@ -229,6 +233,10 @@ static void create_vcpu(int kvm, unsigned id)
 {
 	struct vcpu *vcpu = &vcpus[id];
 	int bytes = sys(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), "KVM_GET_VCPU_MMAP_SIZE");
+	struct {
+		struct kvm_cpuid2 head;
+		struct kvm_cpuid_entry2 entries[256];
+	} cpuid = { .head = { .nent = 256 } };
 	struct kvm_sregs sregs;
 
 	vcpu->fd = sys(ioctl(vm, KVM_CREATE_VCPU, id), "KVM_CREATE_VCPU");
@@ -241,12 +249,14 @@ static void create_vcpu(int kvm, unsigned id)
 	struct kvm_segment data = { .limit = ~0u, .selector = 0x2b, .type = 3, .present = 1, .dpl = 3, .db = 1, .s = 1, .g = 1 };
 	struct kvm_segment code = data;
 	code.selector = 0x33, code.type = 0xb, code.db = 0, code.l = 1;
+	sys(ioctl(kvm, KVM_GET_SUPPORTED_CPUID, &cpuid), "KVM_GET_SUPPORTED_CPUID");
+	sys(ioctl(vcpu->fd, KVM_SET_CPUID2, &cpuid), "KVM_SET_CPUID2"); /* without long mode in it, there is none */
 	sys(ioctl(vcpu->fd, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS");
-	sregs.cs = code, sregs.ss = sregs.ds = sregs.es = data;
+	sregs.cs = code, sregs.ss = sregs.ds = sregs.es = sregs.fs = sregs.gs = data;
 	sregs.cr0 = 0x80050033, sregs.cr3 = 0x1000, sregs.cr4 = 0x20, sregs.efer = 0xd01;
 	sys(ioctl(vcpu->fd, KVM_SET_SREGS, &sregs), "KVM_SET_SREGS");
 	struct kvm_regs regs = {
-		.rip = IMAGE, .rflags = 2, .rdx = PAGE,
+		.rip = IMAGE, .rflags = 0x202, .rdx = PAGE,
 		.rdi = LOW + id * (uint64_t)WORK, .rsi = LOW + (id + 1) * (uint64_t)WORK,
 	};
 	sys(ioctl(vcpu->fd, KVM_SET_REGS, &regs), "KVM_SET_REGS");
@@ -257,14 +267,13 @@ static void create_vcpu(int kvm, unsigned id)
 
 /* ---- the copy, as a migration makes it ---- */
 
-/* Copies what a round's log names; gives the number of pages. */
-static uint64_t copy_round(dirtylimit_round_t *round)
+/* Copies what a round's log names. */
+static void copy_round(dirtylimit_round_t *round)
 {
-	uint64_t pages = 0;
 	for (unsigned i = 0; i < SLOTS; i++) {
 		struct slot *slot = &slots[i];
 		size_t words = slot->bytes / PAGE / 64;
-		ok(dirtylimit_merge(round, i, slot->bitmap, words * 8, &pages), "merge"); /* dirtylimit */
+		ok(dirtylimit_merge(round, i, slot->bitmap, words * 8, &slot->pages), "merge"); /* dirtylimit */
 		for (size_t word = 0; word < words; word++) {
 			for (; slot->bitmap[word]; slot->bitmap[word] &= slot->bitmap[word] - 1) {
 				size_t page = word * 64 + (size_t)__builtin_ctzll(slot->bitmap[word]);
@@ -274,21 +283,20 @@ static uint64_t copy_round(dirtylimit_round_t *round)
 		}
 	}
 	dirtylimit_round_free(round);
-	return pages;
 }
 
-static uint64_t copy_running(void)
+static void copy_running(void)
 {
 	dirtylimit_round_t *round;
 	ok(dirtylimit_round(limit, &round), "round"); /* dirtylimit: instead of KVM_GET_DIRTY_LOG */
-	return copy_round(round);
+	copy_round(round);
 }
 
-static uint64_t copy_stopped(void)
+static void copy_stopped(void)
 {
 	dirtylimit_round_t *round;
 	ok(dirtylimit_last_round(limit, &round), "last_round"); /* dirtylimit: the same, complete */
-	return copy_round(round);
+	copy_round(round);
 }
 
 /* Pages of the copy that are not the guest's. */
@@ -300,24 +308,16 @@ static unsigned stale_pages(void)
 	return stale;
 }
 
-static dirtylimit_status_t query(uint32_t id)
-{
-	dirtylimit_status_t status = { .size = sizeof status };
-	ok(dirtylimit_meter(limit), "meter");
-	ok(dirtylimit_query(limit, id, &status), "query");
-	return status;
-}
-
-/* Bytes a second that vCPU 0 dirties, while rounds go on. */
+/* Bytes a second of vCPU 0 that have to be copied, while rounds go on. */
 static double measure(unsigned ms)
 {
-	uint64_t start = now(), pages = query(0).net_pages;
+	copy_running();
+	uint64_t start = now(), pages = slots[1].pages;
 	while (now() - start < ms * MS) {
 		sleep_ms(20);
 		copy_running();
 	}
-	pages = query(0).net_pages - pages;
-	return (double)(pages * PAGE) / ((double)(now() - start) / 1e9);
+	return (double)((slots[1].pages - pages) * PAGE) / ((double)(now() - start) / 1e9);
 }
 
 int main(void)
@@ -325,6 +325,7 @@ int main(void)
 	struct sigaction action = { .sa_handler = on_kick }; /* no SA_RESTART */
 	const double mib = 1 << 20;
 	dirtylimit_throttle_t *throttle;
+	dirtylimit_status_t status = { .size = sizeof status };
 	dirtylimit_stats_t stats = { .size = sizeof stats };
 	sigset_t kick;
 
@@ -347,13 +348,13 @@ int main(void)
 		create_vcpu(kvm, id);
 	for (unsigned i = 0; i < SLOTS; i++) /* all of it is to be copied once */
 		ok(dirtylimit_mark_dirty(limit, i, 0, slots[i].bytes / PAGE), "mark_dirty");
-	copy_running();
 
+	measure(500); /* until the guest has touched its memory */
 	printf("free: %.1f MiB/s\n", measure(300) / mib);
 	ok(dirtylimit_set_limit(limit, 0, LIMIT), "set_limit"); /* dirtylimit */
-	sleep_ms(300);
+	measure(1000); /* it notices its limit when its ring is full */
 	double rate = measure(2000), error = 100 * (rate / (double)LIMIT - 1);
-	dirtylimit_status_t status = query(0);
+	ok(dirtylimit_query(limit, 0, &status), "query");
 	printf("limit %.1f MiB/s: %.2f MiB/s, %+.2f %%, paused %.1f s in all\n", (double)LIMIT / mib, rate / mib, error,
 	       (double)status.paused_us / 1e6);
 	if (status.unenforced != DIRTYLIMIT_HELD)

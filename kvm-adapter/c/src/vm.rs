@@ -173,10 +173,11 @@ pub unsafe extern "C" fn dirtylimit_set_limit(limit: *mut Limit, id: u32, bytes_
     done(|| {
         // SAFETY: the header's rule for handles.
         let limit = unsafe { get(limit, "limit") }?;
-        Ok(match rate(limit, bytes_per_second)? {
+        match rate(limit, bytes_per_second)? {
             Some(rate) => limit.0.set_limit(id, rate)?,
             None => limit.0.cancel(id)?,
-        })
+        }
+        Ok(())
     })
 }
 
