@@ -61,6 +61,17 @@ pub unsafe extern "C" fn dirtylimit_round(limit: *mut Limit, round: *mut *mut Ro
     unsafe { start(limit, round, |limit| limit.round().map(Kind::Running)) }
 }
 
+/// For the last rounds of a migration: 1 keeps the rings of limited vCPUs empty, and kicks end their slices, so that a round leaves
+/// a slice of each in place of a ring; 0 ends that. Costs the guest more exits and resets. With DIRTYLIMIT_KICK_VMM the VMM kicks
+/// its vCPUs after the call. Any thread.
+///
+/// -EOPNOTSUPP: the ring alone ends slices (DIRTYLIMIT_KICK_AUTO or _OFF); a smaller one (dirtylimit_ring_for()) holds less back.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dirtylimit_set_draining(limit: *mut Limit, draining: c_int) -> c_int {
+    // SAFETY: the header's rule for handles.
+    done(|| Ok(unsafe { get(limit, "limit") }?.0.set_draining(draining != 0)?))
+}
+
 /// The last round: complete. No vCPU is in KVM_RUN, and none enters until its slots were merged. On arm64 it reads the backup
 /// bitmap, so call it after the interrupt controller's tables were saved. Free it. Any thread but a vCPU's that is stopped by it.
 ///

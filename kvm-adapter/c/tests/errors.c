@@ -93,6 +93,7 @@ int main(void)
 	FAILS(dirtylimit_interrupter(NULL, &interrupter), EINVAL, "vcpu is NULL");
 	FAILS(dirtylimit_interrupt(NULL), EINVAL, "interrupter is NULL");
 	FAILS(dirtylimit_round(NULL, &round), EINVAL, "limit is NULL");
+	FAILS(dirtylimit_set_draining(NULL, 1), EINVAL, "limit is NULL");
 	FAILS(dirtylimit_last_round(NULL, &round), EINVAL, "limit is NULL");
 	FAILS(dirtylimit_merge(NULL, 0, &word, sizeof word, &pages), EINVAL, "round is NULL");
 	FAILS(dirtylimit_mark_dirty(NULL, 0, 0, 1), EINVAL, "limit is NULL");

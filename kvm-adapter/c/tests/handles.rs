@@ -125,6 +125,8 @@ fn limits_are_set_told_and_lifted() {
         assert!(said().contains("DIRTYLIMIT_UNLIMITED"), "{}", said());
         assert_eq!(dirtylimit_set_limit_all(vm.limit, 0), -libc::EINVAL);
         assert_eq!(dirtylimit_set_vm_limit(vm.limit, 0), -libc::EINVAL);
+        assert_eq!(dirtylimit_set_draining(vm.limit, 1), -libc::EOPNOTSUPP);
+        assert_eq!(dirtylimit_set_draining(vm.limit, 0), 0);
     }
     let status = vm.status(0).unwrap();
     assert_eq!((status.size, status.limit, status.effective_limit), (size_of::<Status>(), 1 << 20, 1 << 20));
