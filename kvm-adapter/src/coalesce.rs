@@ -32,7 +32,7 @@ impl LastRun {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "planted-bugs"))]
 mod tests {
     use super::*;
     use crate::fake::Gathered;
