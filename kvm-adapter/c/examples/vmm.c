@@ -54,6 +54,7 @@ struct slot {
 
 struct vcpu {
 	int fd;
+	int resume; /* a semaphore of its own, or a vCPU would take what is to wake another */
 	volatile struct kvm_run *run;
 	pthread_t thread;
 	dirtylimit_vcpu_t *paced;                /* dirtylimit */
@@ -70,7 +71,7 @@ static struct vcpu vcpus[VCPUS];
 static dirtylimit_t *limit;                      /* dirtylimit */
 static _Atomic enum pause wanted;
 static atomic_bool ending;
-static int stands, resumes;                      /* semaphores that a signal handler may use */
+static int stands;                               /* a semaphore that a signal handler may use */
 static _Thread_local struct vcpu *self;
 
 static void die(const char *format, ...)
@@ -131,7 +132,7 @@ static void semaphore_down(int fd)
 static void stand_still(void)
 {
 	semaphore_up(stands);
-	semaphore_down(resumes);
+	semaphore_down(self->resume);
 }
 
 /* The kick. It may come in the middle of dirtylimit_before_run(), and stay as long as it likes. */
@@ -192,7 +193,7 @@ static void resume_vm(void)
 {
 	wanted = NONE;
 	for (int i = 0; i < VCPUS; i++)
-		semaphore_up(resumes);
+		semaphore_up(vcpus[i].resume);
 }
 
 /* ---- the machine ---- */
@@ -239,6 +240,7 @@ static void create_vcpu(int kvm, unsigned id)
 	struct kvm_sregs sregs;
 
 	vcpu->fd = sys(ioctl(vm, KVM_CREATE_VCPU, id), "KVM_CREATE_VCPU");
+	vcpu->resume = sys(eventfd(0, EFD_SEMAPHORE), "eventfd");
 	vcpu->run = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
 	if (vcpu->run == MAP_FAILED)
 		die("cannot map kvm_run");
@@ -346,7 +348,6 @@ int main(void)
 	sigaddset(&kick, SIGUSR1);
 	pthread_sigmask(SIG_BLOCK, &kick, NULL); /* until a vCPU's thread knows which it is */
 	stands = sys(eventfd(0, EFD_SEMAPHORE), "eventfd");
-	resumes = sys(eventfd(0, EFD_SEMAPHORE), "eventfd");
 
 	create_vm(kvm);
 	ok(dirtylimit_throttle_start(limit, 50 * MS, &throttle), "throttle_start"); /* dirtylimit */
