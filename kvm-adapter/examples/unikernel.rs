@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use dirtylimit_kvm::{Config, Decision, DirtyLimit, EXIT_DIRTY_RING_FULL, PageRate, Vcpu};
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -53,6 +53,7 @@ fn main() -> Result<()> {
 
     guest_memory(&vm)?;
     let vcpu_fd = vm.create_vcpu(0)?;
+    vcpu_fd.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?; // without long mode in it, there is none
     start_state(&vcpu_fd)?;
     let vcpu = limit.add_vcpu(0, &vcpu_fd)?; // dirtylimit
     let interrupter = vcpu.interrupter(); // dirtylimit
@@ -156,7 +157,7 @@ fn start_state(vcpu: &VcpuFd) -> Result<()> {
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (0x8005_0033, 0x1000, 0x20, 0xd01);
     vcpu.set_sregs(&sregs)?;
     let mut regs = vcpu.get_regs()?;
-    (regs.rip, regs.rflags) = (IMAGE as u64, 2);
+    (regs.rip, regs.rflags) = (IMAGE as u64, 0x202);
     (regs.rdi, regs.rsi, regs.rdx) = (FIRST_PAGE, MEMORY as u64, 4096);
     vcpu.set_regs(&regs)?;
     Ok(())
