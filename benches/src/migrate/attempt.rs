@@ -76,7 +76,12 @@ impl Subject<'_> {
     /// What there is to say of an attempt that ended before its first round.
     pub(super) fn failed(&self, attempt: u32, end: &End) -> Migrated {
         let plan = self.plan;
-        let vcpu = |(index, &workload): (usize, &Workload)| VcpuRecord { index, workload, work_kept_pct: None };
+        let vcpu = |(index, &workload): (usize, &Workload)| VcpuRecord {
+            index,
+            workload,
+            work_kept_pct: None,
+            free_accesses_per_s: self.free.get(index).copied().unwrap_or(0.0),
+        };
         Migrated {
             mode: plan.mode,
             verdict: verdict(end),
@@ -130,7 +135,8 @@ impl Subject<'_> {
     fn note_switch(&self, migrated: &mut Migrated, before: &[u64], switched: &Switched) {
         migrated.verdict = Verdict::Done;
         migrated.reason = "the guest runs at the destination".into();
-        (migrated.downtime_ms, migrated.guest_downtime_ms) = (Some(switched.downtime), switched.by_guest);
+        migrated.guest_downtime_ms = switched.by_guest;
+        migrated.downtime_ms = Some(switched.downtime.max(switched.by_guest.unwrap_or_default()));
         migrated.check_ms = Some(switched.check);
         let report = &switched.report;
         migrated.longest_stall_ms = Duration::from_nanos(report.longest);
@@ -145,9 +151,8 @@ impl Subject<'_> {
     /// The guest goes on at the source, without throttle and log. Returns how long after `ended` it was seen to.
     fn resume(&self, before: &[u64], ended: Instant, migrated: &mut Migrated) -> Option<Duration> {
         self.guest.set_budget(None);
-        self.guest.set_drain(false);
         self.guest.hold(false);
-        let resumed = self.guest.start().map(|()| {
+        let resumed = self.guest.set_draining(false).and_then(|()| self.guest.start()).map(|()| {
             let works = self.guest.wait_for_work(before, RESUME);
             works.then(|| ended.elapsed())
         });
@@ -166,7 +171,8 @@ impl Subject<'_> {
             if free > 0.0 && !time.is_zero() {
                 let share = last.saturating_sub(*first) as f64 / time.as_secs_f64() / free;
                 vcpu.work_kept_pct = Some(100.0 * share);
-                kept.push(share);
+                // A reader that runs faster while a writer is throttled makes up for nothing that the writer lost.
+                kept.push(share.min(1.0));
             }
         }
         if !kept.is_empty() {

@@ -23,8 +23,9 @@ const SILENCE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(50);
 /// How long the guest runs here, so that it is seen that it does.
 const RUN: Duration = Duration::from_millis(500);
-/// How long it may take until it does something.
-const FIRST_WORK: Duration = Duration::from_millis(100);
+/// How long it may take until it is seen to do something: before the source is told that it runs, and after that.
+const FIRST_WORK: Duration = Duration::from_millis(10);
+const LATE_WORK: Duration = Duration::from_millis(100);
 /// How long a source that was refused has to read why.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
@@ -182,9 +183,10 @@ impl<'a> Destination<'a> {
         }
         self.guest.start()?;
         let works = self.guest.wait_for_work(&came.0, FIRST_WORK);
-        let gap = if works { u64::try_from(self.guest.longest_gap().as_nanos())? } else { 0 };
         // From now on the guest is here, whether the source still listens or not.
-        let _ = self.say(&Message::Running { gap });
+        let _ = self.say(&Message::Running);
+        let works = works || self.guest.wait_for_work(&came.0, LATE_WORK);
+        let gap = if works { u64::try_from(self.guest.longest_gap().as_nanos())? } else { 0 };
         self.guest.measure_gaps();
         let (mut last, mut steps_back) = (came.clone(), 0);
         let end = Instant::now() + RUN;
@@ -198,7 +200,7 @@ impl<'a> Destination<'a> {
         let longest = u64::try_from(self.guest.longest_gap().as_nanos())?;
         self.guest.stop()?;
         let accesses = std::iter::zip(came.0, self.guest.accesses()).collect();
-        let report = Report { accesses, steps_back, longest };
+        let report = Report { accesses, steps_back, gap, longest };
         let _ = self.say(&Message::Report(report.clone()));
         Ok(report)
     }

@@ -165,8 +165,10 @@ impl Guest {
         }
     }
 
-    /// The next round is to drain the rings, or not: here goes the adapter's switch for it as soon as there is one.
-    pub(super) fn set_drain(&self, _drain: bool) {}
+    /// Has the next rounds drain the rings, or not.
+    pub(super) fn set_draining(&self, draining: bool) -> Result<()> {
+        self.limit.set_draining(draining).context("cannot drain the rings")
+    }
 
     /// What the vCPUs did so far.
     pub(super) fn work(&self) -> Work {

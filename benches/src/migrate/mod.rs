@@ -33,7 +33,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use dirtylimit_kvm::Config;
+use dirtylimit_kvm::{Config, Kick};
 use dirtylimit_test_vm::payload;
 
 use crate::guest::kvm::{Load, check_memory};
@@ -65,6 +65,8 @@ pub fn migrate(plan: &Plan, interrupt: &Interrupt) -> Result<Migrated> {
     let image = plan.payload.as_deref().map(payload::load).transpose()?;
     let loads: Vec<Load> = plan.workloads.iter().map(|&workload| workload.into()).collect();
     let config = Config::new().ring_entries(plan.ring).max_pause(plan.max_pause).prompt(true);
+    // SIGRTMIN itself is the machine's own kick. Without a kick no ring can be drained.
+    let config = config.kick(Kick::Signal(libc::SIGRTMIN() + 1));
     let guest = Guest::new(&loads, image.as_deref().unwrap_or(payload::image()), plan.memory, &config)?;
     guest.start()?;
     let free = run_free(&guest, plan.free, interrupt)?;

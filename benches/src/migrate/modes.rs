@@ -219,7 +219,7 @@ impl Steering {
             budget,
             held_percent: self.held_percent,
             switch,
-            drain: true,
+            drain: false,
             end: None,
             give_up,
         }

@@ -50,8 +50,8 @@ pub struct Migrated {
     /// not come about, to the end.
     #[serde(serialize_with = "seconds")]
     pub total_s: Duration,
-    /// How long the guest stood still at the switch, by the source's clock, from the order to stop to the answer that it
-    /// runs, without the comparison of the memory. Null where there was no switch.
+    /// How long the guest stood still at the switch, without the comparison of the memory: by the source's clock from the
+    /// order to stop to the answer that it runs, or by the guest's where that is longer. Null where there was no switch.
     #[serde(serialize_with = "opt_millis")]
     pub downtime_ms: Option<Duration>,
     /// Bytes that went over the wire, hashes not counted, in MiB.
@@ -59,7 +59,7 @@ pub struct Migrated {
     pub sent_mib: f64,
     /// Every round, in order.
     pub rounds: Vec<RoundRecord>,
-    /// `total_s` × (1 − the mean of the work kept by vCPUs that work).
+    /// `total_s` × (1 − the mean of the work kept by vCPUs that work, each at most all of it).
     #[serde(serialize_with = "opt_thousandths")]
     pub lost_guest_s: Option<f64>,
     /// The longest gap of the guest's own clock, but for the switch.
@@ -79,8 +79,7 @@ pub struct Migrated {
     /// The downtime that was allowed.
     #[serde(serialize_with = "millis")]
     pub downtime_allowed_ms: Duration,
-    /// The same as `downtime_ms` by the guest's clock: the longest gap between two looks at its counter, without the
-    /// comparison. Null where no vCPU looked.
+    /// By the guest's clock alone: the gap between two looks of a vCPU at its counter. Null where none looked.
     #[serde(serialize_with = "opt_millis")]
     pub guest_downtime_ms: Option<Duration>,
     /// How long the comparison took, in which the guest stood still too.
@@ -139,6 +138,9 @@ pub struct VcpuRecord {
     /// Its accesses per second from the first page to the end, over those of the free guest without a dirty log.
     #[serde(serialize_with = "opt_thousandths")]
     pub work_kept_pct: Option<f64>,
+    /// Those of the free guest.
+    #[serde(serialize_with = "thousandths")]
+    pub free_accesses_per_s: f64,
 }
 
 /// What was left, sent and dirtied at an instant.

@@ -29,6 +29,7 @@ const WATCH: Duration = Duration::from_millis(250);
 /// What the switch brought.
 #[derive(Debug)]
 pub(super) struct Switched {
+    /// By the source's clock.
     pub(super) downtime: Duration,
     /// By the guest's clock; `None` where no vCPU looked at it.
     pub(super) by_guest: Option<Duration>,
@@ -127,7 +128,7 @@ impl<'a> Source<'a> {
         (self.begun, self.cleared, self.taken, self.looked) = (now, now, now, now);
         (self.net_taken, self.watched) = (self.first.net, (now, self.first.gross));
         self.guest.log(true)?;
-        self.apply(first);
+        self.apply(first)?;
         loop {
             self.round()?;
             if self.next.switch {
@@ -158,12 +159,13 @@ impl<'a> Source<'a> {
         }
     }
 
-    fn apply(&mut self, next: Next) {
+    fn apply(&mut self, next: Next) -> Result<(), End> {
         self.guest.set_budget(next.budget);
-        self.guest.set_drain(next.drain);
+        self.guest.set_draining(next.drain)?;
         // Relaxed: a number by itself.
         self.held_percent.store(next.held_percent, Relaxed);
         self.next = next;
+        Ok(())
     }
 
     /// Sends what is dirty, looks what is dirty then, and puts in force what follows.
@@ -196,8 +198,7 @@ impl<'a> Source<'a> {
         (record.verdict, record.reason) = (next.verdict.clone(), next.reason.clone());
         self.watcher.round(self.rounds.len() + 1, &record, &next);
         self.rounds.push(record);
-        self.apply(next);
-        Ok(())
+        self.apply(next)
     }
 
     /// Sends the pages of `sweep`, but those that are known to be dirty again: under a budget nobody looks, for a page that
@@ -300,7 +301,9 @@ impl<'a> Source<'a> {
         let stopped = nanos(stop.elapsed());
         self.link.send(&Message::Go { stopped }, &[]).map_err(handed_over)?;
         let running = self.link.reply("the guest runs", SILENCE).map_err(handed_over)?;
-        let Message::Running { gap } = running else { return Err(handed_over(out_of_turn(&running))) };
+        if running != Message::Running {
+            return Err(handed_over(out_of_turn(&running)));
+        }
         let at = Instant::now();
         let check = compared - ready;
         record.length_s = at - stop - check;
@@ -309,7 +312,7 @@ impl<'a> Source<'a> {
             Message::Report(report) => report,
             other => return Err(handed_over(out_of_turn(&other))),
         };
-        let by_guest = (gap > 0).then(|| Duration::from_nanos(gap).saturating_sub(check));
+        let by_guest = (report.gap > 0).then(|| Duration::from_nanos(report.gap).saturating_sub(check));
         Ok(Switched { downtime: at - stop - check, by_guest, check, at, report })
     }
 

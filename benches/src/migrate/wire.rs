@@ -64,10 +64,7 @@ pub enum Message {
         unequal: u64,
     },
     /// The guest runs at the destination.
-    Running {
-        /// The longest gap that the guest's own clock had at the switch, in ns; 0 where it looked at no clock yet.
-        gap: u64,
-    },
+    Running,
     /// What the guest did at the destination.
     Report(Report),
 }
@@ -105,7 +102,9 @@ pub struct Report {
     pub accesses: Vec<(u64, u64)>,
     /// Times that one of the guest's counters or its clock was seen to step back.
     pub steps_back: u64,
-    /// The longest gap of the guest's own clock after the switch, in ns.
+    /// The gap that the guest's own clock had at the switch, in ns; 0 where no vCPU looked at it soon.
+    pub gap: u64,
+    /// The longest gap that it had after that, in ns.
     pub longest: u64,
 }
 
@@ -287,7 +286,7 @@ mod tests {
             (Message::Vcpu(1), vec![1, 2, 3]),
             (Message::Go { stopped: u64::MAX }, vec![]),
             (Message::Refused("no room".into()), vec![]),
-            (Message::Report(Report { accesses: vec![(1, 2)], steps_back: 0, longest: 9 }), vec![]),
+            (Message::Report(Report { accesses: vec![(1, 2)], steps_back: 0, gap: 3, longest: 9 }), vec![]),
         ]
     }
 
