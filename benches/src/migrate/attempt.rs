@@ -153,7 +153,7 @@ impl Subject<'_> {
         self.guest.set_budget(None);
         self.guest.hold(false);
         let resumed = self.guest.set_draining(false).and_then(|()| self.guest.start()).map(|()| {
-            let works = self.guest.wait_for_work(before, RESUME);
+            let works = self.guest.wait_for_work(before, false, RESUME);
             works.then(|| ended.elapsed())
         });
         match resumed.and_then(|resumed| self.guest.log(false).map(|()| resumed)) {

@@ -25,7 +25,7 @@ const LOOK: Duration = Duration::from_millis(50);
 const RUN: Duration = Duration::from_millis(500);
 /// How long it may take until it is seen to do something: before the source is told that it runs, and after that.
 const FIRST_WORK: Duration = Duration::from_millis(10);
-const LATE_WORK: Duration = Duration::from_millis(100);
+const LATE_WORK: Duration = Duration::from_millis(200);
 /// How long a source that was refused has to read why.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
@@ -101,7 +101,7 @@ struct Destination<'a> {
 
 impl<'a> Destination<'a> {
     fn greet(mut frames: Frames<Patient>, to: &'a mut Stream) -> Result<Self> {
-        let (Message::Hello(hello), _) = frames.next()? else { bail!("the source did not say what guest is to come") };
+        let (Message::Hello(hello), _) = frames.read()? else { bail!("the source did not say what guest is to come") };
         check(&hello)?;
         let vcpus = usize::try_from(hello.vcpus)?;
         let guest = Guest::blank(vcpus, hello.memory).context("cannot make room for the guest")?;
@@ -130,14 +130,14 @@ impl<'a> Destination<'a> {
         let unequal = self.compare()?;
         self.say(&Message::Compared { unequal })?;
         ensure!(unequal == 0, "{unequal} pages are not the source's");
-        let (Message::Go { stopped }, _) = self.frames.next()? else { bail!("the source did not hand the guest over") };
+        let (Message::Go { stopped }, _) = self.frames.read()? else { bail!("the source did not hand the guest over") };
         self.go(Duration::from_nanos(stopped))
     }
 
     /// Takes in memory and vCPUs.
     fn receive(&mut self) -> Result<()> {
         loop {
-            let (message, data) = self.frames.next()?;
+            let (message, data) = self.frames.read()?;
             match message {
                 Message::Pages(runs) => pages::write(self.guest.memory(), &mut self.written, &runs, data)?,
                 Message::Vcpu(index) => {
@@ -161,7 +161,7 @@ impl<'a> Destination<'a> {
         let memory = self.guest.memory();
         let (mut next, mut unequal, mut buffer) = (0, 0, Vec::new());
         while next < memory.pages() {
-            let (Message::Hashes { first }, data) = self.frames.next()? else { bail!("hashes of all pages must come") };
+            let (Message::Hashes { first }, data) = self.frames.read()? else { bail!("hashes of all pages must come") };
             let count = data.len() / 8;
             let fits = first == next as u64 && data.len() % 8 == 0 && (1..=memory.pages() - next).contains(&count);
             ensure!(fits, "{} bytes of hashes from page {first} on, instead of {next}", data.len());
@@ -182,10 +182,10 @@ impl<'a> Destination<'a> {
             self.guest.restore_clock(index, state, stopped)?;
         }
         self.guest.start()?;
-        let works = self.guest.wait_for_work(&came.0, FIRST_WORK);
+        self.guest.wait_for_work(&came.0, false, FIRST_WORK);
         // From now on the guest is here, whether the source still listens or not.
         let _ = self.say(&Message::Running);
-        let works = works || self.guest.wait_for_work(&came.0, LATE_WORK);
+        let works = self.guest.wait_for_work(&came.0, true, LATE_WORK);
         let gap = if works { u64::try_from(self.guest.longest_gap().as_nanos())? } else { 0 };
         self.guest.measure_gaps();
         let (mut last, mut steps_back) = (came.clone(), 0);

@@ -224,15 +224,18 @@ impl Guest {
         state.restore_clock(cpu.fd(), cpu.ticks(passed)).with_context(|| format!("vCPU {index}"))
     }
 
-    /// Waits until a vCPU has counted an access beyond `before`, at most `patience`.
-    pub(super) fn wait_for_work(&self, before: &[u64], patience: Duration) -> bool {
+    /// Waits until one vCPU, or each that ever did, has counted an access beyond `before`, at most `patience`. Returns
+    /// whether one has.
+    pub(super) fn wait_for_work(&self, before: &[u64], all: bool, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
+        let working = before.iter().filter(|&&before| before > 0).count();
         loop {
-            if self.accesses().iter().zip(before).any(|(now, before)| now > before) {
+            let moved = self.accesses().iter().zip(before).filter(|(now, before)| now > before).count();
+            if moved > 0 && (!all || moved >= working) {
                 return true;
             }
             if Instant::now() >= deadline {
-                return false;
+                return moved > 0;
             }
             std::thread::sleep(Duration::from_micros(200));
         }

@@ -119,7 +119,7 @@ impl Link {
                     Err(error) => return drop(tell.send(Err(error))),
                 };
                 loop {
-                    let reply = frames.next().map(|(message, _)| message);
+                    let reply = frames.read().map(|(message, _)| message);
                     let last = reply.is_err();
                     if tell.send(reply).is_err() || last {
                         return;

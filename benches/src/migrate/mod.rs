@@ -155,13 +155,15 @@ impl Drop for Child {
 }
 
 /// Waits for a guest at `address`, and takes it in. Where an attempt fails it says so, and waits for the next. Returns the
-/// exit status: 0, or that of a migration that was cancelled.
+/// exit status: 0, or that of a migration that was cancelled or, for a destination that a source has started, failed.
 ///
 /// # Errors
-/// An address where nobody can listen; for a destination that was started by a source, what kept the guest from coming.
+/// An address where nobody can listen.
 pub fn listen(address: &Address, interrupt: &Interrupt) -> Result<u8> {
     if *address == Address::Inherited {
-        return destination::take_in(address.connect()?, interrupt).map(|_| 0);
+        // The source is told what is wrong, and tells the user.
+        let came = destination::take_in(address.connect()?, interrupt).is_ok();
+        return Ok(u8::from(!came));
     }
     let listener = address.listen()?;
     tell(format_args!("Waiting for a guest at {}.", listener.address()));

@@ -194,16 +194,17 @@ impl Steering {
     }
 
     fn by_rule(&mut self, round: &Round) -> Next {
-        let bandwidth = round.sent as f64 / Duration::from_nanos(round.sending).as_secs_f64().max(1e-6);
+        let measured = u128::from(round.sent) * 1_000_000_000 / u128::from(round.sending.max(1));
+        let bandwidth = u64::try_from(measured).unwrap_or(u64::MAX).max(1);
         let left = round.left as f64 * f64::from(PAGE_SIZE);
-        let pause = SWITCH_COST.as_secs_f64() + left / bandwidth.max(1.0);
+        let pause = SWITCH_COST.as_secs_f64() + left / bandwidth as f64;
         let allowed = self.allowed();
         if self.mode == Mode::Uniform {
             self.slow_down(round);
         }
         let budget = match self.mode {
             Mode::Fixed(rate) => Some(rate),
-            Mode::Half => Some(half(PageRate::from_bytes_per_sec(bandwidth as u64, PAGE_SIZE))),
+            Mode::Half => Some(half(PageRate::from_bytes_per_sec(bandwidth, PAGE_SIZE))),
             _ => None,
         };
         let switch = pause <= allowed.as_secs_f64();

@@ -210,7 +210,7 @@ impl<R: Read> Frames<R> {
     ///
     /// # Errors
     /// A frame that is not as it was sent, or never was one; what reading may answer. Nothing that follows is a frame then.
-    pub fn next(&mut self) -> Result<(Message, &[u8]), WireError> {
+    pub fn read(&mut self) -> Result<(Message, &[u8]), WireError> {
         let mut head = [0; HEAD];
         fill(&mut self.from, &mut head)?;
         let [message, data, told] =
@@ -268,7 +268,7 @@ mod tests {
         let mut frames = Frames::new(bytes)?;
         let mut read = Vec::new();
         loop {
-            match frames.next() {
+            match frames.read() {
                 Ok((message, data)) => read.push((message, data.to_vec())),
                 Err(WireError::Closed) => return Ok(read),
                 Err(error) => return Err(error),

@@ -1,16 +1,17 @@
 //! `migrate`: a guest goes from one process to another, and whatever goes wrong, it runs on one of its two sides.
 
+mod peers;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
-use std::thread::{self, JoinHandle};
+use std::process::{Command, Output, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use dirtylimit_bench::guest::kvm::kvm_or_skip;
-use dirtylimit_bench::migrate::wire::{self, Frames, Message};
+use dirtylimit_bench::migrate::wire::{self, Message};
+use peers::{Listening, destination, greet, pass, say, socket};
 use serde_json::Value;
 
 /// A guest that is small, and a downtime that a busy host can keep.
@@ -18,9 +19,13 @@ const SMALL: &str = "--workload write:16MiB --memory 64MiB --bandwidth 100MiB/s 
 /// The same, which never comes to an end by itself.
 const ENDLESS: &str = "--workload write:48MiB --memory 64MiB --bandwidth 20MiB/s --mode none --free-seconds 0.2";
 
+/// The program with these options, each with its value; the last one of a name counts.
 fn bench(arguments: &str) -> Command {
+    let words: Vec<_> = arguments.split_whitespace().collect();
+    let options = words.chunks(2).enumerate();
+    let last = options.filter(|(at, option)| words.iter().rposition(|word| word == &option[0]) == Some(2 * at));
     let mut program = Command::new(env!("CARGO_BIN_EXE_dirtylimit-bench"));
-    program.arg("migrate").args(arguments.split_whitespace()).stdin(Stdio::null());
+    program.arg("migrate").args(last.flat_map(|(_, option)| option)).stdin(Stdio::null());
     program
 }
 
@@ -43,75 +48,6 @@ fn migrate(arguments: &str) -> (i32, Value, String) {
 fn assert_runs_on(document: &Value, told: &str) {
     let resumed = document["source_resumed_ms"].as_f64();
     assert!(resumed.is_some_and(|ms| ms < 100.0), "{}: {told}", document["source_resumed_ms"]);
-}
-
-fn socket(test: &str) -> PathBuf {
-    let path = std::env::temp_dir().join(format!("dirtylimit-migrate-{test}-{}", std::process::id()));
-    let _ = fs::remove_file(&path);
-    path
-}
-
-/// A destination of a test's own: does `serve` for each connection, in turn.
-fn destination(
-    test: &str,
-    times: usize,
-    mut serve: impl FnMut(usize, UnixStream) + Send + 'static,
-) -> (String, JoinHandle<()>) {
-    let path = socket(test);
-    let listener = UnixListener::bind(&path).unwrap();
-    let address = format!("unix:{}", path.display());
-    let thread = thread::spawn(move || {
-        for time in 0..times {
-            serve(time, listener.accept().unwrap().0);
-        }
-        fs::remove_file(path).unwrap();
-    });
-    (address, thread)
-}
-
-fn say(to: &mut UnixStream, message: &Message) {
-    to.write_all(&wire::frame(message, &[])).unwrap();
-}
-
-/// Greets a source as a destination does.
-fn greet(stream: &mut UnixStream) -> Frames<UnixStream> {
-    stream.write_all(&wire::preamble()).unwrap();
-    let mut frames = Frames::new(stream.try_clone().unwrap()).unwrap();
-    assert!(matches!(frames.next().unwrap().0, Message::Hello(_)));
-    say(stream, &Message::Welcome);
-    frames
-}
-
-/// A process that waits for a guest, where it does, and what it tells after that.
-struct Listening {
-    process: Child,
-    address: String,
-    told: JoinHandle<String>,
-}
-
-impl Listening {
-    fn at(address: &str) -> Self {
-        let mut process = bench(&format!("--listen {address}")).stderr(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(process.stderr.take().unwrap());
-        let mut first = String::new();
-        lines.read_line(&mut first).unwrap();
-        let address = first.trim().trim_end_matches('.').rsplit(' ').next().unwrap().to_owned();
-        let told = thread::spawn(move || {
-            let mut rest = String::new();
-            lines.read_to_string(&mut rest).unwrap();
-            rest
-        });
-        Self { process, address, told }
-    }
-
-    fn end(mut self) -> (Option<i32>, String) {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while Instant::now() < deadline && self.process.try_wait().unwrap().is_none() {
-            thread::sleep(Duration::from_millis(20));
-        }
-        let _ = self.process.kill();
-        (self.process.wait().unwrap().code(), self.told.join().unwrap())
-    }
 }
 
 #[test]
@@ -213,7 +149,7 @@ fn a_destination_that_dies_or_falls_silent_does_not_take_the_guest_along() {
             let mut frames = greet(&mut stream);
             let mut data = 0;
             while case >= 2 || data < 4 << 20 {
-                match frames.next() {
+                match frames.read() {
                     Ok((Message::Switched, _)) => break,
                     Ok((_, more)) => data += more.len(),
                     Err(error) => panic!("{error}"),
@@ -250,28 +186,6 @@ fn a_destination_that_reads_nothing_is_waited_for_and_then_left() {
     assert!(status == 1 && document["reason"].as_str().unwrap().contains("took nothing for 5s"), "{document}: {told}");
     assert_runs_on(&document, &told);
     thread.join().unwrap();
-}
-
-/// Passes frames on to `to`, after `change` has seen them, until one side closes.
-fn pass(source: &mut UnixStream, to: &str, mut change: impl FnMut(&Message, &mut Vec<u8>, &mut Vec<u8>)) {
-    let mut destination = UnixStream::connect(to.trim_start_matches("unix:")).unwrap();
-    let (mut replies, mut back) = (destination.try_clone().unwrap(), source.try_clone().unwrap());
-    let returning = thread::spawn(move || {
-        let _ = std::io::copy(&mut replies, &mut back);
-        back.shutdown(Shutdown::Both)
-    });
-    destination.write_all(&wire::preamble()).unwrap();
-    let mut frames = Frames::new(source.try_clone().unwrap()).unwrap();
-    while let Ok((message, data)) = frames.next() {
-        let mut data = data.to_vec();
-        let mut frame = wire::frame(&message, &data);
-        change(&message, &mut frame, &mut data);
-        if destination.write_all(&frame).and_then(|()| destination.write_all(&data)).is_err() {
-            break;
-        }
-    }
-    let _ = destination.shutdown(Shutdown::Write);
-    let _ = returning.join();
 }
 
 #[test]
