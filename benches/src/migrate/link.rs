@@ -70,12 +70,19 @@ impl Bucket {
         Self { rate, credit: 0.0, since: Instant::now() }
     }
 
+    /// The time since the last call was there for sending.
+    fn earn(&mut self, now: Instant) {
+        let rate = self.rate.unwrap_or(0.0);
+        let earned = now.saturating_duration_since(self.since).as_secs_f64() * rate;
+        self.credit = (self.credit + earned).min(BURST.as_secs_f64() * rate);
+        self.since = now;
+    }
+
     /// The time from now that it takes until `bytes` are through.
     fn take(&mut self, bytes: usize, now: Instant) -> Duration {
         let Some(rate) = self.rate else { return Duration::ZERO };
-        let earned = now.saturating_duration_since(self.since).as_secs_f64() * rate;
-        self.credit = (self.credit + earned).min(BURST.as_secs_f64() * rate) - bytes as f64;
-        self.since = now;
+        self.earn(now);
+        self.credit -= bytes as f64;
         Duration::from_secs_f64((-self.credit / rate).max(0.0))
     }
 }
@@ -85,6 +92,8 @@ impl Bucket {
 pub(super) struct Link {
     stream: Stream,
     replies: Receiver<Result<Message, WireError>>,
+    /// A reply that came while its question was still being sent.
+    early: Option<Message>,
     bucket: Bucket,
     interrupt: Interrupt,
     /// Whether the user's wish to end ends what waits.
@@ -130,10 +139,20 @@ impl Link {
         // Twelve bytes always find room in a new connection.
         stream.write_all(&wire::preamble()).context("cannot send to the destination")?;
         let bucket = Bucket::new(bandwidth);
-        Ok(Self { stream, replies, bucket, interrupt, cancellable: true, silence, deadline: None, sent: 0 })
+        Ok(Self {
+            stream,
+            replies,
+            early: None,
+            bucket,
+            interrupt,
+            cancellable: true,
+            silence,
+            deadline: None,
+            sent: 0,
+        })
     }
 
-    /// What comes now counts from now: time spent otherwise is none in which something was sent.
+    /// What comes now counts from now: the time since the last frame went was spent otherwise.
     pub(super) fn resume(&mut self) {
         self.bucket.since = Instant::now();
     }
@@ -159,6 +178,7 @@ impl Link {
         }
         self.write(&frame)?;
         self.write(data)?;
+        self.bucket.earn(Instant::now());
         self.sent += bytes as u64;
         Ok(())
     }
@@ -194,6 +214,10 @@ impl Link {
             return Err(End::Cancelled);
         }
         match self.replies.try_recv() {
+            Ok(Ok(reply)) if self.early.is_none() && !matches!(reply, Message::Refused(_)) => {
+                self.early = Some(reply);
+                Ok(())
+            }
             Ok(reply) => Err(unasked(reply)),
             Err(TryRecvError::Empty) => Ok(()),
             Err(TryRecvError::Disconnected) => Err(anyhow!("the connection is gone").into()),
@@ -213,6 +237,9 @@ impl Link {
     /// # Errors
     /// As [`Link::send`].
     pub(super) fn reply(&mut self, what: &str, patience: Duration) -> Result<Message, End> {
+        if let Some(reply) = self.early.take() {
+            return Ok(reply);
+        }
         let deadline = Instant::now() + patience;
         loop {
             if self.cancellable && self.interrupt.requested() {
@@ -268,17 +295,21 @@ mod tests {
         assert_eq!(bucket.take(1 << 20, begin + second), second);
         // Late by 10 ms: made up for. Late by a second: by as much as a burst.
         let late = Duration::from_millis(10);
-        assert_eq!(bucket.take(1 << 20, begin + 2 * second + late).as_millis(), 990);
-        assert_eq!(bucket.take(1 << 20, begin + 4 * second).as_millis(), 980);
+        assert_eq!(bucket.take(1 << 20, begin + 2 * second + late).as_micros().div_ceil(1000), 990);
+        assert_eq!(bucket.take(1 << 20, begin + 4 * second).as_micros().div_ceil(1000), 980);
     }
 
     #[test]
-    fn what_was_spent_otherwise_earns_nothing() {
+    fn what_was_spent_otherwise_earns_nothing_and_costs_nothing() {
         let mut bucket = Bucket::new(Some(PageRate::from_bytes_per_sec(1 << 20, PAGE_SIZE)));
-        let begin = bucket.since;
-        bucket.take(1 << 20, begin);
-        bucket.since = begin + Duration::from_secs(5);
-        assert_eq!(bucket.take(1 << 20, begin + Duration::from_secs(5)), Duration::from_secs(2));
-        assert_eq!(Bucket::new(None).take(1 << 30, begin), Duration::ZERO);
+        let (mut now, second) = (bucket.since, Duration::from_secs(1));
+        for _ in 0..5 {
+            assert_eq!(bucket.take(1 << 20, now), second);
+            now += second;
+            bucket.earn(now);
+            now += 5 * second;
+            bucket.since = now;
+        }
+        assert_eq!(Bucket::new(None).take(1 << 30, now), Duration::ZERO);
     }
 }
