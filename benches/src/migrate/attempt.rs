@@ -16,6 +16,8 @@ use crate::workload::Workload;
 
 /// How long all vCPUs run between two holds, as in QEMU's auto-converge.
 const TIMESLICE: Duration = Duration::from_millis(10);
+/// How long the guest is watched at the source, after a migration that did not come about.
+const RUN_ON: Duration = Duration::from_millis(500);
 /// How long the guest may take at the source until it is seen to go on.
 const RESUME: Duration = Duration::from_millis(500);
 
@@ -102,10 +104,21 @@ impl Subject<'_> {
             unequal_pages: None,
             counters_go_on: None,
             source_resumed_ms: None,
+            source_work_pct: None,
             attempt,
             ring: plan.ring,
             samples: Vec::new(),
         }
+    }
+
+    /// Lets the guest run for a while, and returns what it does, in percent of the free guest's work.
+    pub(super) fn run_on(&self) -> Option<f64> {
+        let (before, begin) = (self.guest.accesses(), Instant::now());
+        thread::sleep(RUN_ON);
+        let (after, time) = (self.guest.accesses(), begin.elapsed().as_secs_f64());
+        let shares = after.iter().zip(&before).zip(self.free).filter(|&(_, &free)| free > 0.0);
+        let shares: Vec<_> = shares.map(|((after, before), free)| (after - before) as f64 / time / free).collect();
+        (!shares.is_empty()).then(|| 100.0 * shares.iter().sum::<f64>() / shares.len() as f64)
     }
 
     /// Runs `run`, and beside it keeps all vCPUs out of the guest for that share of the time, where the mode does so.

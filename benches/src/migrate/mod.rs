@@ -50,8 +50,6 @@ use result::{Migrated, Verdict};
 
 /// How often a waiting half looks whether the user wants an end.
 const LOOK: Duration = Duration::from_millis(20);
-/// How long the guest runs on at the source, after a migration that did not come about.
-const RUN_ON: Duration = Duration::from_millis(500);
 /// How long a destination that was started here may take to end.
 const CHILD_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -73,13 +71,13 @@ pub fn migrate(plan: &Plan, interrupt: &Interrupt) -> Result<Migrated> {
     let subject = Subject { guest: &guest, plan, free: &free };
     for attempt in 1.. {
         let mut destination = None;
-        let migrated = match connect(plan, &mut destination) {
+        let mut migrated = match connect(plan, &mut destination) {
             Ok(stream) => subject.attempt(attempt, stream, interrupt, &mut Lines::new()),
             Err(error) => subject.failed(attempt, &End::Failed(error)),
         };
         drop(destination);
         if migrated.verdict != Verdict::Done {
-            pause(RUN_ON, interrupt);
+            migrated.source_work_pct = subject.run_on();
             guest.check()?;
         }
         let again = migrated.verdict == Verdict::Failed && migrated.memory_equal != Some(false);

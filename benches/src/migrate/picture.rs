@@ -140,6 +140,7 @@ mod tests {
             unequal_pages: Some(0),
             counters_go_on: Some(true),
             source_resumed_ms: None,
+            source_work_pct: None,
             attempt: 1,
             ring: 1024,
             samples,

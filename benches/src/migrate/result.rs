@@ -92,6 +92,9 @@ pub struct Migrated {
     /// From the end of a migration that did not come about to the guest's next access at the source, unthrottled.
     #[serde(serialize_with = "opt_millis")]
     pub source_resumed_ms: Option<Duration>,
+    /// What the vCPUs that work did in the half second after that, at the source, in percent of the free guest's.
+    #[serde(serialize_with = "opt_thousandths")]
+    pub source_work_pct: Option<f64>,
     /// Which attempt it was.
     pub attempt: u32,
     /// Entries of each vCPU's ring.
@@ -237,7 +240,9 @@ impl fmt::Display for Migrated {
         }
         if let Some(resumed) = self.source_resumed_ms {
             let resumed = 1e3 * resumed.as_secs_f64();
-            writeln!(f, "the guest goes on at the source, unthrottled, since {resumed:.1} ms after the end")?;
+            write!(f, "the guest goes on at the source since {resumed:.1} ms after the end")?;
+            let work = self.source_work_pct.map_or(String::new(), |work| format!(", at {work:.0} % of its free speed"));
+            writeln!(f, "{work}")?;
         }
         let verdict = format!("{:?}", self.verdict).to_lowercase();
         writeln!(f, "verdict: {verdict}: {}", self.reason)

@@ -48,6 +48,9 @@ fn migrate(arguments: &str) -> (i32, Value, String) {
 fn assert_runs_on(document: &Value, told: &str) {
     let resumed = document["source_resumed_ms"].as_f64();
     assert!(resumed.is_some_and(|ms| ms < 100.0), "{}: {told}", document["source_resumed_ms"]);
+    // Under the budgets of these tests it does less than a hundredth.
+    let work = document["source_work_pct"].as_f64();
+    assert!(work.is_some_and(|percent| percent > 10.0), "{}: {told}", document["source_work_pct"]);
 }
 
 #[test]
