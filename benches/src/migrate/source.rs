@@ -196,9 +196,15 @@ impl<'a> Source<'a> {
         (record.left_pages, record.held_back_pages) = (left, held_back);
         (record.budget_mib_s, record.held_percent) = (mib_s(next.budget), next.held_percent);
         (record.verdict, record.reason) = (next.verdict.clone(), next.reason.clone());
-        self.watcher.round(self.rounds.len() + 1, &record, &next);
+        if next.switch {
+            // What holds the guest stays in force until it stands still.
+            self.next = next;
+        } else {
+            self.apply(next)?;
+        }
+        self.watcher.round(self.rounds.len() + 1, &record, &self.next);
         self.rounds.push(record);
-        self.apply(next)
+        Ok(())
     }
 
     /// Sends the pages of `sweep`, but those that are known to be dirty again: under a budget nobody looks, for a page that
@@ -279,6 +285,7 @@ impl<'a> Source<'a> {
         self.guest.last_round(&mut self.dirty)?;
         let words = self.dirty.len();
         let mut sweep = Sweep::new(std::mem::replace(&mut self.dirty, vec![0; words]));
+        // There is no guest to look at.
         self.looked = Instant::now() + patience;
         self.send(&mut sweep, &mut record)?;
         for (index, state) in (0..).zip(self.guest.save().context("cannot save the vCPUs")?) {

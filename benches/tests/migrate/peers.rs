@@ -54,21 +54,30 @@ pub(crate) fn greet(stream: &mut UnixStream) -> Frames<UnixStream> {
 pub(crate) struct Listening {
     pub(crate) process: Child,
     pub(crate) address: String,
-    told: JoinHandle<String>,
+    told: Option<JoinHandle<String>>,
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        // A test that fails leaves nobody behind.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }
 
 impl Listening {
     pub(crate) fn at(address: &str) -> Self {
-        let mut process = bench(&format!("--listen {address}")).stderr(Stdio::piped()).spawn().unwrap();
+        let mut program = bench(&format!("--listen {address}"));
+        let mut process = program.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(process.stderr.take().unwrap());
         let mut first = String::new();
         lines.read_line(&mut first).unwrap();
         let address = first.trim().trim_end_matches('.').rsplit(' ').next().unwrap().to_owned();
-        let told = thread::spawn(move || {
+        let told = Some(thread::spawn(move || {
             let mut rest = String::new();
             lines.read_to_string(&mut rest).unwrap();
             rest
-        });
+        }));
         Self { process, address, told }
     }
 
@@ -78,7 +87,7 @@ impl Listening {
             thread::sleep(Duration::from_millis(20));
         }
         let _ = self.process.kill();
-        (self.process.wait().unwrap().code(), self.told.join().unwrap())
+        (self.process.wait().unwrap().code(), self.told.take().unwrap().join().unwrap())
     }
 }
 
