@@ -9,6 +9,7 @@ use dirtylimit_core::PageRate;
 
 use crate::compare::Compare;
 use crate::lab::Lab;
+use crate::migrate::cli::Migrate;
 use crate::plan::{KickKind, MetricsTo, Plan, PolicyKind, Step, VcpuPlan};
 use crate::record::GuestKind;
 use crate::scenario::Scenarios;
@@ -18,7 +19,7 @@ use crate::workload::Workload;
 /// The most vCPUs that the limiter takes.
 const MAX_VCPUS: usize = 1024;
 /// The smallest ring that leaves room above the entries that KVM reserves, and the largest that KVM offers.
-const RING: std::ops::RangeInclusive<u32> = 256..=65_536;
+pub(crate) const RING: std::ops::RangeInclusive<u32> = 256..=65_536;
 
 /// Runs guests under a dirty page rate limit and measures what became of them
 #[derive(Debug, Parser)]
@@ -60,6 +61,17 @@ pub enum Command {
     /// Exit status: 0 done, 1 a run failed, 2 bad usage, 3 pages were lost.
     #[command(verbatim_doc_comment)]
     Compare(Box<Compare>),
+    /// Migrate a running guest to another process, with as much throttle as the downtime needs
+    ///
+    /// Starts source and destination here; --listen and --connect are the two halves. At the switch the hashes of all pages
+    /// are compared, which is no part of the downtime told. Where a migration does not come about the guest goes on at the
+    /// source, unthrottled. Ctrl-C ends it so.
+    ///
+    /// Exit status: 0 done (the destination: a guest came), 1 it failed or a report could not be written, 2 bad usage, 3 the
+    /// memory was not equal or a counter of the guest stepped back, 4 the goal is out of reach, 5 stalled: no throttle would
+    /// help, 6 cancelled.
+    #[command(verbatim_doc_comment)]
+    Migrate(Box<Migrate>),
     /// Run a command of this program in an emulated machine with a KVM of its own, in virtual time
     Lab(Lab),
 }
@@ -156,7 +168,7 @@ pub struct Run {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit(pub Option<PageRate>);
 
-fn limit(text: &str) -> Result<Limit, String> {
+pub(crate) fn limit(text: &str) -> Result<Limit, String> {
     parse_limit(text).map(Limit)
 }
 
@@ -254,11 +266,11 @@ pub fn plain_rates(matches: &ArgMatches) -> Vec<String> {
         let (option, rate) = (option.replace('_', "-"), parse_rate(plain).ok()?);
         Some(format!("--{option} {plain}: that is pages per second, {}; {plain}MiB/s is another rate.", Rate(rate)))
     };
-    ["limit", "vm_limit", "steps"].into_iter().filter_map(warning).collect()
+    ["limit", "vm_limit", "steps", "bandwidth"].into_iter().filter_map(warning).collect()
 }
 
 /// `values` as one per vCPU: as many as there are vCPUs, or one for all.
-fn per_vcpu<T: Copy>(option: &str, values: &[T], vcpus: usize) -> Result<Vec<T>, String> {
+pub(crate) fn per_vcpu<T: Copy>(option: &str, values: &[T], vcpus: usize) -> Result<Vec<T>, String> {
     match values {
         [one] => Ok(vec![*one; vcpus]),
         _ if values.len() == vcpus => Ok(values.to_vec()),
@@ -270,7 +282,7 @@ fn per_vcpu<T: Copy>(option: &str, values: &[T], vcpus: usize) -> Result<Vec<T>,
     }
 }
 
-fn within(option: &str, value: Duration, least: Duration, most: Duration) -> Result<(), String> {
+pub(crate) fn within(option: &str, value: Duration, least: Duration, most: Duration) -> Result<(), String> {
     if (least..=most).contains(&value) {
         Ok(())
     } else {
@@ -287,7 +299,7 @@ mod tests {
         let line = ["dirtylimit-bench", "run"].into_iter().chain(line.split_whitespace());
         match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
             Command::Run(run) => run.plan(),
-            Command::Probe | Command::Scenario(_) | Command::Compare(_) | Command::Lab(_) => {
+            Command::Probe | Command::Scenario(_) | Command::Compare(_) | Command::Migrate(_) | Command::Lab(_) => {
                 unreachable!("`run` was given")
             }
         }

@@ -8,6 +8,7 @@ pub mod guest;
 pub mod lab;
 pub mod late;
 pub mod measure;
+pub mod migrate;
 pub mod output;
 pub mod plan;
 pub mod probe;

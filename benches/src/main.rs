@@ -14,6 +14,7 @@ use dirtylimit_bench::cli::{self, Cli, Command, Run};
 use dirtylimit_bench::compare::{self, Case, Compare};
 use dirtylimit_bench::guest::{self, Progress};
 use dirtylimit_bench::late;
+use dirtylimit_bench::migrate::{self, cli::Migrate};
 use dirtylimit_bench::output::{Output, distinct, print, tell};
 use dirtylimit_bench::plan::{MetricsTo, Plan};
 use dirtylimit_bench::probe;
@@ -48,6 +49,10 @@ fn main() -> ExitCode {
         Command::Compare(asked) => match asked.cases() {
             Ok(cases) => side_by_side(&asked, &cases),
             Err(message) => bad_usage("compare", message),
+        },
+        Command::Migrate(asked) => match asked.plan() {
+            Ok(plan) => migrate(&asked, &plan),
+            Err(message) => bad_usage("migrate", message),
         },
         Command::Lab(lab) => match lab.check() {
             Ok(()) => lab.execute(),
@@ -201,6 +206,25 @@ fn side_by_side(asked: &Compare, cases: &[Case]) -> Result<ExitCode> {
     outcome.show(&comparison, json.as_ref());
     outcome.document(&comparison, json.as_mut());
     outcome.page(|| compare::page(&comparison), page.as_mut());
+    Ok(outcome.status())
+}
+
+fn migrate(asked: &Migrate, plan: &migrate::cli::Plan) -> Result<ExitCode> {
+    if let Some(address) = &asked.listen {
+        kvm().context("a guest can come only where KVM has a dirty ring")?;
+        return migrate::listen(address, &Interrupt::install()?).map(ExitCode::from);
+    }
+    let mut json = asked.json.as_deref().map(|path| Output::document("--json", path)).transpose()?;
+    let mut drawing = asked.svg.as_deref().map(|path| Output::prepare("--svg", path)).transpose()?;
+    distinct(&[json.as_ref(), drawing.as_ref()])?;
+    kvm().context("a migration needs the real thing")?;
+    let migrated = migrate::migrate(plan, &Interrupt::install()?)?;
+    let mut outcome = Outcome(migrated.status());
+    outcome.show(&migrated, json.as_ref());
+    outcome.document(&migrated, json.as_mut());
+    if let Some(drawing) = &mut drawing {
+        outcome.note(migrate::picture::draw(&migrated).and_then(|drawn| drawing.write(drawn)));
+    }
     Ok(outcome.status())
 }
 

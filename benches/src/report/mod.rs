@@ -1,7 +1,7 @@
 //! What a run looks like to people and to scripts.
 
 pub mod charts;
-mod ink;
+pub(crate) mod ink;
 pub mod json;
 pub mod page;
 pub mod plot;

@@ -113,6 +113,22 @@ impl Layout {
         Ok(Self { placed, ram })
     }
 
+    /// The same loads in `bytes` of memory, the rest of which no load touches.
+    ///
+    /// # Errors
+    /// Less than the loads need, no multiple of [`HUGE_PAGE`], or more than there is room for.
+    pub fn with_ram(self, bytes: u64) -> Result<Self> {
+        let (least, most) = (self.ram, MAX_RAM - DOORBELL_BYTES);
+        ensure!(
+            bytes % HUGE_PAGE == 0 && (least..=most).contains(&bytes),
+            "{} KiB of memory: this guest can have {} to {} MiB, in steps of 2 MiB",
+            bytes >> 10,
+            least >> 20,
+            most >> 20
+        );
+        Ok(Self { ram: bytes, ..self })
+    }
+
     /// Bytes of memory, a multiple of [`HUGE_PAGE`].
     pub fn ram(&self) -> u64 {
         self.ram

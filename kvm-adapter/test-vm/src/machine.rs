@@ -49,11 +49,23 @@ impl Machine {
     /// # Errors
     /// No usable KVM, an impossible load, an image that does not fit, more vCPUs or memory than there is room for.
     pub fn new(loads: &[Load], image: &[u8]) -> Result<Self> {
+        Self::of(loads, image, Ok)
+    }
+
+    /// The same with `ram` bytes of memory, the rest of which no load touches.
+    ///
+    /// # Errors
+    /// As [`Machine::new`]; less memory than the loads need, or no multiple of 2 MiB.
+    pub fn with_ram(loads: &[Load], image: &[u8], ram: u64) -> Result<Self> {
+        Self::of(loads, image, |layout| layout.with_ram(ram))
+    }
+
+    fn of(loads: &[Load], image: &[u8], size: impl FnOnce(Layout) -> Result<Layout>) -> Result<Self> {
         let kvm = cpu::open()?;
         let most = MAX_VCPUS.min(kvm.get_max_vcpus());
         ensure!((1..=most).contains(&loads.len()), "{} vCPUs: this machine's guest has 1 to {most}", loads.len());
         payload::check(image)?;
-        let layout = Layout::new(loads)?;
+        let layout = size(Layout::new(loads)?)?;
         let memory = GuestMemory::new(usize::try_from(layout.ram())?)?;
         arch::write_tables(&memory);
         memory.write_bytes(IMAGE_ADDRESS, image);

@@ -10,8 +10,10 @@ mod threads;
 pub use dirtylimit_test_vm::{
     Exit, GuestCpu, GuestMemory, Kicker, Load, MAX_VCPUS, Machine, SLOT, kvm_or_skip, layout, open, raw_ring,
 };
+pub(crate) use run::check_memory;
 pub use run::{run, run_scripted};
 pub use script::{Hold, Mark, Script, Scripted};
+pub(crate) use threads::{Limited, Vcpus};
 
 use crate::workload::Workload;
 use dirtylimit_test_vm::payload::Mode;

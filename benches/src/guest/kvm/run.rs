@@ -352,7 +352,7 @@ fn recorded(workload: Workload, load: &Load, cpu: &GuestCpu) -> VcpuRecording {
 }
 
 /// The guest and its copy must fit into what is free: the kernel would end this process, or another, in mid-run.
-fn check_memory(guest: u64) -> Result<()> {
+pub(crate) fn check_memory(guest: u64) -> Result<()> {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let available = text
         .lines()

@@ -18,11 +18,11 @@ const REST: Duration = Duration::from_millis(1);
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A vCPU with its limiter.
-pub(super) type Limited = (GuestCpu, Vcpu);
+pub(crate) type Limited = (GuestCpu, Vcpu);
 
 /// The vCPUs, running. Dropping it stops them.
 #[derive(Debug)]
-pub(super) struct Vcpus {
+pub(crate) struct Vcpus {
     stop: Arc<AtomicBool>,
     threads: Vec<VcpuThread>,
 }
@@ -37,7 +37,7 @@ struct VcpuThread {
 
 impl Vcpus {
     /// Starts every vCPU, each on its CPU of `pins` where there is one.
-    pub(super) fn start(vcpus: Vec<Limited>, pins: Option<&[usize]>) -> Result<Self> {
+    pub(crate) fn start(vcpus: Vec<Limited>, pins: Option<&[usize]>) -> Result<Self> {
         let mut started = Self { stop: Arc::default(), threads: Vec::with_capacity(vcpus.len()) };
         for (cpu, vcpu) in vcpus {
             let (index, kicker, stop) = (cpu.index(), cpu.kicker(), started.stop.clone());
@@ -54,7 +54,7 @@ impl Vcpus {
     }
 
     /// An error if a vCPU has ended, which none does unasked but by failing.
-    pub(super) fn check(&mut self) -> Result<()> {
+    pub(crate) fn check(&mut self) -> Result<()> {
         match self.threads.iter().position(|thread| thread.handle.is_finished()) {
             Some(index) => Err(join(self.threads.swap_remove(index).handle)
                 .map_or_else(|error| error, |_| anyhow!("vCPU {index} ended by itself"))),
@@ -63,7 +63,7 @@ impl Vcpus {
     }
 
     /// Keeps the chosen vCPUs out of the guest until told otherwise, and lets all others run.
-    pub(super) fn hold(&self, held: impl Fn(usize) -> bool) {
+    pub(crate) fn hold(&self, held: impl Fn(usize) -> bool) {
         for (index, thread) in self.threads.iter().enumerate() {
             // Relaxed: the flag publishes nothing but itself; the kick is a system call, and a token wakes who parks late.
             if held(index) && !thread.held.swap(true, Relaxed) {
@@ -75,7 +75,7 @@ impl Vcpus {
     }
 
     /// Gets every vCPU out of the guest, for good, and gives them back.
-    pub(super) fn stop(mut self) -> Result<Vec<Limited>> {
+    pub(crate) fn stop(mut self) -> Result<Vec<Limited>> {
         self.halt()?;
         self.threads.drain(..).map(|thread| join(thread.handle)).collect()
     }
