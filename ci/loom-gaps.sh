@@ -21,7 +21,7 @@ wanted=$(
     functions $core/accept_penalty/vcpu_ring.rs 'VcpuRing'
     functions $core/accept_penalty/machine.rs 'Machine'
     functions $core/controller/mod.rs 'Limiter'
-    functions $adapter/seat.rs 'Interrupter'
+    functions $adapter/shared.rs 'Interrupter'
     functions $adapter/vcpu.rs 'Vcpu'
     functions $adapter/limit.rs 'DirtyLimit|WeakDirtyLimit'
     functions $adapter/snapshot.rs 'DirtyLimit'

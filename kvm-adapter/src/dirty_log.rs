@@ -9,9 +9,9 @@ use std::ops::Range;
 
 use crate::error::{Error, system};
 use crate::events;
-use crate::harvest::Place;
+use crate::harvest::Row;
 use crate::limit::DirtyLimit;
-use crate::seat::VmLimiter;
+use crate::shared::VmLimiter;
 use crate::slots::{Found, Slot, Unknown};
 use crate::sys;
 
@@ -127,7 +127,7 @@ impl DirtyLimit {
     /// What a reset may answer; nothing is lost by it. [`Error::UnknownPages`], once, after everything was published.
     pub fn round(&self) -> Result<Round<'_, Running>, Error> {
         let now = sys::now();
-        let round = self.sweep(|place| place.plan_sweep(&self.0.limiter, now))?;
+        let round = self.sweep(|row| row.plan_sweep(&self.0.limiter, now))?;
         self.tell_unknown()?;
         Ok(round)
     }
@@ -158,7 +158,7 @@ impl DirtyLimit {
     /// As [`DirtyLimit::round`]; [`Error::SlotTooShort`]; what `KVM_GET_DIRTY_LOG` may answer. What was found until then stays
     /// dirty for the next.
     pub fn last_round(&self) -> Result<Round<'_, Stopped>, Error> {
-        let Round { published, held_back, .. } = self.sweep::<Stopped>(|place| place.ring().held_back())?;
+        let Round { published, held_back, .. } = self.sweep::<Stopped>(|row| row.ring().held_back())?;
         self.tell_unknown()?;
         if self.0.caps.bitmap {
             let slots = self.0.lock().slots.all();
@@ -240,7 +240,7 @@ impl DirtyLimit {
     /// Everything that was logged before the call is published, and nobody told of unknown pages: for callers that must go on
     /// all the same.
     pub(crate) fn collect_all(&self) -> Result<(), Error> {
-        self.sweep::<Stopped>(|place| place.ring().held_back()).map(drop)
+        self.sweep::<Stopped>(|row| row.ring().held_back()).map(drop)
     }
 
     /// An error if pages of unknown slots were collected since the last call, by any thread.
@@ -250,7 +250,7 @@ impl DirtyLimit {
     }
 
     /// Meters every ring, and passes each vCPU on; between some of them others may get the lock.
-    pub(crate) fn meter_each(&self, mut each: impl FnMut(u32, &mut Place)) {
+    pub(crate) fn meter_each(&self, mut each: impl FnMut(u32, &mut Row)) {
         let mut next = Some(0);
         while let Some(from) = next {
             next = self.0.lock().meter_from(from, &self.0.limiter, &mut each);
@@ -258,25 +258,25 @@ impl DirtyLimit {
     }
 
     /// Collects of each ring as much as `choose` says of it at the start, in batches between which others get the lock.
-    fn sweep<S>(&self, choose: impl FnMut(&mut Place) -> u32) -> Result<Round<'_, S>, Error> {
+    fn sweep<S>(&self, choose: impl FnMut(&mut Row) -> u32) -> Result<Round<'_, S>, Error> {
         let swept = self.sweep_untold(choose);
         events::tell(&self.0, sys::now());
         swept
     }
 
-    fn sweep_untold<S>(&self, mut choose: impl FnMut(&mut Place) -> u32) -> Result<Round<'_, S>, Error> {
+    fn sweep_untold<S>(&self, mut choose: impl FnMut(&mut Row) -> u32) -> Result<Round<'_, S>, Error> {
         let mut left = BTreeMap::new();
-        self.meter_each(|id, place| {
-            left.insert(id, choose(place));
+        self.meter_each(|id, row| {
+            left.insert(id, choose(row));
         });
         self.limiter(VmLimiter::fold);
         let mut sum = 0;
         loop {
             let mut harvest = self.0.lock();
-            let count = harvest.collect(&*self.0.kernel, |id, place, room| {
+            let count = harvest.collect(&*self.0.kernel, |id, row, room| {
                 let Some(left) = left.get_mut(&id) else { return 0 };
                 // Others may have collected some meanwhile, oldest first, as we do.
-                let count = (*left).min(place.ring().held_back()).min(room);
+                let count = (*left).min(row.ring().held_back()).min(room);
                 *left -= count;
                 count
             })?;
@@ -285,7 +285,7 @@ impl DirtyLimit {
                 if self.0.kick.ends_runs() {
                     harvest.kick_emptied();
                 }
-                let held_back = harvest.places.values().map(|place| u64::from(place.ring().held_back())).sum();
+                let held_back = harvest.rows.values().map(|row| u64::from(row.ring().held_back())).sum();
                 return Ok(Round { limit: self, published: sum, held_back, state: PhantomData });
             }
         }

@@ -8,7 +8,7 @@ use std::{fmt, iter};
 
 use dirtylimit_core::{Nanos, PageRate, Unenforced};
 
-use crate::harvest::Place;
+use crate::harvest::Row;
 use crate::sys;
 use crate::told::State;
 use crate::vm::{Locked, Vm};
@@ -34,23 +34,21 @@ pub(crate) fn tell(vm: &Vm, now: Nanos) {
 }
 
 fn tell_changes(vm: &Vm, mut harvest: Locked<'_>, now: Nanos) {
-    let is_lapsed = |place: &Place| {
-        let status = vm.limiter.query(place.seat.index, now);
+    let is_lapsed = |row: &Row| {
+        let status = vm.limiter.query(row.shared.index, now);
         status.is_some_and(|status| status.unenforced == Some(Unenforced::Lapsed))
     };
-    let lapsed = !vm.limiter.vm().is_leased(now) && harvest.places.values().any(is_lapsed);
+    let lapsed = !vm.limiter.vm().is_leased(now) && harvest.rows.values().any(is_lapsed);
     let mut unserved = None;
-    for (id, place) in &mut harvest.places {
-        if place.life.is_unserved(&place.seat.cell(&vm.limiter).counters, place.seat.is_full(), now) {
+    for (id, row) in &mut harvest.rows {
+        if row.life.is_unserved(&row.shared.cell(&vm.limiter).counters, row.shared.is_full(), now) {
             unserved = unserved.or(Some(*id));
         }
     }
     let is = State { lapsed, unserved, ..harvest.state() };
     let was = replace(&mut harvest.told, is);
     let verdicts: Vec<_> = iter::from_fn(|| vm.limiter.news())
-        .filter_map(|(index, why)| {
-            Some((harvest.places.values().find(|place| place.seat.index == index)?.seat.id, why))
-        })
+        .filter_map(|(index, why)| Some((harvest.rows.values().find(|row| row.shared.index == index)?.shared.id, why)))
         .collect();
     drop(harvest);
     match (was.lapsed, is.lapsed) {

@@ -13,7 +13,7 @@ use dirtylimit_core::{BATCH, Nanos, Ring, SECOND, VcpuRing};
 use crate::Error;
 use crate::batch::Batch;
 use crate::error::system;
-use crate::seat::{Seat, VmLimiter};
+use crate::shared::{SharedVcpu, VmLimiter};
 use crate::slots::Slots;
 use crate::sys::{self, Kernel, Reset, RingPages};
 use crate::told::{Life, State};
@@ -44,7 +44,7 @@ pub struct Stats {
 
 /// A vCPU's ring and who it belongs to.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct Row {
     pub(crate) vcpu: VcpuRing<RingPages>,
     /// Entries that the last reset gave back.
     given: u32,
@@ -52,12 +52,12 @@ pub(crate) struct Place {
     is_ours: bool,
     /// For the log.
     pub(crate) life: Life,
-    pub(crate) seat: Arc<Seat>,
+    pub(crate) shared: Arc<SharedVcpu>,
 }
 
-impl Place {
-    pub(crate) fn new(ring: Ring<RingPages>, seat: Arc<Seat>) -> Self {
-        Self { vcpu: VcpuRing::new(ring), given: 0, is_ours: false, life: Life::default(), seat }
+impl Row {
+    pub(crate) fn new(ring: Ring<RingPages>, shared: Arc<SharedVcpu>) -> Self {
+        Self { vcpu: VcpuRing::new(ring), given: 0, is_ours: false, life: Life::default(), shared }
     }
 
     /// The ring, to look at.
@@ -67,13 +67,13 @@ impl Place {
 
     /// Counts what is new in the ring; returns how many entries are the guest's.
     fn meter(&mut self, slots: &mut Slots, limiter: &VmLimiter) -> u32 {
-        self.vcpu.meter(self.seat.cell(limiter), |page| slots.meter(page))
+        self.vcpu.meter(self.shared.cell(limiter), |page| slots.meter(page))
     }
 
     /// How much of the ring a pass collects.
     pub(crate) fn plan_sweep(&mut self, limiter: &VmLimiter, now: Nanos) -> u32 {
-        let limit = || limiter.query(self.seat.index, now).and_then(|status| status.effective_limit);
-        self.vcpu.plan_sweep(self.seat.cell(limiter), now, limit)
+        let limit = || limiter.query(self.shared.index, now).and_then(|status| status.effective_limit);
+        self.vcpu.plan_sweep(self.shared.cell(limiter), now, limit)
     }
 }
 
@@ -102,7 +102,7 @@ impl Cuts {
 /// Everything the lock owns.
 #[derive(Debug)]
 pub(crate) struct Harvest {
-    pub(crate) places: BTreeMap<u32, Place>,
+    pub(crate) rows: BTreeMap<u32, Row>,
     pub(crate) slots: Slots,
     batch: Batch,
     /// The vCPU whose ring is collected first: the one at which the last batch was full.
@@ -121,7 +121,7 @@ pub(crate) struct Harvest {
 impl Harvest {
     pub(crate) fn new() -> Self {
         Self {
-            places: BTreeMap::new(),
+            rows: BTreeMap::new(),
             slots: Slots::default(),
             batch: Batch::new(),
             first: 0,
@@ -135,15 +135,15 @@ impl Harvest {
     }
 
     /// A vCPU's ring is one of those from now on.
-    pub(crate) fn add(&mut self, id: u32, mut place: Place) {
-        place.vcpu.set_draining(self.draining);
-        self.places.insert(id, place);
+    pub(crate) fn add(&mut self, id: u32, mut row: Row) {
+        row.vcpu.set_draining(self.draining);
+        self.rows.insert(id, row);
     }
 
     /// From now on the rings are kept empty, or no longer.
     pub(crate) fn set_draining(&mut self, draining: bool) {
         self.draining = draining;
-        self.places.values_mut().for_each(|place| place.vcpu.set_draining(draining));
+        self.rows.values_mut().for_each(|row| row.vcpu.set_draining(draining));
         self.kick_emptied();
     }
 
@@ -153,7 +153,7 @@ impl Harvest {
     }
 
     fn soft_limit(&self) -> u32 {
-        self.places.values().map(|place| place.ring().soft_limit()).min().unwrap_or(0)
+        self.rows.values().map(|row| row.ring().soft_limit()).min().unwrap_or(0)
     }
 
     /// What the log may be told.
@@ -161,59 +161,59 @@ impl Harvest {
         State { suspect_resets: self.stats.suspect_resets, soft_limit: self.soft_limit(), ..self.news }
     }
 
-    /// Meters the ring of `id` and passes its place on; `None` if there is none.
-    pub(crate) fn meter(&mut self, id: u32, limiter: &VmLimiter) -> Option<&mut Place> {
-        let place = self.places.get_mut(&id)?;
-        place.meter(&mut self.slots, limiter);
-        Some(place)
+    /// Meters the ring of `id` and passes its row on; `None` if there is none.
+    pub(crate) fn meter(&mut self, id: u32, limiter: &VmLimiter) -> Option<&mut Row> {
+        let row = self.rows.get_mut(&id)?;
+        row.meter(&mut self.slots, limiter);
+        Some(row)
     }
 
-    /// Meters rings in the order of their ids, from `from` on, and passes each place on. `Some` is where to go on, when
+    /// Meters rings in the order of their ids, from `from` on, and passes each row on. `Some` is where to go on, when
     /// others had a chance to get the lock.
     pub(crate) fn meter_from(
         &mut self,
         from: u32,
         limiter: &VmLimiter,
-        mut each: impl FnMut(u32, &mut Place),
+        mut each: impl FnMut(u32, &mut Row),
     ) -> Option<u32> {
         let mut entries = 0;
-        for (id, place) in self.places.range_mut(from..) {
+        for (id, row) in self.rows.range_mut(from..) {
             if entries >= METERED {
                 return Some(*id);
             }
-            entries += place.meter(&mut self.slots, limiter);
-            each(*id, place);
+            entries += row.meter(&mut self.slots, limiter);
+            each(*id, row);
         }
         None
     }
 
     /// Meters every ring, and kicks the vCPUs that dirty pages under a limit that is news to them.
     pub(crate) fn meter_and_kick(&mut self, limiter: &VmLimiter) {
-        for place in self.places.values_mut() {
-            let entries = place.meter(&mut self.slots, limiter);
-            if place.vcpu.is_news(place.seat.cell(limiter), entries) {
-                place.seat.kick();
+        for row in self.rows.values_mut() {
+            let entries = row.meter(&mut self.slots, limiter);
+            if row.vcpu.is_news(row.shared.cell(limiter), entries) {
+                row.shared.kick();
             }
         }
     }
 
     /// After a sweep: kicks the vCPUs whose rings were so emptied that they no longer end their slices.
     pub(crate) fn kick_emptied(&mut self) {
-        self.places
+        self.rows
             .values_mut()
-            .filter_map(|place| place.vcpu.take_emptied().then_some(&place.seat))
-            .for_each(|seat| seat.kick());
+            .filter_map(|row| row.vcpu.take_emptied().then_some(&row.shared))
+            .for_each(|shared| shared.kick());
     }
 
     /// Forgets a vCPU once nothing is left in its ring. In one hold of the lock: no entry comes between, and none that was
     /// collected is published without its reset.
     pub(crate) fn remove(&mut self, id: u32, kernel: &dyn Kernel, limiter: &VmLimiter) -> Result<(), Error> {
-        while let Some(place) = self.meter(id, limiter) {
-            let expected = place.ring().occupied();
+        while let Some(row) = self.meter(id, limiter) {
+            let expected = row.ring().occupied();
             if expected == 0 && self.batch.len() == 0 {
                 break;
             }
-            let all = |other, place: &Place, _| if other == id { place.ring().held_back() } else { 0 };
+            let all = |other, row: &Row, _| if other == id { row.ring().held_back() } else { 0 };
             if self.collect(kernel, all)? == 0 {
                 return Err(Error::ShortReset { given: 0, expected, tries: 1 });
             }
@@ -233,21 +233,21 @@ impl Harvest {
     }
 
     fn forget(&mut self, id: u32, limiter: &VmLimiter) {
-        if let Some(place) = self.places.remove(&id) {
-            limiter.unregister(place.seat.index);
+        if let Some(row) = self.rows.remove(&id) {
+            limiter.unregister(row.shared.index);
         }
     }
 
     /// The vCPUs whose rings wait for a reset, and none has ever given an entry of theirs back.
     fn foreign(&self) -> impl Iterator<Item = u32> {
-        self.places.iter().filter(|(_, place)| !place.is_ours && place.ring().awaiting_reset() > 0).map(|(&id, _)| id)
+        self.rows.iter().filter(|(_, row)| !row.is_ours && row.ring().awaiting_reset() > 0).map(|(&id, _)| id)
     }
 
     /// Frees the slices that vCPUs wait for, all by one reset.
     pub(crate) fn grant(&mut self, kernel: &dyn Kernel, limiter: &VmLimiter) -> Result<(), Error> {
-        self.collect(kernel, |_, place, _| place.vcpu.to_grant())?;
+        self.collect(kernel, |_, row, _| row.vcpu.to_grant())?;
         self.served = sys::now();
-        self.places.values_mut().for_each(|place| place.vcpu.grant(place.seat.cell(limiter)));
+        self.rows.values_mut().for_each(|row| row.vcpu.grant(row.shared.cell(limiter)));
         Ok(())
     }
 
@@ -257,32 +257,32 @@ impl Harvest {
     pub(crate) fn collect(
         &mut self,
         kernel: &dyn Kernel,
-        mut choose: impl FnMut(u32, &Place, u32) -> u32,
+        mut choose: impl FnMut(u32, &Row, u32) -> u32,
     ) -> Result<u32, Error> {
-        let Self { places, batch, .. } = self;
+        let Self { rows, batch, .. } = self;
         // A ring without an empty entry stays as it is, and so do its pages: unknown.
-        if let Some((&id, _)) = places.iter().find(|(_, place)| place.ring().occupied() == place.ring().size()) {
+        if let Some((&id, _)) = rows.iter().find(|(_, row)| row.ring().occupied() == row.ring().size()) {
             return Err(Error::Overrun(id));
         }
         let mut crowded = None;
-        let mut collect = |(&id, place): (&u32, &mut Place)| {
+        let mut collect = |(&id, row): (&u32, &mut Row)| {
             let room = batch.room();
-            let count = choose(id, place, room);
-            place.vcpu.collect(count.min(room), |page| batch.push(id, page));
+            let count = choose(id, row, room);
+            row.vcpu.collect(count.min(room), |page| batch.push(id, page));
             if count >= room {
                 crowded = crowded.or(Some(id));
             }
         };
-        places.range_mut(self.first..).for_each(&mut collect);
-        places.range_mut(..self.first).for_each(&mut collect);
+        rows.range_mut(self.first..).for_each(&mut collect);
+        rows.range_mut(..self.first).for_each(&mut collect);
         self.first = crowded.unwrap_or(self.first);
         let reset = self.reset(kernel);
         self.news.reset_error = reset.as_ref().err().map(Error::errno);
         reset?;
-        let Self { places, batch, slots, .. } = self;
+        let Self { rows, batch, slots, .. } = self;
         let published = batch.len();
         batch.publish(slots, |id, merged| {
-            places.entry(id).and_modify(|place| place.vcpu.add_merged(merged));
+            rows.entry(id).and_modify(|row| row.vcpu.add_merged(merged));
         });
         Ok(published)
     }
@@ -297,10 +297,10 @@ impl Harvest {
             let reset = kernel.reset();
             self.stats.reset_calls += 1;
             let mut given = 0;
-            for place in self.places.values_mut() {
-                place.given = place.vcpu.reclaim();
-                place.is_ours |= place.given > 0;
-                given += place.given;
+            for row in self.rows.values_mut() {
+                row.given = row.vcpu.reclaim();
+                row.is_ours |= row.given > 0;
+                given += row.given;
             }
             self.stats.resets += u64::from(given);
             left = self.waiting();
@@ -328,26 +328,25 @@ impl Harvest {
 
     /// Entries that are collected and not given back.
     fn waiting(&self) -> u32 {
-        self.places.values().map(|place| place.ring().awaiting_reset()).sum()
+        self.rows.values().map(|row| row.ring().awaiting_reset()).sum()
     }
 
     /// The last reset was interrupted. Where it gave back a part of a ring, it stopped there; otherwise it did so at the end of
     /// one of those that it gave back whole, and only KVM knows which, as it goes by the order in which vCPUs were created.
     fn suspect(&mut self) {
-        let Self { places, batch, stats, .. } = self;
-        let is_part = |place: &Place| place.given > 0 && place.ring().awaiting_reset() > 0;
-        let is_known = places.values().any(is_part);
-        let stopped = places.iter().filter(|(_, place)| is_part(place) || (!is_known && place.given > 0));
-        let suspects: usize =
-            stopped.map(|(id, place)| batch.suspect(*id, place.given, place.ring().awaiting_reset())).sum();
+        let Self { rows, batch, stats, .. } = self;
+        let is_part = |row: &Row| row.given > 0 && row.ring().awaiting_reset() > 0;
+        let is_known = rows.values().any(is_part);
+        let stopped = rows.iter().filter(|(_, row)| is_part(row) || (!is_known && row.given > 0));
+        let suspects: usize = stopped.map(|(id, row)| batch.suspect(*id, row.given, row.ring().awaiting_reset())).sum();
         stats.suspect_resets += u64::from(suspects > 0);
     }
 
     /// A slot's published pages were handed out. What was a rewriter's slice is so no longer.
     pub(crate) fn taken(&mut self, limiter: &VmLimiter) {
-        for place in self.places.values_mut() {
-            if place.vcpu.take_scaled() {
-                place.seat.notify(limiter);
+        for row in self.rows.values_mut() {
+            if row.vcpu.take_scaled() {
+                row.shared.notify(limiter);
             }
         }
     }

@@ -8,7 +8,7 @@ use dirtylimit_core::{Nanos, TIMERS};
 
 use crate::Error;
 use crate::error::{kick_is_taken, system};
-use crate::seat::Seat;
+use crate::shared::SharedVcpu;
 use crate::sys::{Interrupts, Timer};
 
 /// Who ends a slice that the ring does not.
@@ -73,16 +73,16 @@ impl Kicker {
     /// Whether somebody else has kicked the vCPU, or the thread is not the one that kicks go to. No load without a kick
     /// signal, and then two.
     #[inline]
-    pub(crate) fn is_due(&self, seat: &Seat) -> bool {
+    pub(crate) fn is_due(&self, shared: &SharedVcpu) -> bool {
         let bound = || self.timer.as_ref().is_some_and(Timer::is_here);
-        seat.kick.is_some() && (self.kicks != seat.kicks() || !bound())
+        shared.kick.is_some() && (self.kicks != shared.kicks() || !bound())
     }
 
     /// The run is over, and `timed` if its end was armed; before the first on a thread, binds it.
-    pub(crate) fn disarm(&mut self, seat: &Seat, timed: bool) -> Result<(), Error> {
-        let Some(signal) = &seat.kick else { return Ok(()) };
+    pub(crate) fn disarm(&mut self, shared: &SharedVcpu, timed: bool) -> Result<(), Error> {
+        let Some(signal) = &shared.kick else { return Ok(()) };
         // Before what is pending is taken back: a kick that comes between the two is then seen again.
-        let kicks = seat.kicks();
+        let kicks = shared.kicks();
         match &mut self.timer {
             Some(timer) if timer.is_here() => {
                 if timed || self.kicks != kicks {
@@ -95,10 +95,10 @@ impl Kicker {
                 }
                 self.timer = None; // the other thread's
                 let bound = signal.bind().map_err(system("KVM_SET_SIGNAL_MASK and timer_create, for kicks"))?;
-                seat.bind(bound.thread);
+                shared.bind(bound.thread);
                 self.timer = Some(bound.timer);
                 if bound.is_to_be_tried {
-                    seat.kick();
+                    shared.kick();
                 }
             }
         }
@@ -107,10 +107,10 @@ impl Kicker {
     }
 
     /// Nobody is kicked any more, nor is there anything left of a kick where this is the thread that it went to.
-    pub(crate) fn release(&mut self, seat: &Seat) {
+    pub(crate) fn release(&mut self, shared: &SharedVcpu) {
         // Once the thread has ended its number may be another thread's.
-        seat.bind(0);
-        if let (Some(signal), Some(mut timer)) = (&seat.kick, self.timer.take().filter(Timer::is_here)) {
+        shared.bind(0);
+        if let (Some(signal), Some(mut timer)) = (&shared.kick, self.timer.take().filter(Timer::is_here)) {
             timer.disarm(signal);
         }
     }

@@ -70,7 +70,7 @@ mod fake_vm;
 mod harvest;
 mod kick;
 mod limit;
-mod seat;
+mod shared;
 mod slots;
 mod snapshot;
 mod sync;
@@ -94,7 +94,7 @@ pub use fake_vm::FakeVm;
 pub use harvest::Stats;
 pub use kick::Kick;
 pub use limit::{DirtyLimit, WeakDirtyLimit};
-pub use seat::Interrupter;
+pub use shared::Interrupter;
 pub use snapshot::Snapshot;
 #[cfg(dirtylimit_planted)]
 #[doc(hidden)]

@@ -9,9 +9,9 @@ use dirtylimit_core::{Nanos, PageRate, Ring, Shipped, Status};
 use crate::caps::{Caps, Config, claim_signal};
 use crate::error::{Error, system};
 use crate::events::{self, Limit, info};
-use crate::harvest::{Place, Stats};
+use crate::harvest::{Row, Stats};
 use crate::kick::Kick;
-use crate::seat::{Seat, VmLimiter};
+use crate::shared::{SharedVcpu, VmLimiter};
 use crate::sync::AtomicU32;
 use crate::sys::{self, Kernel, KickSignal, RingPages, RunPage, SignalsBlocked, VmFd};
 use crate::throttle::{self, ThrottleThread};
@@ -70,20 +70,20 @@ impl DirtyLimit {
         let vcpu = vcpu.as_raw_fd();
         let mut harvest = self.0.lock();
         let run = RunPage::map(vcpu).map_err(system("mapping the vCPU's kvm_run page"))?;
-        if let Some(place) = harvest.places.get(&id) {
-            let seat = place.seat.clone();
-            if !seat.take() {
+        if let Some(row) = harvest.rows.get(&id) {
+            let shared = row.shared.clone();
+            if !shared.take() {
                 return Err(Error::VcpuBusy(id));
             }
-            if !seat.is_of(&run) {
-                seat.leave();
+            if !shared.is_of(&run) {
+                shared.leave();
                 return Err(Error::OtherVcpu(id));
             }
             drop(harvest);
             info!("vCPU {id} is attached again");
-            return Ok(Vcpu::new(self.0.clone(), seat));
+            return Ok(Vcpu::new(self.0.clone(), shared));
         }
-        if let Some((&known, _)) = harvest.places.iter().find(|(_, place)| place.seat.is_of(&run)) {
+        if let Some((&known, _)) = harvest.rows.iter().find(|(_, row)| row.shared.is_of(&run)) {
             return Err(Error::SameVcpu { id, known });
         }
         let (entries, max) = (self.0.ring_entries, self.0.caps.max_entries);
@@ -100,11 +100,11 @@ impl DirtyLimit {
             return Err(Error::UsedRing(id));
         }
         let index = self.0.limiter.register().map_err(|source| Error::TooManyVcpus { id, source })?;
-        let seat = Arc::new(Seat::new(id, index, run, kick));
-        harvest.add(id, Place::new(ring, seat.clone()));
+        let shared = Arc::new(SharedVcpu::new(id, index, run, kick));
+        harvest.add(id, Row::new(ring, shared.clone()));
         drop(harvest);
         info!("vCPU {id} is added");
-        Ok(Vcpu::new(self.0.clone(), seat))
+        Ok(Vcpu::new(self.0.clone(), shared))
     }
 
     /// Collects what a vCPU's ring holds and forgets the vCPU, for VMMs that never run it again.
@@ -112,9 +112,9 @@ impl DirtyLimit {
     /// # Errors
     /// [`Error::NoVcpu`], [`Error::VcpuBusy`] while there is a handle, and what a reset may answer: then it is not removed.
     pub fn remove_vcpu(&self, id: u32) -> Result<(), Error> {
-        let seat = self.with_seat(id, Arc::clone)?;
+        let shared = self.with_shared(id, Arc::clone)?;
         // Taken, so that nobody attaches to it meanwhile.
-        if !seat.take() {
+        if !shared.take() {
             return Err(Error::VcpuBusy(id));
         }
         let (kernel, limiter) = (&*self.0.kernel, &*self.0.limiter);
@@ -123,7 +123,7 @@ impl DirtyLimit {
             Ok(()) => {}
             Err(Error::ForeignVcpu(_)) if self.0.lock().disown(id, limiter) => {}
             Err(error) => {
-                seat.leave();
+                shared.leave();
                 return Err(error);
             }
         }
@@ -174,7 +174,7 @@ impl DirtyLimit {
     /// # Errors
     /// [`Error::NoVcpu`].
     pub fn set_weight(&self, id: u32, weight: u32) -> Result<(), Error> {
-        self.with_seat(id, |seat| self.0.limiter.set_weight(seat.index, weight))?;
+        self.with_shared(id, |shared| self.0.limiter.set_weight(shared.index, weight))?;
         info!("weight of vCPU {id}: {weight}");
         Ok(())
     }
@@ -205,7 +205,7 @@ impl DirtyLimit {
     /// # Errors
     /// [`Error::NoVcpu`].
     pub fn query(&self, id: u32) -> Result<Status, Error> {
-        self.with_seat(id, |seat| self.0.limiter.query(seat.index, sys::now()))?.ok_or(Error::NoVcpu(id))
+        self.with_shared(id, |shared| self.0.limiter.query(shared.index, sys::now()))?.ok_or(Error::NoVcpu(id))
     }
 
     /// Pages whose entries wait in a vCPU's ring, as of the last [`DirtyLimit::meter`]: dirty, and not in the log yet.
@@ -213,12 +213,12 @@ impl DirtyLimit {
     /// # Errors
     /// [`Error::NoVcpu`].
     pub fn held_back(&self, id: u32) -> Result<u32, Error> {
-        self.0.lock().places.get(&id).map(|place| place.ring().held_back()).ok_or(Error::NoVcpu(id))
+        self.0.lock().rows.get(&id).map(|row| row.ring().held_back()).ok_or(Error::NoVcpu(id))
     }
 
     /// The ids of the VM's vCPUs, in order.
     pub fn vcpus(&self) -> Vec<u32> {
-        self.0.lock().places.keys().copied().collect()
+        self.0.lock().rows.keys().copied().collect()
     }
 
     /// What was harvested so far.
@@ -293,22 +293,22 @@ impl DirtyLimit {
         f(&self.0.limiter)
     }
 
-    /// Calls `f` with a vCPU's seat, under the lock: its place in the limiter is not another vCPU's meanwhile.
-    fn with_seat<R>(&self, id: u32, f: impl FnOnce(&Arc<Seat>) -> R) -> Result<R, Error> {
-        self.0.lock().places.get(&id).map(|place| f(&place.seat)).ok_or(Error::NoVcpu(id))
+    /// Calls `f` with a vCPU's shared state, under the lock: its place in the limiter is not another vCPU's meanwhile.
+    fn with_shared<R>(&self, id: u32, f: impl FnOnce(&Arc<SharedVcpu>) -> R) -> Result<R, Error> {
+        self.0.lock().rows.get(&id).map(|row| f(&row.shared)).ok_or(Error::NoVcpu(id))
     }
 
     fn change(&self, id: u32, limit: Option<PageRate>) -> Result<(), Error> {
-        self.with_seat(id, |seat| {
-            self.0.limiter.set_limit(seat.index, limit);
-            seat.notify(&self.0.limiter);
+        self.with_shared(id, |shared| {
+            self.0.limiter.set_limit(shared.index, limit);
+            shared.notify(&self.0.limiter);
         })?;
         info!("limit of vCPU {id}: {}", Limit(limit));
         Ok(())
     }
 
     fn notify_all(&self) {
-        self.0.lock().places.values().for_each(|place| place.seat.notify(&self.0.limiter));
+        self.0.lock().rows.values().for_each(|row| row.shared.notify(&self.0.limiter));
     }
 }
 

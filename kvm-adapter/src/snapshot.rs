@@ -32,13 +32,13 @@ impl DirtyLimit {
     /// lock: as of the last [`DirtyLimit::meter`] or tick. From any thread; time and memory grow with the number of vCPUs.
     pub fn snapshot(&self) -> Snapshot {
         let (harvest, limiter, now) = (self.0.lock(), &self.0.limiter, sys::now());
-        let places = &harvest.places;
-        let vcpus = places.iter().filter_map(|(id, place)| Some((*id, limiter.query(place.seat.index, now)?)));
+        let rows = &harvest.rows;
+        let vcpus = rows.iter().filter_map(|(id, row)| Some((*id, limiter.query(row.shared.index, now)?)));
         Snapshot {
             vm_limit: limiter.vm_limit(),
             max_pause: self.max_pause(),
             leased: limiter.vm().is_leased(now),
-            held_back: places.values().map(|place| u64::from(place.ring().held_back())).sum(),
+            held_back: rows.values().map(|row| u64::from(row.ring().held_back())).sum(),
             stats: harvest.stats(),
             vcpus: vcpus.collect(),
         }

@@ -7,7 +7,7 @@ use dirtylimit_core::{Machine, Nanos, Penalty, Run, Step};
 
 use crate::Error;
 use crate::kick::{Kick, Kicker};
-use crate::seat::{Interrupter, Seat};
+use crate::shared::{Interrupter, SharedVcpu};
 use crate::sys;
 use crate::vm::Vm;
 
@@ -33,7 +33,7 @@ pub enum Decision {
 #[derive(Debug)]
 pub struct Vcpu {
     vm: Arc<Vm>,
-    seat: Arc<Seat>,
+    shared: Arc<SharedVcpu>,
     machine: Machine,
     kicker: Kicker,
     /// Its thread wakes promptly.
@@ -45,12 +45,12 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    pub(crate) fn new(vm: Arc<Vm>, seat: Arc<Seat>) -> Self {
+    pub(crate) fn new(vm: Arc<Vm>, shared: Arc<SharedVcpu>) -> Self {
         let kicker = Kicker::new(vm.kick);
-        let cell = seat.cell(&vm.limiter);
+        let cell = shared.cell(&vm.limiter);
         let machine = Machine::new(cell, vm.ring_entries, vm.kick.ends_runs(), vm.kick == Kick::Auto);
-        let answered = seat.interrupts();
-        Self { vm, seat, machine, kicker, prompt: false, answered, paused: Duration::ZERO }
+        let answered = shared.interrupts();
+        Self { vm, shared, machine, kicker, prompt: false, answered, paused: Duration::ZERO }
     }
 
     /// Whether it has made timers.
@@ -61,7 +61,7 @@ impl Vcpu {
 
     /// What ends this vCPU's pauses.
     pub fn interrupter(&self) -> Interrupter {
-        Interrupter(self.seat.clone())
+        Interrupter(self.shared.clone())
     }
 
     /// How long the last [`Vcpu::before_run`] paused; [`crate::Status::totals`] has the sum.
@@ -71,8 +71,8 @@ impl Vcpu {
 
     /// Notes a full exit, if there was one since the last call.
     fn note_exit(&mut self) {
-        if self.seat.take_full() {
-            self.machine.full_exit(self.seat.cell(&self.vm.limiter));
+        if self.shared.take_full() {
+            self.machine.full_exit(self.shared.cell(&self.vm.limiter));
         }
     }
 
@@ -101,8 +101,8 @@ impl Vcpu {
     #[inline]
     pub fn before_run_unless(&mut self, mut stop: impl FnMut() -> bool) -> Result<Decision, Error> {
         self.paused = Duration::ZERO;
-        let is_quiet = || self.machine.is_quiet(self.seat.cell(&self.vm.limiter));
-        if !self.seat.is_full() && !self.kicker.is_due(&self.seat) && is_quiet() {
+        let is_quiet = || self.machine.is_quiet(self.shared.cell(&self.vm.limiter));
+        if !self.shared.is_full() && !self.kicker.is_due(&self.shared) && is_quiet() {
             return Ok(Decision::Enter { kick_after: None });
         }
         self.pay(&mut stop)
@@ -111,18 +111,18 @@ impl Vcpu {
     #[cold]
     fn pay(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Decision, Error> {
         self.note_exit();
-        self.kicker.disarm(&self.seat, self.machine.is_run_over())?;
+        self.kicker.disarm(&self.shared, self.machine.is_run_over())?;
         self.wake_promptly();
         let decision = self.drive(stop);
         if decision.is_err() {
-            self.machine.failed(self.seat.cell(&self.vm.limiter));
+            self.machine.failed(self.shared.cell(&self.vm.limiter));
         }
         decision
     }
 
     /// With [`crate::Config::prompt`], from the first pause under a limit until it is lifted.
     fn wake_promptly(&mut self) {
-        let promptly = self.vm.prompt && self.seat.cell(&self.vm.limiter).penalty.accept() != Penalty::NONE;
+        let promptly = self.vm.prompt && self.shared.cell(&self.vm.limiter).penalty.accept() != Penalty::NONE;
         if promptly != self.prompt {
             self.prompt = promptly;
             // Only how soon pauses end hangs on it.
@@ -132,8 +132,8 @@ impl Vcpu {
 
     /// Takes the machine's steps up to the entry.
     fn drive(&mut self, stop: &mut dyn FnMut() -> bool) -> Result<Decision, Error> {
-        let (vm, seat) = (self.vm.clone(), self.seat.clone());
-        let (words, cell) = (vm.limiter.vm(), seat.cell(&vm.limiter));
+        let (vm, shared) = (self.vm.clone(), self.shared.clone());
+        let (words, cell) = (vm.limiter.vm(), shared.cell(&vm.limiter));
         let mut now = sys::now();
         let mut step = self.machine.begin(now, words, cell);
         loop {
@@ -141,7 +141,7 @@ impl Vcpu {
                 Step::Harvest => self.harvest(now)?,
                 Step::Pause { until, penalty } => {
                     let from = sys::now();
-                    let ended = seat.pause(until, cell, penalty, self.answered, stop);
+                    let ended = shared.pause(until, cell, penalty, self.answered, stop);
                     now = sys::now();
                     if self.machine.has_paused(from) {
                         self.paused += Duration::from_nanos(now - from);
@@ -151,34 +151,34 @@ impl Vcpu {
                 Step::Reset => self.reset(now)?,
                 Step::Enter(run) => return Ok(Decision::Enter { kick_after: self.arm(run) }),
                 Step::Return(run) => {
-                    self.answered = seat.interrupts();
+                    self.answered = shared.interrupts();
                     self.arm(run);
                     return Ok(Decision::Return);
                 }
-                Step::Wedged(exits) => return Err(Error::Wedged { id: seat.id, exits }),
+                Step::Wedged(exits) => return Err(Error::Wedged { id: shared.id, exits }),
             }
         }
     }
 
     /// Meters the ring and has it charged, unless somebody else harvests.
     fn harvest(&mut self, now: Nanos) -> Result<Step, Error> {
-        let Self { vm, seat, machine, kicker, .. } = self;
-        let cell = seat.cell(&vm.limiter);
+        let Self { vm, shared, machine, kicker, .. } = self;
+        let cell = shared.cell(&vm.limiter);
         let Some(mut harvest) = vm.try_lock() else { return Ok(machine.busy(now, cell)) };
-        let place = harvest.meter(seat.id, &vm.limiter).ok_or(Error::NoVcpu(seat.id))?;
-        let in_lumps = place.vcpu.ring().has_lumps() && cell.penalty.accept() != Penalty::NONE;
+        let row = harvest.meter(shared.id, &vm.limiter).ok_or(Error::NoVcpu(shared.id))?;
+        let in_lumps = row.vcpu.ring().has_lumps() && cell.penalty.accept() != Penalty::NONE;
         let has_timers = in_lumps && kicker.has_timers();
-        let step = machine.harvested(now, vm.limiter.vm(), cell, &mut place.vcpu, has_timers);
+        let step = machine.harvested(now, vm.limiter.vm(), cell, &mut row.vcpu, has_timers);
         if let Step::Wedged(_) = step {
-            harvest.news.wedged = Some(seat.id);
+            harvest.news.wedged = Some(shared.id);
         }
         Ok(step)
     }
 
     /// Makes sure that a reset has freed the slice, unless somebody else harvests.
     fn reset(&mut self, now: Nanos) -> Result<Step, Error> {
-        let Self { vm, seat, machine, .. } = self;
-        let cell = seat.cell(&vm.limiter);
+        let Self { vm, shared, machine, .. } = self;
+        let cell = shared.cell(&vm.limiter);
         let Some(mut harvest) = vm.try_lock() else { return Ok(machine.busy(now, cell)) };
         if let Some(later) = machine.reset_later(now, harvest.served, vm.limiter.vm(), cell) {
             return Ok(later);
@@ -202,8 +202,8 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        self.kicker.release(&self.seat);
-        self.seat.leave();
+        self.kicker.release(&self.shared);
+        self.shared.leave();
     }
 }
 

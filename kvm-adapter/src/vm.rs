@@ -8,7 +8,7 @@ use dirtylimit_core::{Nanos, SECOND};
 use crate::caps::{Caps, Config};
 use crate::harvest::Harvest;
 use crate::kick::Kick;
-use crate::seat::VmLimiter;
+use crate::shared::VmLimiter;
 use crate::sync::{AtomicU32, Ordering};
 use crate::sys::{self, Kernel, SignalsBlocked, new_limiter};
 

@@ -1,4 +1,4 @@
-//! A vCPU's seat with the limiter around it, for the models of the adapter: its files show themselves to this crate alone.
+//! A vCPU's shared state with the limiter around it, for the models of the adapter: its files show themselves to this crate alone.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,8 +7,8 @@ use crate::accept_penalty::Ended;
 use crate::calculate::Shipped;
 use crate::kick::{Kick, Kicker};
 use crate::rate::{Nanos, PageRate};
-use crate::seat::{Interrupter, Seat, VmLimiter};
 use crate::set_penalty::Penalty;
+use crate::shared::{Interrupter, SharedVcpu, VmLimiter};
 use crate::sys::{self, KickSignal};
 use crate::throttle::ThrottleThread;
 
@@ -16,7 +16,7 @@ use crate::throttle::ThrottleThread;
 #[derive(Clone, Debug)]
 pub struct Vcpu {
     limiter: Arc<VmLimiter>,
-    seat: Arc<Seat>,
+    shared: Arc<SharedVcpu>,
 }
 
 impl Vcpu {
@@ -28,55 +28,55 @@ impl Vcpu {
         let limiter = VmLimiter::new(Shipped::default());
         let index = limiter.register().expect("room for one");
         limiter.set_limit(index, Some(PageRate::from_pages_per_sec(10_000)));
-        let seat = Seat::new(0, index, sys::RunPage, Some(KickSignal::new(twin)));
-        Self { limiter: Arc::new(limiter), seat: Arc::new(seat) }
+        let shared = SharedVcpu::new(0, index, sys::RunPage, Some(KickSignal::new(twin)));
+        Self { limiter: Arc::new(limiter), shared: Arc::new(shared) }
     }
 
     /// `DirtyLimit::set_limit`'s first half.
     pub fn set_limit(&self, pages: u32) {
-        self.limiter.set_limit(self.seat.index, Some(PageRate::from_pages_per_sec(pages)));
+        self.limiter.set_limit(self.shared.index, Some(PageRate::from_pages_per_sec(pages)));
     }
 
     /// `DirtyLimit::set_limit`'s second half.
     pub fn tell(&self) {
-        self.seat.notify(&self.limiter);
+        self.shared.notify(&self.limiter);
     }
 
     /// The penalty in force.
     pub fn penalty(&self) -> Penalty {
-        self.seat.cell(&self.limiter).penalty.accept()
+        self.shared.cell(&self.limiter).penalty.accept()
     }
 
     /// `Interrupter::interrupt`.
     pub fn interrupt(&self) {
-        Interrupter(self.seat.clone()).interrupt();
+        Interrupter(self.shared.clone()).interrupt();
     }
 
     /// Interrupts so far.
     pub fn interrupts(&self) -> u32 {
-        self.seat.interrupts()
+        self.shared.interrupts()
     }
 
     /// Pauses for ever, unless the penalty is another or interrupts are not `known`; whether that is why it ended. With a
     /// `blind` futex, a twin.
     pub fn pause(&self, penalty: Penalty, known: u32, blind: bool) -> bool {
-        let pause = || self.seat.pause(Nanos::MAX, self.seat.cell(&self.limiter), penalty, known, &mut || false);
+        let pause = || self.shared.pause(Nanos::MAX, self.shared.cell(&self.limiter), penalty, known, &mut || false);
         let ended = if blind { sys::blind(pause) } else { pause() };
         ended == Ended::Wanted
     }
 
-    /// `Seat::take`.
+    /// `SharedVcpu::take`.
     pub fn take(&self) -> bool {
-        self.seat.take()
+        self.shared.take()
     }
 
-    /// `Seat::leave`.
+    /// `SharedVcpu::leave`.
     pub fn leave(&self) {
-        self.seat.leave();
+        self.shared.leave();
     }
 
     fn signal(&self) -> &KickSignal {
-        self.seat.kick.as_ref().expect("with a kick signal")
+        self.shared.kick.as_ref().expect("with a kick signal")
     }
 
     /// Sends the kick signal and nothing else.
@@ -95,7 +95,7 @@ impl Vcpu {
     /// Never.
     pub fn kicks(&self) -> Kicks {
         let mut kicker = Kicker::new(Kick::Signal(0));
-        kicker.disarm(&self.seat, false).expect("the model binds");
+        kicker.disarm(&self.shared, false).expect("the model binds");
         Kicks(kicker)
     }
 }
@@ -110,9 +110,9 @@ impl Kicks {
     /// # Panics
     /// Never.
     pub fn look(&mut self, vcpu: &Vcpu) -> bool {
-        let due = self.0.is_due(&vcpu.seat);
+        let due = self.0.is_due(&vcpu.shared);
         if due {
-            self.0.disarm(&vcpu.seat, false).expect("the model disarms");
+            self.0.disarm(&vcpu.shared, false).expect("the model disarms");
         }
         due
     }

@@ -39,8 +39,8 @@ pub mod vcpu_cell;
 mod kick;
 #[rustfmt::skip]
 #[expect(dead_code, unreachable_pub, reason = "as above")]
-#[path = "../../kvm-adapter/src/seat.rs"]
-mod seat;
+#[path = "../../kvm-adapter/src/shared.rs"]
+mod shared;
 #[rustfmt::skip]
 #[expect(unreachable_pub, reason = "as above")]
 #[path = "../../kvm-adapter/src/throttle.rs"]

@@ -33,7 +33,7 @@ const SOURCES: [(&str, &str); 14] = [
     ("set_penalty.rs", include_str!("../../core-nostd/src/set_penalty.rs")),
     ("vcpu_cell.rs", include_str!("../../core-nostd/src/vcpu_cell.rs")),
     ("kick.rs", include_str!("../../kvm-adapter/src/kick.rs")),
-    ("seat.rs", include_str!("../../kvm-adapter/src/seat.rs")),
+    ("shared.rs", include_str!("../../kvm-adapter/src/shared.rs")),
     ("throttle.rs", include_str!("../../kvm-adapter/src/throttle.rs")),
 ];
 

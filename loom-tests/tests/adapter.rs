@@ -1,4 +1,4 @@
-//! The adapter's words outside its lock: pauses, interrupts, kicks, and who a seat belongs to. No time passes, so that a
+//! The adapter's words outside its lock: pauses, interrupts, kicks, and who a shared state belongs to. No time passes, so that a
 //! wake-up that is lost is a deadlock.
 #![expect(
     clippy::arc_with_non_send_sync,
@@ -66,23 +66,23 @@ fn twin_sleeps_without_a_second_look() {
 
 #[test]
 fn twin_pokes_relaxed() {
-    fails("poke relaxed", TWO, Some(site("seat.rs", "wake")), "deadlock", || interrupts(2, false));
+    fails("poke relaxed", TWO, Some(site("shared.rs", "wake")), "deadlock", || interrupts(2, false));
 }
 
 #[test]
 fn twin_pauses_relaxed() {
-    fails("pause relaxed", ALL, Some(site("seat.rs", "pause")), "deadlock", || interrupts(1, false));
+    fails("pause relaxed", ALL, Some(site("shared.rs", "pause")), "deadlock", || interrupts(1, false));
 }
 
 #[test]
 fn twin_interrupts_relaxed() {
-    let site = site("seat.rs", "interrupt");
+    let site = site("shared.rs", "interrupt");
     fails("interrupt relaxed", ALL, Some(site), "Causality violation", || interrupts(1, false));
 }
 
 #[test]
 fn twin_hears_relaxed() {
-    let site = site("seat.rs", "interrupts");
+    let site = site("shared.rs", "interrupts");
     fails("interrupts relaxed", ALL, Some(site), "Causality violation", || interrupts(1, false));
 }
 
@@ -117,7 +117,7 @@ fn twin_tells_before_the_limit_is_set() {
     fails("told before set", ALL, None, "deadlock", || changes(true));
 }
 
-/// Two threads want the seat that a third leaves.
+/// Two threads want the shared state that a third leaves.
 fn owners() {
     let vcpu = Vcpu::new(false);
     let state = Arc::new(UnsafeCell::new(()));
@@ -136,7 +136,7 @@ fn owners() {
     for other in others {
         other.join().expect("no panic");
     }
-    assert!(vcpu.take() && !vcpu.take(), "a seat for one");
+    assert!(vcpu.take() && !vcpu.take(), "it is for one");
 }
 
 #[test]
@@ -146,12 +146,12 @@ fn a_seat_has_one_owner() {
 
 #[test]
 fn twin_leaves_relaxed() {
-    fails("leave relaxed", ALL, Some(site("seat.rs", "leave")), "Causality violation", owners);
+    fails("leave relaxed", ALL, Some(site("shared.rs", "leave")), "Causality violation", owners);
 }
 
 #[test]
 fn twin_takes_relaxed() {
-    fails("take relaxed", ALL, Some(site("seat.rs", "take")), "Causality violation", owners);
+    fails("take relaxed", ALL, Some(site("shared.rs", "take")), "Causality violation", owners);
 }
 
 /// What a twin does wrong about kicks.

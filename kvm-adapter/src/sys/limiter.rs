@@ -2,7 +2,7 @@
 
 use dirtylimit_core::{Paced, Shipped};
 
-use crate::seat::VmLimiter;
+use crate::shared::VmLimiter;
 
 /// A new limiter, on the heap.
 pub(crate) fn new_limiter(policy: Shipped) -> Box<VmLimiter> {

@@ -12,14 +12,14 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use crate::Error;
 use crate::fake::Fake;
 use crate::kick::{Kick, Kicker};
-use crate::seat::Seat;
+use crate::shared::SharedVcpu;
 use crate::sys::{KickSignal, RunPage, blocked_signals, claim};
 
 /// Where the guest's code is.
 const CODE: u64 = 0x1000;
 
 struct Kicked {
-    seat: Seat,
+    shared: SharedVcpu,
     kicker: Kicker,
     cpu: VcpuFd,
     _vm: VmFd,
@@ -92,8 +92,8 @@ impl Kicked {
         cpu.set_sregs(&sregs).unwrap();
         let index = Fake::new().small().vm().limiter.register().unwrap();
         let kick = KickSignal::new(cpu.as_raw_fd(), signal).unwrap();
-        let seat = Seat::new(0, index, RunPage::map(cpu.as_raw_fd()).unwrap(), Some(kick));
-        Some(Self { seat, kicker: Kicker::new(Kick::Signal(signal)), cpu, _vm: vm })
+        let shared = SharedVcpu::new(0, index, RunPage::map(cpu.as_raw_fd()).unwrap(), Some(kick));
+        Some(Self { shared, kicker: Kicker::new(Kick::Signal(signal)), cpu, _vm: vm })
     }
 
     /// One that runs on this thread, which is known.
@@ -106,11 +106,11 @@ impl Kicked {
 
     /// As before each KVM_RUN.
     fn disarm(&mut self) {
-        self.kicker.disarm(&self.seat, false).unwrap();
+        self.kicker.disarm(&self.shared, false).unwrap();
     }
 
     fn is_due(&self) -> bool {
-        self.kicker.is_due(&self.seat)
+        self.kicker.is_due(&self.shared)
     }
 
     /// Whether a kick ends the next KVM_RUN before the guest halts.
@@ -135,7 +135,7 @@ fn a_kick_ends_one_run_and_the_first_is_tried() {
         kicked.disarm();
         assert_eq!(format!("{:?}", kicked.kicker).split("kicks").next(), timer.split("kicks").next(), "the same timer");
         assert!(!kicked.is_due() && !kicked.is_run_ended());
-        kicked.seat.kick();
+        kicked.shared.kick();
         assert!(kicked.is_due() && kicked.is_run_ended());
     }
 }
@@ -149,7 +149,7 @@ fn a_timers_kick_ends_a_run_and_nothing_is_left_of_it() {
         assert!(start.elapsed() < Duration::from_secs(20), "it never kicks");
     }
     assert!(kicked.is_run_ended());
-    kicked.kicker.disarm(&kicked.seat, true).unwrap();
+    kicked.kicker.disarm(&kicked.shared, true).unwrap();
     assert!(!is_pending(signal()) && !kicked.is_run_ended() && !kicked.is_due());
 }
 
@@ -163,14 +163,14 @@ fn kicks_go_to_the_thread_of_the_moment() {
                 kicked.disarm();
                 kicked.disarm();
                 assert!(!kicked.is_due() && blocked_signals() & bit(signal()) != 0);
-                kicked.seat.kick();
+                kicked.shared.kick();
                 assert!(is_pending(signal()) && kicked.is_run_ended());
             });
         });
         assert!(kicked.is_due() && !is_pending(signal()), "not this one yet");
         kicked.disarm();
         assert!(!kicked.is_due(), "the mask is known: nothing is tried");
-        kicked.seat.kick();
+        kicked.shared.kick();
         assert!(is_pending(signal()));
         kicked.disarm();
     }
@@ -179,12 +179,12 @@ fn kicks_go_to_the_thread_of_the_moment() {
 #[test]
 fn after_its_release_a_vcpu_is_not_kicked_and_no_kick_is_left() {
     let Some(mut kicked) = Kicked::bound() else { return };
-    kicked.seat.kick();
+    kicked.shared.kick();
     assert!(is_pending(signal()));
-    kicked.kicker.release(&kicked.seat);
-    let kicks = kicked.seat.kicks();
-    kicked.seat.kick();
-    assert!(!is_pending(signal()) && kicked.seat.kicks() == kicks);
+    kicked.kicker.release(&kicked.shared);
+    let kicks = kicked.shared.kicks();
+    kicked.shared.kick();
+    assert!(!is_pending(signal()) && kicked.shared.kicks() == kicks);
     assert!(kicked.is_due(), "it has no timer");
     kicked.disarm();
     assert!(!kicked.is_due() && !kicked.is_run_ended());
@@ -205,23 +205,23 @@ fn a_kick_that_finds_its_signal_open_blocks_it_and_ends_the_next_run() {
     kicked.disarm();
     assert!(!kicked.is_run_ended());
     mask(libc::SIG_UNBLOCK, signal);
-    kicked.seat.kick();
+    kicked.shared.kick();
     assert_eq!(blocked_signals() & (bit(signal) | bit(other)), bit(signal) | bit(other));
     assert!(is_pending(signal) && kicked.is_due() && kicked.is_run_ended());
     // Now the mask is known to be none of a handler's: nothing is tried.
     kicked.disarm();
     assert!(!kicked.is_due() && !kicked.is_run_ended());
-    kicked.seat.kick();
+    kicked.shared.kick();
     assert!(kicked.is_run_ended());
 }
 
 #[test]
 fn a_kick_of_a_thread_that_is_no_vcpus_leaves_its_mask() {
     let Some(kicked) = Kicked::new(signal()) else { return };
-    kicked.seat.bind(thread_id());
+    kicked.shared.bind(thread_id());
     let before = blocked_signals();
-    kicked.seat.kick();
-    assert!(kicked.seat.kicks() == 1 && blocked_signals() == before && !is_pending(signal()));
+    kicked.shared.kick();
+    assert!(kicked.shared.kicks() == 1 && blocked_signals() == before && !is_pending(signal()));
 }
 
 #[test]
@@ -231,6 +231,6 @@ fn a_signal_that_is_no_longer_ours_is_told_before_it_is_used() {
     let Some(mut kicked) = Kicked::new(signal) else { return };
     // SAFETY: the handler does nothing.
     unsafe { libc::signal(signal, nothing as extern "C" fn(libc::c_int) as libc::sighandler_t) };
-    assert!(matches!(kicked.kicker.disarm(&kicked.seat, false), Err(Error::KickSignalTaken(told)) if told == signal));
+    assert!(matches!(kicked.kicker.disarm(&kicked.shared, false), Err(Error::KickSignalTaken(told)) if told == signal));
     assert_eq!(blocked_signals() & bit(signal), 0);
 }

@@ -4,31 +4,31 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::fake::{Fake, PAGES, SLOT};
-use crate::seat::Seat;
+use crate::shared::SharedVcpu;
 use crate::{Config, Decision, DirtyLimit, Kick, PageRate};
 
 /// A VM with kicks and one vCPU, whose ring has 960 entries to its soft limit.
-fn vm() -> (Fake, DirtyLimit, Arc<Seat>) {
+fn vm() -> (Fake, DirtyLimit, Arc<SharedVcpu>) {
     let fake = Fake::new();
     let kick = Kick::Signal(libc::SIGRTMAX() - 4);
     let limit = fake.limit(&Config::new().ring_entries(1024).kick(kick)).unwrap();
     limit.add_slot(SLOT, PAGES).unwrap();
     drop(limit.add_vcpu(0, &fake.vcpu(1024)).unwrap());
-    let seat = limit.vm().lock().places[&0].seat.clone();
+    let shared = limit.vm().lock().rows[&0].shared.clone();
     // SAFETY: takes nothing.
-    seat.bind(unsafe { libc::gettid() });
-    (fake, limit, seat)
+    shared.bind(unsafe { libc::gettid() });
+    (fake, limit, shared)
 }
 
 /// Kicks by a tick that finds `pages` new ones under a limit, in pages a second, of which the vCPU's thread knows nothing.
 fn kicks_by_a_tick(limit_of: u32, pages: u64) -> u32 {
-    let (fake, limit, seat) = vm();
+    let (fake, limit, shared) = vm();
     limit.set_limit(0, PageRate::from_pages_per_sec(limit_of)).unwrap();
     limit.tick();
-    let before = seat.kicks();
+    let before = shared.kicks();
     fake.write_all(0, 0..pages);
     limit.tick();
-    seat.kicks() - before
+    shared.kicks() - before
 }
 
 #[test]
@@ -41,13 +41,13 @@ fn a_tick_kicks_who_writes_under_a_limit_that_is_news_unless_the_ring_is_better_
 
 #[test]
 fn a_sweep_kicks_those_whose_rings_no_longer_end_their_slices() {
-    let (fake, limit, seat) = vm();
+    let (fake, limit, shared) = vm();
     fake.write_all(0, 0..960);
-    let slice = |slice| limit.vm().lock().places.get_mut(&0).unwrap().vcpu.assign(slice, true, false);
+    let slice = |slice| limit.vm().lock().rows.get_mut(&0).unwrap().vcpu.assign(slice, true, false);
     let swept = || {
-        let before = seat.kicks();
+        let before = shared.kicks();
         limit.last_round().map(drop).unwrap();
-        (seat.kicks() - before, limit.vm().lock().places[&0].vcpu.slice())
+        (shared.kicks() - before, limit.vm().lock().rows[&0].vcpu.slice())
     };
     slice(Some(960));
     assert_eq!(swept(), (0, Some(960)), "the empty ring ends that one");
@@ -58,13 +58,13 @@ fn a_sweep_kicks_those_whose_rings_no_longer_end_their_slices() {
 
 #[test]
 fn a_limit_is_news_until_its_vcpus_thread_knows_it_and_while_there_is_one() {
-    let (_, limit, seat) = vm();
-    let is_news = || limit.vm().lock().places[&0].vcpu.is_news(seat.cell(&limit.vm().limiter), 1);
+    let (_, limit, shared) = vm();
+    let is_news = || limit.vm().lock().rows[&0].vcpu.is_news(shared.cell(&limit.vm().limiter), 1);
     assert!(!is_news(), "no limit");
     limit.set_limit(0, PageRate::from_pages_per_sec(4000)).unwrap();
     limit.tick();
     assert!(is_news());
-    limit.vm().lock().places.get_mut(&0).unwrap().vcpu.assign(None, true, false);
+    limit.vm().lock().rows.get_mut(&0).unwrap().vcpu.assign(None, true, false);
     assert!(!is_news());
     limit.cancel(0).unwrap();
     limit.tick();

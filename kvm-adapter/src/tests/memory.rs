@@ -3,18 +3,18 @@
 use dirtylimit_core::{Entry, Limiter, Shipped};
 
 use crate::Vcpu;
-use crate::harvest::Place;
-use crate::seat::Seat;
+use crate::harvest::Row;
+use crate::shared::SharedVcpu;
 
 #[test]
 fn a_vcpu_takes_less_than_a_kibibyte_beside_its_ring() {
     const MORE: usize = 64;
     let core = (size_of::<Limiter<Shipped, { 2 * MORE }>>() - size_of::<Limiter<Shipped, MORE>>()) / MORE;
-    let (place, seat, vcpu) = (size_of::<Place>(), size_of::<Seat>(), size_of::<Vcpu>());
-    let sum = core + place + seat + vcpu;
+    let (row, shared, vcpu) = (size_of::<Row>(), size_of::<SharedVcpu>(), size_of::<Vcpu>());
+    let sum = core + row + shared + vcpu;
     let ring = 1024 * size_of::<Entry>();
     println!(
-        "memory of a vCPU, bytes: {sum} (core's cells and row {core}, place {place}, seat {seat}, handle {vcpu}); \
+        "memory of a vCPU, bytes: {sum} (core's cells and row {core}, row {row}, shared {shared}, handle {vcpu}); \
          beside its ring, {ring} in the kernel at 1,024 entries"
     );
     assert!(core <= 320 && sum <= 1024);

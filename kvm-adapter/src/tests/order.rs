@@ -37,7 +37,7 @@ fn vcpus_that_fill_their_rings_at_once_are_served_in_turn() {
     for count in [2, 3, 4, 7] {
         let fake = Fake::new();
         let (limit, _vcpus) = rings(&fake, count);
-        let given = |id: u32| limit.vm().lock().places[&id].ring().held_back();
+        let given = |id: u32| limit.vm().lock().rows[&id].ring().held_back();
         let mut freed = vec![0; count as usize];
         for id in 0..count {
             fill(&fake, id);
@@ -46,7 +46,7 @@ fn vcpus_that_fill_their_rings_at_once_are_served_in_turn() {
         for _ in 0..20 * count {
             let before: Vec<_> = (0..count).map(given).collect();
             let mut harvest = limit.vm().lock();
-            harvest.places.values_mut().for_each(|place| place.vcpu.ask(place.seat.cell(&limit.vm().limiter), BATCH));
+            harvest.rows.values_mut().for_each(|row| row.vcpu.ask(row.shared.cell(&limit.vm().limiter), BATCH));
             harvest.grant(&fake, &limit.vm().limiter).unwrap();
             drop(harvest);
             for id in 0..count {
@@ -114,7 +114,7 @@ fn rings_are_metered_in_pieces() {
     let vm = limit.vm();
     let (mut seen, mut next, mut pieces) = (Vec::new(), Some(0), 0);
     while let Some(from) = next {
-        next = vm.lock().meter_from(from, &vm.limiter, |id, place| seen.push((id, place.ring().held_back())));
+        next = vm.lock().meter_from(from, &vm.limiter, |id, row| seen.push((id, row.ring().held_back())));
         pieces += 1;
     }
     assert_eq!(seen.iter().map(|(id, _)| *id).collect::<Vec<_>>(), (0..9).collect::<Vec<_>>());

@@ -59,7 +59,7 @@ fn what_the_limit_allowed_and_nobody_wrote_is_not_kept_for_later() {
 fn a_pass_takes_what_a_slice_frees_and_no_more() {
     let (fake, limit, _, _vcpu) = super::vm();
     fake.write_all(0, 0..960);
-    limit.vm().lock().places.get_mut(&0).unwrap().vcpu.assign(Some(10), true, false);
+    limit.vm().lock().rows.get_mut(&0).unwrap().vcpu.assign(Some(10), true, false);
     let pass = limit.round().unwrap();
     assert_eq!((pass.published(), pass.held_back()), (10, 950));
 }

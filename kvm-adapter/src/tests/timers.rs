@@ -50,7 +50,7 @@ impl Guest {
 
     fn overlong_pauses(&self) -> u32 {
         let vm = self.limit.vm();
-        vm.lock().places[&0].seat.cell(&vm.limiter).counters.overlong_pauses()
+        vm.lock().rows[&0].shared.cell(&vm.limiter).counters.overlong_pauses()
     }
 
     fn paid(&mut self) -> Duration {
@@ -135,13 +135,13 @@ fn a_ring_that_others_took_from_proves_no_lumps() {
     let limit = fake.small();
     let mut vcpus = [0, 1].map(|id| limit.add_vcpu(id, &fake.vcpu(1024)).unwrap());
     fake.write_all(0, 0..2000);
-    limit.vm().lock().places.get_mut(&0).unwrap().vcpu.assign(Some(500), true, false);
+    limit.vm().lock().rows.get_mut(&0).unwrap().vcpu.assign(Some(500), true, false);
     assert_eq!(limit.round().unwrap().published(), 500, "between its exit and its thread");
     fake.write_all(1, 2000..4000);
     _ = vcpus[1].before_run().unwrap();
     _ = vcpus[0].before_run().unwrap();
     let harvest = limit.vm().lock();
-    assert!(harvest.places.values().all(|place| !place.ring().has_lumps()));
+    assert!(harvest.rows.values().all(|row| !row.ring().has_lumps()));
 }
 
 #[test]
@@ -149,7 +149,7 @@ fn a_stale_exit_reason_proves_no_lumps() {
     let (fake, limit, _file, mut vcpu) = super::vm();
     fake.write_all(0, 0..500);
     _ = vcpu.before_run().unwrap();
-    assert!(!limit.vm().lock().places[&0].ring().has_lumps());
+    assert!(!limit.vm().lock().rows[&0].ring().has_lumps());
 }
 
 #[test]
@@ -157,7 +157,7 @@ fn a_ring_that_was_emptied_before_its_vcpu_went_on_proves_lumps_at_its_next_full
     let fake = Fake::new().with_lumps(LUMP);
     let limit = fake.small();
     let mut vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
-    let has_lumps = || limit.vm().lock().places[&0].ring().has_lumps();
+    let has_lumps = || limit.vm().lock().rows[&0].ring().has_lumps();
     fake.write_all(0, 0..PAGES);
     limit.last_round().map(drop).unwrap();
     _ = vcpu.before_run().unwrap();

@@ -11,7 +11,7 @@ use crate::{Config, Decision, DirtyLimit, Error, Interrupter, PageRate, Vcpu};
 const SOFT: u32 = 960;
 
 fn slice(limit: &DirtyLimit) -> Option<u32> {
-    limit.vm().lock().places[&0].vcpu.slice()
+    limit.vm().lock().rows[&0].vcpu.slice()
 }
 
 /// Limited so that a slice is `pages` or a few more or less, and served until the ring ends it.
@@ -116,8 +116,8 @@ fn one_reset_serves_all_who_wait() {
     limit.meter();
     {
         let mut harvest = limit.vm().lock();
-        for place in harvest.places.values_mut() {
-            place.vcpu.ask(place.seat.cell(&limit.vm().limiter), 100);
+        for row in harvest.rows.values_mut() {
+            row.vcpu.ask(row.shared.cell(&limit.vm().limiter), 100);
         }
         harvest.grant(&fake, &limit.vm().limiter).unwrap();
     }

@@ -35,7 +35,7 @@ fn a_removal_that_fails_changes_nothing_and_publishes_nothing() {
         }
         assert_eq!(limit.query(0).unwrap().limit, Some(PageRate::from_pages_per_sec(77)));
         assert_eq!(pages(&limit.take_published(SLOT).unwrap()), [0; 0], "{goes:?}: published although still writable");
-        // It has its seat, and gives it back.
+        // It has its shared state, and gives it back.
         drop(limit.add_vcpu(0, &file).unwrap());
         fake.always(None);
         limit.remove_vcpu(0).unwrap();
@@ -150,7 +150,7 @@ fn enabling_takes_little_stack() {
     thread::Builder::new().stack_size(128 << 10).spawn(enable).unwrap().join().unwrap();
 }
 
-/// A pausing thread looks again: by a word of the seat's, which each call changes.
+/// A pausing thread looks again: by a word of the shared state's, which each call changes.
 #[test]
 fn everything_that_changes_a_penalty_wakes_who_pauses() {
     let (_fake, limit, _file, _vcpu) = vm();
@@ -165,10 +165,10 @@ fn everything_that_changes_a_penalty_wakes_who_pauses() {
         ("set_policy", &|| limit.set_policy(Shipped::Stepped(Stepped::default()))),
         ("set_max_pause", &|| limit.set_max_pause(Duration::from_millis(5))),
     ];
-    let seat = limit.vm().lock().places[&0].seat.clone();
+    let shared = limit.vm().lock().rows[&0].shared.clone();
     for (name, call) in calls {
-        let before = seat.wakes();
+        let before = shared.wakes();
         call();
-        assert_ne!(seat.wakes(), before, "{name}");
+        assert_ne!(shared.wakes(), before, "{name}");
     }
 }

@@ -1,4 +1,4 @@
-//! A vCPU's place in the VM: what outlives its thread, and what others use to reach it.
+//! What a vCPU's thread shares with the VM, without a lock: what outlives that thread, and what others use to reach it.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ const LOOK: Nanos = 10_000_000;
 
 /// What a vCPU's thread shares with everybody else, without a lock.
 #[derive(Debug)]
-pub(crate) struct Seat {
+pub(crate) struct SharedVcpu {
     pub(crate) id: u32,
     pub(crate) index: VcpuIndex,
     run: RunPage,
@@ -31,7 +31,7 @@ pub(crate) struct Seat {
     kicks: AtomicU32,
 }
 
-impl Seat {
+impl SharedVcpu {
     pub(crate) fn new(id: u32, index: VcpuIndex, run: RunPage, kick: Option<KickSignal>) -> Self {
         Self {
             id,
@@ -48,7 +48,7 @@ impl Seat {
 
     /// The vCPU's words in the limiter. Its index came from there.
     pub(crate) fn cell<'a>(&self, limiter: &'a VmLimiter) -> &'a VcpuCell {
-        limiter.cell(self.index).expect("a seat's index is one of its limiter's")
+        limiter.cell(self.index).expect("its index is one of its limiter's")
     }
 
     /// Whether the page is of the same vCPU.
@@ -56,13 +56,13 @@ impl Seat {
         self.run.is_same(run)
     }
 
-    /// Takes the seat; whether it was free.
+    /// Takes the shared state; whether it was free.
     pub(crate) fn take(&self) -> bool {
         // Acquire: pairs with the release in `leave`, so that the next owner comes after the last.
         self.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
     }
 
-    /// Frees the seat for the next owner.
+    /// Frees the shared state for the next owner.
     pub(crate) fn leave(&self) {
         // Release: pairs with the acquire in `take`.
         self.taken.store(false, Ordering::Release);
@@ -75,7 +75,7 @@ impl Seat {
         sys::wake(&self.wake);
     }
 
-    /// Calls of [`Seat::wake`].
+    /// Calls of [`SharedVcpu::wake`].
     #[cfg(test)]
     pub(crate) fn wakes(&self) -> u32 {
         // Relaxed: one thread's look at its own work.
@@ -171,13 +171,13 @@ impl Seat {
 
 /// Ends the current or else the next pause of a vCPU: from any thread, or from a signal handler.
 #[derive(Clone, Debug)]
-pub struct Interrupter(pub(crate) Arc<Seat>);
+pub struct Interrupter(pub(crate) Arc<SharedVcpu>);
 
 impl Interrupter {
     /// Makes [`crate::Vcpu::before_run`] return at once; what is owed stays owed. Async-signal-safe: two atomic
     /// additions and a futex wake (which may change `errno`, as any system call in a handler).
     pub fn interrupt(&self) {
-        // Release: pairs with the acquire in `Seat::interrupts`.
+        // Release: pairs with the acquire in `SharedVcpu::interrupts`.
         self.0.interrupts.fetch_add(1, Ordering::Release);
         self.0.wake();
     }
