@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the harness, and with it both libraries, for 64-bit Arm, and runs it in the lab's arm64 machine (docs/LAB.md): a probe,
+# Builds the harness, and with it the libraries, for 64-bit Arm, and runs it in the lab's arm64 machine (docs/LAB.md): a probe,
 # and a limited run, which must hold its limit and lose no page. By hand, with --tests: also the test of pages that KVM writes
 # outside any vCPU, which takes another build of the harness.
 #

@@ -30,6 +30,8 @@ flags+=("-Zpre-link-args=$lib/crt1.o" "-Zpre-link-args=$lib/crti.o" "-Zpre-link-
 flags+=("-Clink-arg=-L$lib" "-Clink-arg=-L$gcc" -Clink-arg=--start-group)
 flags+=(-Clink-arg=-lgcc -Clink-arg=-lgcc_eh -Clink-arg=-lc -Clink-arg=--end-group)
 flags+=("-Clink-arg=$gcc/crtend.o" "-Clink-arg=$lib/crtn.o")
+# These flags stand in the place of those in .cargo/config.toml.
+flags+=(--cfg dirtylimit_planted)
 export RUSTC_BOOTSTRAP=1 CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS="${flags[*]}"
 
 (($#)) || set -- build -p dirtylimit-bench

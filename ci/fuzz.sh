@@ -30,6 +30,8 @@ fi
 
 ((${#targets[@]})) || mapfile -t targets < <(cargo fuzz list)
 ((${#targets[@]})) || { echo "fuzz: fuzz/ has no target" >&2; exit 1; }
+# cargo-fuzz adds these to its own flags, which stand in the place of those in .cargo/config.toml.
+export RUSTFLAGS="${RUSTFLAGS:-} --cfg dirtylimit_planted"
 cargo fuzz build --sanitizer none
 
 # What is found goes to a copy, so that a checkout stays as it is.

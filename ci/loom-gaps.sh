@@ -23,7 +23,8 @@ wanted=$(
     functions $core/controller/mod.rs 'Limiter'
     functions $adapter/seat.rs 'Interrupter'
     functions $adapter/vcpu.rs 'Vcpu'
-    functions $adapter/limit.rs 'DirtyLimit'
+    functions $adapter/limit.rs 'DirtyLimit|WeakDirtyLimit'
+    functions $adapter/snapshot.rs 'DirtyLimit'
     functions $adapter/dirty_log.rs 'DirtyLimit|Round'
 )
 rows=$(sed -nE 's/^\| `([A-Za-z]+::[a-z_]+)`.*/\1/p' "$table")

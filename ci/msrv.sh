@@ -6,3 +6,4 @@ cd "$(dirname "$0")/.."
 echo "msrv: cargo check of the libraries with the declared $(grep '^rust-version' Cargo.toml)"
 ci/debian-cargo.sh check --locked -p dirtylimit-core -p dirtylimit-kvm -p dirtylimit-c
 ci/debian-cargo.sh check --locked -p dirtylimit-kvm --all-features
+ci/debian-cargo.sh check --locked -p dirtylimit-qmp -p dirtylimit-metrics

@@ -25,7 +25,7 @@ cd "$copy"
 what=(-p dirtylimit-core --timeout 20) tests=(--lib --tests) slow=() again=()
 if [[ ${1:-} == adapter ]]; then
     shift
-    what=(-p dirtylimit-kvm --features log,planted-bugs --timeout 60) tests=(--lib)
+    what=(-p dirtylimit-kvm --features log --timeout 60) tests=(--lib)
     for file in batch caps coalesce dirty_log events harvest kick limit seat slots told vcpu vm sys/guarded sys/interrupts sys/kick sys/signals; do
         what+=(--file "kvm-adapter/src/$file.rs")
     done

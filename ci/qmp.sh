@@ -38,7 +38,7 @@ start() {
     echo "qmp: no socket from: $*" >&2
     exit 1
 }
-sequence() { "$venv/bin/python" kvm-adapter/tests/qmp/vcpu_dirty_limit.py "$socket"; }
+sequence() { "$venv/bin/python" kvm-adapter/qmp/tests/vcpu_dirty_limit.py "$socket"; }
 # Ends with an error when `quit` hangs up on it before it has hung up, as QEMU's does; what it showed and how the server
 # ended tell more.
 shell() { "$venv/bin/qmp-shell" "$socket" 2>/dev/null || true; }
@@ -70,7 +70,7 @@ if ! command -v qemu-system-x86_64 >/dev/null; then
     exit 0
 fi
 echo "qmp: the same test on QEMU"
-python3 kvm-adapter/tests/qmp/boot_rom.py "$scratch/rom"
+python3 kvm-adapter/qmp/tests/boot_rom.py "$scratch/rom"
 start qemu-system-x86_64 -accel kvm,dirty-ring-size=4096 -cpu qemu64 -m 160M -bios "$scratch/rom" -nodefaults \
     -display none -qmp "unix:$socket,server=on,wait=off" 2>"$scratch/qemu"
 sequence || { cat "$scratch/qemu" >&2; exit 1; }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the adapter's tests, those on real KVM included, under ThreadSanitizer and AddressSanitizer.
+# Runs the tests of the adapter, those on real KVM included, of its control socket and its metrics, under ThreadSanitizer and AddressSanitizer.
 #
 # sanitizers.sh [thread|address]: both unless told. For ThreadSanitizer the standard library is built with it too
 # (debian-cargo.sh has its sources), or its locks would be unknown; the sanitizers' runtime is Debian's clang's, unpacked
@@ -38,12 +38,13 @@ for kind in "${kinds[@]}"; do
         *) echo "sanitizers: $kind: thread and address are what there is" >&2; exit 2 ;;
     esac
     # As clang links it: before all else, or GNU ld finds some of its references only half resolved.
-    export RUSTFLAGS="-Zsanitizer=$kind -Zexternal-clangrt -Zpre-link-args=-Wl,--whole-archive,$archives/libclang_rt.$archive-x86_64.a,--no-whole-archive,--export-dynamic"
-    sanitized() { ci/debian-cargo.sh test --quiet --locked "${flags[@]}" --target x86_64-unknown-linux-gnu -p dirtylimit-kvm "$@"; }
+    export RUSTFLAGS="--cfg dirtylimit_planted -Zsanitizer=$kind -Zexternal-clangrt -Zpre-link-args=-Wl,--whole-archive,$archives/libclang_rt.$archive-x86_64.a,--no-whole-archive,--export-dynamic"
+    sanitized() { ci/debian-cargo.sh test --quiet --locked "${flags[@]}" --target x86_64-unknown-linux-gnu "$@"; }
 
     echo "sanitizers: $kind: the planted bug"
-    found=$(sanitized --test sanitized -- "$bug" 2>&1) && { echo "sanitizers: it passed" >&2; exit 1; }
+    found=$(sanitized -p dirtylimit-kvm --test sanitized -- "$bug" 2>&1) && { echo "sanitizers: it passed" >&2; exit 1; }
     grep -qF "$finds" <<<"$found" || { printf '%s\nsanitizers: not found: %s\n' "$found" "$finds" >&2; exit 1; }
     echo "sanitizers: $kind: the adapter's tests"
-    sanitized --lib --test kvm -- "${tests[@]}" "${only[@]}"
+    sanitized -p dirtylimit-kvm --lib --test kvm -- "${tests[@]}" "${only[@]}"
+    sanitized -p dirtylimit-qmp -p dirtylimit-metrics --tests -- "${tests[@]}"
 done

@@ -52,7 +52,7 @@ fn accept(criterion: &mut Criterion) {
     let (cell, counts) = (PenaltyCell::new(), Counters::new());
     let (word, pacer) = (AtomicU32::new(0), Pacer::new(&counts));
     // Seen to tell a penalty, and pages, from none.
-    cell.set(Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(1).price())));
+    cell.set(Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(1).interval())));
     assert!(cell.accept().terms().is_some());
     cell.set(Penalty::NONE);
     assert!(cell.accept().terms().is_none() && !pacer.owes(&counts));
@@ -201,8 +201,8 @@ impl<const N: usize> Vm<N> {
             match (limits, status.penalty.terms()) {
                 (Limits::Stepped, None) => assert!(rate <= u64::from(LIMIT) * 102 / 100, "{status:?}"),
                 (Limits::Stepped, Some(Terms::Sleep(_))) => {}
-                (Limits::Paced | Limits::Budget, Some(Terms::Pace(price))) => {
-                    assert!(price.of(1_000_000) >= PageRate::from_pages_per_sec(LIMIT).price().of(1_000_000));
+                (Limits::Paced | Limits::Budget, Some(Terms::Pace(interval))) => {
+                    assert!(interval.of(1_000_000) >= PageRate::from_pages_per_sec(LIMIT).interval().of(1_000_000));
                 }
                 (_, terms) => panic!("{limits:?}: {terms:?}"),
             }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 use dirtylimit_bench::cli::{self, Cli, Command, Run};
-use dirtylimit_bench::compare::{self, Compare, cases::Case};
+use dirtylimit_bench::compare::{self, Case, Compare};
 use dirtylimit_bench::guest::{self, Progress};
 use dirtylimit_bench::late;
 use dirtylimit_bench::output::{Output, distinct, print, tell};
@@ -200,7 +200,7 @@ fn side_by_side(asked: &Compare, cases: &[Case]) -> Result<ExitCode> {
     let mut outcome = Outcome(if comparison.lost_pages > 0 { LOST } else { 0 });
     outcome.show(&comparison, json.as_ref());
     outcome.document(&comparison, json.as_mut());
-    outcome.page(|| compare::page::page(&comparison), page.as_mut());
+    outcome.page(|| compare::page(&comparison), page.as_mut());
     Ok(outcome.status())
 }
 

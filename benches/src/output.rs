@@ -8,7 +8,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use dirtylimit_kvm::metrics::file::Target;
+use dirtylimit_metrics::file::Target;
 
 /// Writes a line to stderr. Whether anybody reads it changes nothing.
 pub fn tell(line: impl Display) {

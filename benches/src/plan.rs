@@ -14,7 +14,7 @@ use crate::workload::Workload;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PolicyKind {
-    /// A price per page.
+    /// An interval per page.
     Paced,
     /// The published two-strategy algorithm: a sleep that grows and shrinks.
     Stepped,

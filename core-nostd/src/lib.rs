@@ -80,7 +80,7 @@ pub use accept_penalty::{
 pub use calculate::{Claim, Paced, Policy, Shipped, Stepped, SteppedState, level, share};
 pub use controller::{Full, Limiter, Status, Unenforced, VcpuIndex};
 pub use prepare::{Counters, Counts, RateEstimator, Sample, Totals};
-pub use rate::{Nanos, PageRate, Price, SECOND};
+pub use rate::{EmissionInterval, Nanos, PageRate, SECOND};
 pub use ring::{BadRingSize, Entry, PML, Page, RESERVED, Ring};
 pub use set_penalty::{Penalty, PenaltyCell, Terms, VmCell};
 pub use vcpu_cell::{Request, VcpuCell};

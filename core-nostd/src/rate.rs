@@ -1,4 +1,4 @@
-//! Rates and prices as types: how fast a vCPU may dirty pages, and what one page costs.
+//! Rates and emission intervals as types: how fast a vCPU may dirty pages, and what one page costs.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -85,10 +85,10 @@ impl PageRate {
     }
 
     /// What one page costs at this rate: 1 s ÷ rate. [`PageRate::ZERO`] is priced as [`PageRate::MIN_LIMIT`].
-    pub const fn price(self) -> Price {
-        const SECOND_IN_UNITS: u64 = SECOND << (PageRate::FRACTION_BITS + Price::UNIT_BITS);
+    pub const fn interval(self) -> EmissionInterval {
+        const SECOND_IN_UNITS: u64 = SECOND << (PageRate::FRACTION_BITS + EmissionInterval::UNIT_BITS);
         let rate = if self.0 == 0 { 1 } else { self.0 };
-        Price::from_units((SECOND_IN_UNITS / rate) as u128)
+        EmissionInterval::from_units((SECOND_IN_UNITS / rate) as u128)
     }
 }
 
@@ -100,17 +100,17 @@ impl core::fmt::Debug for PageRate {
 
 /// What one page costs, in nanoseconds, in 31 bits: `mantissa × 2^exponent × 2⁻¹⁶ ns`.
 ///
-/// The mantissa has 26 bits, so a price from a rate is exact to 2⁻¹⁴ at 2³² pages/s and to 2⁻²⁵ below 6 million: one
+/// The mantissa has 26 bits, so an interval from a rate is exact to 2⁻¹⁴ at 2³² pages/s and to 2⁻²⁵ below 6 million: one
 /// 32-bit word carries every limit from one page in 20 minutes to 16 TiB/s. 0 is free.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug, Pod, Zeroable)]
 #[repr(transparent)]
-pub struct Price(u32);
+pub struct EmissionInterval(u32);
 
-impl Price {
+impl EmissionInterval {
     const UNIT_BITS: u32 = 16;
     const MANTISSA_BITS: u32 = 26;
     const MANTISSA: u32 = (1 << Self::MANTISSA_BITS) - 1;
-    /// Every bit that a price may set; the penalty keeps its kind in the one above.
+    /// Every bit that an interval may set; the penalty keeps its kind in the one above.
     pub(crate) const BITS: u32 = u32::MAX >> 1;
 
     /// A page costs nothing.
@@ -118,7 +118,7 @@ impl Price {
     /// The dearest page: 2⁴¹ ns, about 37 minutes.
     pub const MAX: Self = Self(Self::BITS);
 
-    /// `nanos` a page, saturating at [`Price::MAX`].
+    /// `nanos` a page, saturating at [`EmissionInterval::MAX`].
     pub const fn from_nanos(nanos: u64) -> Self {
         Self::from_units((nanos as u128) << Self::UNIT_BITS)
     }
@@ -193,7 +193,7 @@ mod tests {
             while bytes <= 40 << 30 {
                 let exact = f64::from(page_size) * 1e9 / bytes as f64;
                 // A million pages, so that rounding to whole nanoseconds does not count.
-                let priced = PageRate::from_bytes_per_sec(bytes, page_size).price().of(1_000_000) as f64 / 1e6;
+                let priced = PageRate::from_bytes_per_sec(bytes, page_size).interval().of(1_000_000) as f64 / 1e6;
                 assert!((priced / exact - 1.0).abs() < 1e-3, "{bytes} B/s: {priced} ns, not {exact}");
                 bytes += bytes / 97;
             }
@@ -206,37 +206,37 @@ mod tests {
         assert_eq!(PageRate::measured(u32::MAX, 1), PageRate::MAX);
         assert_eq!(PageRate::measured(1, 0), PageRate::ZERO);
         assert_eq!(PageRate::from_bytes_per_sec(4096, 0), PageRate::from_pages_per_sec(4096));
-        assert_eq!(PageRate::ZERO.price(), PageRate::MIN_LIMIT.price());
-        assert_eq!(PageRate::MIN_LIMIT.price().of(1), 1024 * SECOND);
-        assert_eq!(Price::MAX.of(u32::MAX), Nanos::MAX);
-        assert_eq!(Price::from_nanos(u64::MAX), Price::MAX);
-        assert_eq!(Price::FREE.pages_for(1), u32::MAX);
-        assert_eq!(Price::MAX.pages_for(1), 0);
-        assert_eq!(PageRate::MAX.price().pages_for(Nanos::MAX), u32::MAX);
+        assert_eq!(PageRate::ZERO.interval(), PageRate::MIN_LIMIT.interval());
+        assert_eq!(PageRate::MIN_LIMIT.interval().of(1), 1024 * SECOND);
+        assert_eq!(EmissionInterval::MAX.of(u32::MAX), Nanos::MAX);
+        assert_eq!(EmissionInterval::from_nanos(u64::MAX), EmissionInterval::MAX);
+        assert_eq!(EmissionInterval::FREE.pages_for(1), u32::MAX);
+        assert_eq!(EmissionInterval::MAX.pages_for(1), 0);
+        assert_eq!(PageRate::MAX.interval().pages_for(Nanos::MAX), u32::MAX);
     }
 
     #[test]
     fn prices_and_times_between_the_ends_are_exact() {
-        assert_eq!(Price::from_nanos(1 << 40).of(1), 1 << 40, "below the dearest");
-        assert_eq!(Price::from_nanos(1 << 17).pages_for(1 << 40), 1 << 23);
+        assert_eq!(EmissionInterval::from_nanos(1 << 40).of(1), 1 << 40, "below the dearest");
+        assert_eq!(EmissionInterval::from_nanos(1 << 17).pages_for(1 << 40), 1 << 23);
     }
 
     proptest! {
         #[test]
-        fn time_pays_for_what_exact_arithmetic_says(bits in 1..=Price::BITS, time: Nanos, small in 0..64) {
-            let (price, time) = (Price::from_bits(bits), time >> small);
-            let (mantissa, exponent) = price.parts();
+        fn time_pays_for_what_exact_arithmetic_says(bits in 1..=EmissionInterval::BITS, time: Nanos, small in 0..64) {
+            let (interval, time) = (EmissionInterval::from_bits(bits), time >> small);
+            let (mantissa, exponent) = interval.parts();
             prop_assume!(mantissa > 0);
-            let exact = ((u128::from(time) << Price::UNIT_BITS) >> exponent) / u128::from(mantissa);
-            prop_assert_eq!(u128::from(price.pages_for(time)), exact.min(u32::MAX.into()));
+            let exact = ((u128::from(time) << EmissionInterval::UNIT_BITS) >> exponent) / u128::from(mantissa);
+            prop_assert_eq!(u128::from(interval.pages_for(time)), exact.min(u32::MAX.into()));
         }
 
         #[test]
         fn a_price_is_monotone_and_inverts(a in 1u64..=PageRate::MAX.0, b in 1u64..=PageRate::MAX.0, pages in 1u32..1 << 20) {
             let (slow, fast) = (PageRate(a.min(b)), PageRate(a.max(b)));
-            prop_assert!(slow.price().of(pages) >= fast.price().of(pages));
-            let time = slow.price().of(pages);
-            let back = slow.price().pages_for(time);
+            prop_assert!(slow.interval().of(pages) >= fast.interval().of(pages));
+            let time = slow.interval().of(pages);
+            let back = slow.interval().pages_for(time);
             prop_assert!(back <= pages, "the time for {pages} pages must not pay for {back}");
             // `of` rounds down, so the inverse may miss what one nanosecond buys, and one page for the mantissa.
             let miss = u64::from(pages - back);

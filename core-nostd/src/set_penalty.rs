@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::rate::{Nanos, Price};
+use crate::rate::{EmissionInterval, Nanos};
 use crate::sync::{Atomic, Ordering, const_fn};
 
 /// What a vCPU owes for each page that it dirties, in one 32-bit word.
@@ -13,37 +13,37 @@ pub struct Penalty(u32);
 // One store sets it: `sync` demands lock-free atomics of this size.
 const _: () = assert!(size_of::<Penalty>() == size_of::<u32>());
 
-/// What the price of a page buys.
+/// What the interval of a page buys.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Terms {
-    /// Time, run or paused: the vCPU pauses until it has spent `price` on each page. Holds a rate by itself.
-    Pace(Price),
-    /// Sleep on top of the time that the page took. Holds a rate only if somebody steers the price.
-    Sleep(Price),
+    /// Time, run or paused: the vCPU pauses until it has spent `interval` on each page. Holds a rate by itself.
+    Pace(EmissionInterval),
+    /// Sleep on top of the time that the page took. Holds a rate only if somebody steers the interval.
+    Sleep(EmissionInterval),
 }
 
 impl Penalty {
     /// The vCPU is not limited.
     pub const NONE: Self = Self(0);
-    const SLEEP: u32 = Price::BITS + 1;
+    const SLEEP: u32 = EmissionInterval::BITS + 1;
 
     /// The penalty with `terms`; free pages are no penalty.
     pub const fn new(terms: Terms) -> Self {
         match terms {
-            Terms::Pace(price) => Self(price.bits()),
-            Terms::Sleep(price) if price.bits() == 0 => Self::NONE,
-            Terms::Sleep(price) => Self(Self::SLEEP | price.bits()),
+            Terms::Pace(interval) => Self(interval.bits()),
+            Terms::Sleep(interval) if interval.bits() == 0 => Self::NONE,
+            Terms::Sleep(interval) => Self(Self::SLEEP | interval.bits()),
         }
     }
 
     /// Its terms; `None` where the vCPU is not limited.
     #[inline]
     pub const fn terms(self) -> Option<Terms> {
-        let price = Price::from_bits(self.0);
+        let interval = EmissionInterval::from_bits(self.0);
         match self.0 {
             0 => None,
-            word if word & Self::SLEEP == 0 => Some(Terms::Pace(price)),
-            _ => Some(Terms::Sleep(price)),
+            word if word & Self::SLEEP == 0 => Some(Terms::Pace(interval)),
+            _ => Some(Terms::Sleep(interval)),
         }
     }
 }
@@ -186,13 +186,13 @@ mod tests {
     #[test]
     fn a_penalty_keeps_its_terms() {
         for rate in [1, 256, 25_600, 10_485_760, u32::MAX] {
-            let price = PageRate::from_pages_per_sec(rate).price();
-            for terms in [Terms::Pace(price), Terms::Sleep(price)] {
+            let interval = PageRate::from_pages_per_sec(rate).interval();
+            for terms in [Terms::Pace(interval), Terms::Sleep(interval)] {
                 assert_eq!(Penalty::new(terms).terms(), Some(terms));
             }
         }
-        assert_eq!(Penalty::new(Terms::Sleep(Price::FREE)), Penalty::NONE);
-        assert_eq!(Penalty::new(Terms::Pace(Price::FREE)).terms(), None);
+        assert_eq!(Penalty::new(Terms::Sleep(EmissionInterval::FREE)), Penalty::NONE);
+        assert_eq!(Penalty::new(Terms::Pace(EmissionInterval::FREE)).terms(), None);
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Both policies over the whole range of rates, samples and times: nothing overflows, no limit lets a page go for less than
 //! it costs, and a higher limit is never dearer.
 
-use dirtylimit_core::{Nanos, Paced, PageRate, Penalty, Policy, Price, SECOND, Sample, Shipped, Stepped, Terms};
+use dirtylimit_core::{
+    EmissionInterval, Nanos, Paced, PageRate, Penalty, Policy, SECOND, Sample, Shipped, Stepped, Terms,
+};
 use proptest::prelude::*;
 
 /// Any rate from one page in 1,024 s to 2³² pages/s, evenly over its powers of two.
@@ -21,10 +23,10 @@ fn time() -> impl Strategy<Value = Nanos> {
     (0u32..64, any::<u64>()).prop_map(|(bits, any)| (1 << bits) | (any & ((1 << bits) - 1)))
 }
 
-fn price(penalty: Penalty) -> Price {
+fn interval(penalty: Penalty) -> EmissionInterval {
     match penalty.terms() {
-        None => Price::FREE,
-        Some(Terms::Pace(price) | Terms::Sleep(price)) => price,
+        None => EmissionInterval::FREE,
+        Some(Terms::Pace(interval) | Terms::Sleep(interval)) => interval,
     }
 }
 
@@ -39,11 +41,11 @@ fn stepped(limit: PageRate, sample: &Sample, current: Penalty) -> Penalty {
 /// Stepped at a limit of 1000 pages/s, shown so many pages in each so many ms; the sleep for 1024 pages after each, in ms.
 fn steps(sleep_ms: u64, samples: &[(u32, u64)]) -> Vec<u64> {
     let (policy, mut state) = (Stepped::default(), Default::default());
-    let mut penalty = Penalty::new(Terms::Sleep(Price::split(sleep_ms * 1_000_000, 1024)));
+    let mut penalty = Penalty::new(Terms::Sleep(EmissionInterval::split(sleep_ms * 1_000_000, 1024)));
     let each = |&(pages, ms): &(u32, u64)| {
         let sample = Sample { pages, elapsed: ms * 1_000_000, paused: 0 };
         penalty = policy.penalty(&mut state, &sample, PageRate::from_pages_per_sec(1000), penalty);
-        (price(penalty).of(1024) + 500_000) / 1_000_000
+        (interval(penalty).of(1024) + 500_000) / 1_000_000
     };
     samples.iter().map(each).collect()
 }
@@ -62,8 +64,8 @@ proptest! {
     fn a_page_never_costs_less_than_its_limit_says(limit in rate(), pages in any::<u32>()) {
         let penalty = Paced.penalty(&mut (), &Sample::default(), limit, Penalty::NONE);
         let exact = u128::from(pages) * u128::from(SECOND) * 1024 / units(limit);
-        let priced = u128::from(price(penalty).of(pages));
-        // 31 bits keep a price to 2^-14 at the fastest limits, rounded down.
+        let priced = u128::from(interval(penalty).of(pages));
+        // 31 bits keep an interval to 2^-14 at the fastest limits, rounded down.
         prop_assert!(priced <= exact && priced + exact / 8192 + 1 >= exact.min(u64::MAX.into()), "{priced}, not {exact}");
     }
 
@@ -72,16 +74,16 @@ proptest! {
         a in rate(), b in rate(), pages in any::<u32>(), elapsed in time(), share in 0u64..=1024,
     ) {
         let (low, high) = (a.min(b), a.max(b));
-        let paced = |limit| price(Paced.penalty(&mut (), &Sample::default(), limit, Penalty::NONE)).of(1024);
+        let paced = |limit| interval(Paced.penalty(&mut (), &Sample::default(), limit, Penalty::NONE)).of(1024);
         prop_assert!(paced(low) >= paced(high));
         let sample = Sample { pages, elapsed, paused: 0 };
-        let allowed = high.price().of(1024);
+        let allowed = high.interval().of(1024);
         let sleep = u64::try_from(u128::from(allowed) * u128::from(share) / 1024).unwrap();
-        let current = Penalty::new(Terms::Sleep(Price::split(sleep, 1024)));
-        let stepped = |limit| price(stepped(limit, &sample, current)).of(1024);
+        let current = Penalty::new(Terms::Sleep(EmissionInterval::split(sleep, 1024)));
+        let stepped = |limit| interval(stepped(limit, &sample, current)).of(1024);
         let (dear, cheap) = (stepped(low), stepped(high));
-        // A step is a part of a page's time, so one down is larger at a lower limit. And a price is rounded.
-        let step = (low.price().of(1024) - allowed) * u64::from(Stepped::default().step_percent) / 100;
+        // A step is a part of a page's time, so one down is larger at a lower limit. And an interval is rounded.
+        let step = (low.interval().of(1024) - allowed) * u64::from(Stepped::default().step_percent) / 100;
         prop_assert!(dear + step + dear / (1 << 24) + 2 >= cheap, "{dear} at {low:?}, {cheap} at {high:?}");
         prop_assert!(cheap <= allowed + allowed / (1 << 24) + 1, "a page sleeps longer than it takes at the limit");
     }
@@ -97,8 +99,8 @@ proptest! {
             let (mut state, mut penalty) = (Default::default(), Penalty::NONE);
             for &(pages, elapsed, paused) in &samples {
                 penalty = policy.penalty(&mut state, &Sample { pages, elapsed, paused }, limit, penalty);
-                let most = limit.price().of(1024);
-                prop_assert!(price(penalty).of(1024) <= most, "{penalty:?} at {limit:?}");
+                let most = limit.interval().of(1024);
+                prop_assert!(interval(penalty).of(1024) <= most, "{penalty:?} at {limit:?}");
             }
         }
     }

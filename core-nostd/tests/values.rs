@@ -25,8 +25,8 @@ fn they_say_what_they_are() {
     assert_eq!(format!("{:?}", PageRate::from_pages_per_sec(256)), "256 pages/s");
     assert_eq!(Full { capacity: 7 }.to_string(), "all 7 places for vCPUs are taken");
     assert_eq!(format!("{:?}", Penalty::NONE), "None");
-    let price = PageRate::from_pages_per_sec(256).price();
-    assert!(format!("{:?}", Penalty::new(Terms::Pace(price))).starts_with("Some(Pace(Price("));
+    let interval = PageRate::from_pages_per_sec(256).interval();
+    assert!(format!("{:?}", Penalty::new(Terms::Pace(interval))).starts_with("Some(Pace(EmissionInterval("));
 }
 
 #[test]

@@ -243,11 +243,11 @@ impl Model {
             assert!(vcpu.limit.is_none_or(|limit| status.effective_limit.is_some_and(|effective| effective <= limit)));
             match (status.effective_limit, self.policy) {
                 (None, _) => assert_eq!(penalty, Penalty::NONE),
-                (Some(limit), Shipped::Paced(_)) => assert_eq!(penalty.terms(), Some(Terms::Pace(limit.price()))),
+                (Some(limit), Shipped::Paced(_)) => assert_eq!(penalty.terms(), Some(Terms::Pace(limit.interval()))),
                 (Some(_), Shipped::Stepped(_)) => assert!(!matches!(penalty.terms(), Some(Terms::Pace(_)))),
             }
             let pause = penalty.terms().map(|terms| match terms {
-                Terms::Pace(price) | Terms::Sleep(price) => price.of(1).max(vcpu.needed_pause),
+                Terms::Pace(interval) | Terms::Sleep(interval) => interval.of(1).max(vcpu.needed_pause),
             });
             assert_eq!(status.needs_pause, pause.filter(|pause| *pause > vm.vm().max_pause()));
         }

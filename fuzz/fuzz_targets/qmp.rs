@@ -3,17 +3,20 @@
 //! commands that were answered with success.
 #![no_main]
 
+#[cfg(not(dirtylimit_planted))]
+compile_error!("it needs --cfg dirtylimit_planted: ci/fuzz.sh has it, which cargo-fuzz takes from RUSTFLAGS");
+
 use std::time::{Duration, Instant};
 
 use dirtylimit_kvm::FakeVm;
-use dirtylimit_kvm::qmp::{Monitor, Session};
+use dirtylimit_qmp::{Monitor, Session};
 use libfuzzer_sys::{
     arbitrary::{self, Arbitrary},
     fuzz_target,
 };
 use serde_json::{Map, Value, json};
 
-const VCPUS: u32 = 2;
+const VCPUS: usize = 2;
 const COMMANDS: [&str; 16] = [
     "qmp_capabilities",
     "query-version",
@@ -82,7 +85,7 @@ impl Argument {
 }
 
 /// Each vCPU's, in MiB/s.
-type Limits = [Option<u64>; VCPUS as usize];
+type Limits = [Option<u64>; VCPUS];
 
 /// A VM and a client of it.
 struct Bench {
@@ -93,8 +96,8 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let vm = FakeVm::new(VCPUS);
-        let monitor = Monitor::new(vm.limit.clone()).on_quit(|| ());
+        let vm = FakeVm::new(&[0, 1]);
+        let monitor = Monitor::new(&vm.limit).on_quit(|| ());
         Self { vm, monitor, session: Session::new() }
     }
 

@@ -1,7 +1,7 @@
-//! Rates and prices against exact arithmetic: no input overflows or panics, and every result is as exact as documented.
+//! Rates and emission intervals against exact arithmetic: no input overflows or panics, and every result is as exact as documented.
 #![no_main]
 
-use dirtylimit_core::{PageRate, Price, SECOND};
+use dirtylimit_core::{PageRate, EmissionInterval, SECOND};
 use libfuzzer_sys::{
     arbitrary::{self, Arbitrary},
     fuzz_target,
@@ -33,17 +33,17 @@ fn assert_close(found: u64, exact: u128, bits: u32, what: &str) {
     assert!(found <= exact + slack && found + slack >= exact, "{what}: {found}, exactly {exact}, may miss {slack}");
 }
 
-fn check_price(price: Price, pages: u32, nanos: u64) {
+fn check_price(interval: EmissionInterval, pages: u32, nanos: u64) {
     // What the time buys never costs more than the time, and one page more would, to the mantissa's last bit.
-    let bought = price.pages_for(nanos);
-    assert!(price.of(bought) <= nanos || bought == u32::MAX, "{bought} pages cost more than {nanos} ns");
+    let bought = interval.pages_for(nanos);
+    assert!(interval.of(bought) <= nanos || bought == u32::MAX, "{bought} pages cost more than {nanos} ns");
     if bought < u32::MAX {
-        let more = u128::from(price.of(bought + 1));
-        let slack = u128::from(price.of(1)) + 1;
+        let more = u128::from(interval.of(bought + 1));
+        let slack = u128::from(interval.of(1)) + 1;
         assert!(more + slack >= u128::from(nanos), "{nanos} ns buy more than {bought} pages");
     }
     // The time for some pages pays for no more of them, unless they cost less than a nanosecond each.
-    assert!(price.of(pages) <= price.of(pages.saturating_add(1)), "more pages cost less");
+    assert!(interval.of(pages) <= interval.of(pages.saturating_add(1)), "more pages cost less");
 }
 
 fuzz_target!(|input: Input| {
@@ -65,24 +65,24 @@ fuzz_target!(|input: Input| {
     assert_eq!(units(measured), exact.min(MAX_RATE));
 
     for rate in [rate, whole, measured] {
-        let price = rate.price();
-        // One page's price in 2⁻¹⁶ ns first, which loses up to 2⁻¹⁴ at the highest rates; then 26 bits of it.
+        let interval = rate.interval();
+        // One page's interval in 2⁻¹⁶ ns first, which loses up to 2⁻¹⁴ at the highest rates; then 26 bits of it.
         let exact = u128::from(pages) * u128::from(SECOND) * RATE_UNITS / units(rate).max(1);
-        assert_close(price.of(pages), exact.min(u128::from(u64::MAX)), 13, "the price of pages at a rate");
-        check_price(price, pages, nanos);
+        assert_close(interval.of(pages), exact.min(u128::from(u64::MAX)), 13, "the interval of pages at a rate");
+        check_price(interval, pages, nanos);
     }
 
-    for (price, exact) in [
-        (Price::from_nanos(bytes), u128::from(bytes)),
-        (Price::split(bytes, pages), u128::from(bytes) / u128::from(pages.max(1))),
+    for (interval, exact) in [
+        (EmissionInterval::from_nanos(bytes), u128::from(bytes)),
+        (EmissionInterval::split(bytes, pages), u128::from(bytes) / u128::from(pages.max(1))),
     ] {
         const DEAREST: u128 = 1 << 41;
         if exact < DEAREST {
-            assert_close(price.of(1), exact, 25, "a price from nanoseconds");
+            assert_close(interval.of(1), exact, 25, "an interval from nanoseconds");
         } else {
-            assert_eq!(price, Price::MAX);
+            assert_eq!(interval, EmissionInterval::MAX);
         }
-        check_price(price, page_size, nanos);
+        check_price(interval, page_size, nanos);
     }
-    assert!(rate.price().of(pages) >= PageRate::MAX.price().of(pages), "no rate is cheaper than the highest");
+    assert!(rate.interval().of(pages) >= PageRate::MAX.interval().of(pages), "no rate is cheaper than the highest");
 });

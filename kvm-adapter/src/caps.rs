@@ -22,7 +22,7 @@ pub struct Config {
     pub(crate) policy: Shipped,
     pub(crate) kick: Kick,
     pub(crate) prompt: bool,
-    #[cfg(feature = "planted-bugs")]
+    #[cfg(dirtylimit_planted)]
     pub(crate) planted_bug: Option<sys::PlantedBug>,
 }
 
@@ -35,7 +35,7 @@ impl Default for Config {
             policy: Shipped::default(),
             kick: Kick::Auto,
             prompt: false,
-            #[cfg(feature = "planted-bugs")]
+            #[cfg(dirtylimit_planted)]
             planted_bug: None,
         }
     }
@@ -99,7 +99,7 @@ impl Config {
     }
 
     /// Makes a mistake, so that a test can show that it would notice.
-    #[cfg(feature = "planted-bugs")]
+    #[cfg(dirtylimit_planted)]
     #[doc(hidden)]
     #[must_use]
     pub fn planted_bug(self, bug: sys::PlantedBug) -> Self {

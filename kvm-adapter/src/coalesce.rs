@@ -32,7 +32,7 @@ impl LastRun {
     }
 }
 
-#[cfg(all(test, feature = "planted-bugs"))]
+#[cfg(all(test, dirtylimit_planted))]
 mod tests {
     use super::*;
     use crate::fake::Gathered;

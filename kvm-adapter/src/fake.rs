@@ -12,7 +12,7 @@ use dirtylimit_core::{Page, RESERVED};
 use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DIRTY_RING_FULL, kvm_run};
 
 use crate::sys::{self, Kernel, Reset, RingPages};
-use crate::{Config, DirtyLimit, Error, Vcpu};
+use crate::{Config, DirtyLimit, Error};
 
 pub(crate) const SLOT: u32 = 3;
 pub(crate) const PAGES: u64 = 10_000;
@@ -219,35 +219,6 @@ impl Fake {
     /// Times that a page of [`SLOT`] was written.
     pub(crate) fn writes(&self, offset: u64) -> u64 {
         self.state().memory.get(&Page { slot: SLOT, offset }).map_or(0, |(writes, _)| *writes)
-    }
-}
-
-/// A VM that is none, for what is tested from outside: its limiter, and its vCPUs.
-#[derive(Debug)]
-pub struct FakeVm {
-    pub(crate) fake: Fake,
-    /// The limiter.
-    pub limit: DirtyLimit,
-    _vcpus: Vec<(File, Vcpu)>,
-}
-
-impl FakeVm {
-    /// With this many vCPUs, from 0.
-    pub fn new(vcpus: u32) -> Self {
-        let fake = Fake::new();
-        let limit = fake.small();
-        let vcpu = |id| {
-            let file = fake.vcpu(1024);
-            let vcpu = limit.add_vcpu(id, &file).unwrap();
-            (file, vcpu)
-        };
-        let _vcpus = (0..vcpus).map(vcpu).collect();
-        Self { fake, limit, _vcpus }
-    }
-
-    /// The guest writes the pages from `first` on, up to a full exit.
-    pub fn write(&self, vcpu: u32, first: u64, pages: u64) -> u32 {
-        self.fake.write_all(vcpu as usize, first..first.saturating_add(pages).min(PAGES))
     }
 }
 

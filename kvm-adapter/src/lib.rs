@@ -16,7 +16,7 @@
 //! | before the last rounds, where kicks end slices | [`DirtyLimit::set_draining`]: fewer pages are left for the downtime |
 //! | where the VMM or a device writes guest memory | [`DirtyLimit::mark_dirty`] |
 //! | where vCPUs are kicked | [`Interrupter::interrupt`], if the kick is not a signal to the thread |
-//! | control plane | [`DirtyLimit::set_limit`], [`DirtyLimit::cancel`], [`DirtyLimit::set_vm_limit`], [`DirtyLimit::query`] |
+//! | control plane | [`DirtyLimit::set_limit`], [`DirtyLimit::cancel`], [`DirtyLimit::set_vm_limit`], [`DirtyLimit::query`]; `dirtylimit-qmp` and `dirtylimit-metrics` serve them |
 //! | event loop, or once | [`DirtyLimit::tick`], or [`DirtyLimit::throttle_thread`] |
 //!
 //! `examples/unikernel.rs` is a whole VMM with it, in under 200 lines.
@@ -28,13 +28,13 @@
 //!   at most 64 pages of a vCPU that stay dirty until they are known to be protected again. When a call fails, what was
 //!   collected stays for the next.
 //! - **No pause above `max_pause`**, but where others hold the VM's lock, 2.1 ms at most, or no timer ends a lump. A limited vCPU runs in slices of pages: entries
-//!   are held back in its ring so that it exits when the slice is used up, pauses for its price, and gets the next. No signal,
+//!   are held back in its ring so that it exits when the slice is used up, pauses until it is paid for, and gets the next. No signal,
 //!   and timers only where pages come in lumps ([`Kick::Auto`]); another [`Kick`] is an option for rings that never fill. What
 //!   one pause does not cover stays owed.
 //! - **A pause ends at once** when the limit is lifted or changed, when a signal reaches the thread, or when the
 //!   [`Interrupter`] is called; within 10 ms when `immediate_exit` is set or `stop` returns true. Penalties lapse 5 s after
 //!   the last tick (a second later where the vCPU stood still meanwhile), so that a dead control plane cannot hold a guest.
-//! - **A limit that is not held says so**: [`Status::unenforced`], in the log and the metrics too.
+//! - **A limit that is not held says so**: [`Status::unenforced`], and the log.
 //! - **vCPU threads never wait for a lock**, allocate nothing, and run their critical sections with signals blocked: the
 //!   pause may sit in a signal handler.
 //!
@@ -62,23 +62,23 @@ mod coalesce;
 mod dirty_log;
 mod error;
 mod events;
-#[cfg(feature = "planted-bugs")]
+#[cfg(dirtylimit_planted)]
 #[cfg_attr(not(test), expect(dead_code, reason = "what only this crate's own tests order"))]
 mod fake;
+#[cfg(dirtylimit_planted)]
+mod fake_vm;
 mod harvest;
 mod kick;
 mod limit;
-#[cfg(feature = "metrics")]
-pub mod metrics;
-#[cfg(feature = "qmp")]
-pub mod qmp;
 mod seat;
 mod slots;
+mod snapshot;
 mod sync;
 mod sys;
 // Not where it was unpacked from its package, which has neither them nor what they need (ci/package.sh).
-#[cfg(all(test, feature = "planted-bugs"))]
+#[cfg(all(test, dirtylimit_planted))]
 mod tests;
+mod thread;
 mod throttle;
 mod told;
 mod vcpu;
@@ -88,16 +88,18 @@ pub use caps::{Caps, Config};
 pub use dirty_log::{Round, Running, Stopped};
 pub use dirtylimit_core::{Paced, PageRate, Shipped, Status, Stepped, Unenforced};
 pub use error::Error;
-#[cfg(feature = "planted-bugs")]
+#[cfg(dirtylimit_planted)]
 #[doc(hidden)]
-pub use fake::FakeVm;
+pub use fake_vm::FakeVm;
 pub use harvest::Stats;
 pub use kick::Kick;
-pub use limit::DirtyLimit;
+pub use limit::{DirtyLimit, WeakDirtyLimit};
 pub use seat::Interrupter;
-#[cfg(feature = "planted-bugs")]
+pub use snapshot::Snapshot;
+#[cfg(dirtylimit_planted)]
 #[doc(hidden)]
 pub use sys::PlantedBug;
+pub use thread::spawn_without_signals;
 pub use throttle::ThrottleThread;
 pub use vcpu::{Decision, Vcpu};
 
@@ -106,6 +108,6 @@ pub use vcpu::{Decision, Vcpu};
 pub const EXIT_DIRTY_RING_FULL: u32 = kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 
 /// The README's Rust compiles. (Its place is outside of the package.)
-#[cfg(all(doctest, feature = "planted-bugs"))]
+#[cfg(all(doctest, dirtylimit_planted))]
 #[doc = include_str!("../../README.md")]
 struct Readme;

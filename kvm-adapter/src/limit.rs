@@ -1,7 +1,7 @@
 //! The VM's handle: what a VMM's control plane and its migration call.
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use dirtylimit_core::{Nanos, PageRate, Ring, Shipped, Status};
@@ -31,7 +31,7 @@ impl DirtyLimit {
     /// Where KVM offers no ring, the size is not allowed, or KVM refuses: each says what to do.
     pub fn enable(vm: &impl AsRawFd, config: &Config) -> Result<Self, Error> {
         let kernel = VmFd::duplicate(vm).map_err(system("duplicating the VM's descriptor"))?;
-        #[cfg(feature = "planted-bugs")]
+        #[cfg(dirtylimit_planted)]
         if let Some(bug) = config.planted_bug {
             return Self::on(Box::new(sys::Planted::new(kernel, bug)), config);
         }
@@ -266,18 +266,23 @@ impl DirtyLimit {
     /// Where no thread can be started.
     pub fn throttle_thread(&self, period: Duration) -> Result<ThrottleThread, Error> {
         self.tick();
-        let vm = Arc::downgrade(&self.0);
+        let limit = self.downgrade();
         let ends = events::ThrottleThreadEnds;
         let tick = move || {
             let _told = &ends;
-            vm.upgrade().map(|vm| Self(vm).tick()).is_some()
+            limit.upgrade().map(|limit| limit.tick()).is_some()
         };
         let thread = ThrottleThread::spawn(tick, period)?;
         info!("the throttle thread ticks every {period:?}");
         Ok(thread)
     }
 
-    #[cfg(any(test, feature = "metrics"))]
+    /// A handle that does not keep the VM alive, for what only watches it.
+    pub fn downgrade(&self) -> WeakDirtyLimit {
+        WeakDirtyLimit(Arc::downgrade(&self.0))
+    }
+
+    #[cfg(test)]
     pub(crate) fn vm(&self) -> &Arc<Vm> {
         &self.0
     }
@@ -304,5 +309,16 @@ impl DirtyLimit {
 
     fn notify_all(&self) {
         self.0.lock().places.values().for_each(|place| place.seat.notify(&self.0.limiter));
+    }
+}
+
+/// A [`DirtyLimit`] that does not keep the VM alive.
+#[derive(Clone, Debug)]
+pub struct WeakDirtyLimit(Weak<Vm>);
+
+impl WeakDirtyLimit {
+    /// The VM; `None` once every [`DirtyLimit`] and [`Vcpu`] of it is dropped.
+    pub fn upgrade(&self) -> Option<DirtyLimit> {
+        self.0.upgrade().map(DirtyLimit)
     }
 }

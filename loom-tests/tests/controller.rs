@@ -18,7 +18,7 @@ fn rate(pages: u32) -> Option<PageRate> {
 }
 
 fn pace(pages: u32) -> Option<Terms> {
-    rate(pages).map(|rate| Terms::Pace(rate.price()))
+    rate(pages).map(|rate| Terms::Pace(rate.interval()))
 }
 
 fn accepted(limiter: &Two, index: VcpuIndex) -> Option<Terms> {
@@ -128,7 +128,7 @@ fn budget(tick: Tick) {
             let status = limiter.query(index, SECOND).expect("registered");
             // Nobody is known to want anything, so that either may have it all.
             assert!(status.effective_limit >= rate(50) && status.effective_limit <= rate(100), "{status:?}");
-            let terms = status.effective_limit.map(|limit| Terms::Pace(limit.price()));
+            let terms = status.effective_limit.map(|limit| Terms::Pace(limit.interval()));
             assert_eq!(accepted(limiter, index), terms, "the budget in force");
         }
     });
@@ -154,7 +154,7 @@ fn queried(locked: bool) {
             let first = accepted(&limiter, index);
             let status = limiter.query(index, SECOND).expect("registered");
             let terms = if locked { status.penalty.terms() } else { first };
-            let expected = status.effective_limit.map(|limit| Terms::Pace(limit.price()));
+            let expected = status.effective_limit.map(|limit| Terms::Pace(limit.interval()));
             assert_eq!(terms, expected, "of one moment");
         }
     });

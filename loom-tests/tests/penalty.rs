@@ -8,7 +8,7 @@ use dirtylimit_loom::calculate::Policy;
 use dirtylimit_loom::controller::Limiter;
 use dirtylimit_loom::explore::{ALL, FULL, fails, holds};
 use dirtylimit_loom::prepare::{Counters, Sample};
-use dirtylimit_loom::rate::{PageRate, Price, SECOND};
+use dirtylimit_loom::rate::{EmissionInterval, PageRate, SECOND};
 use dirtylimit_loom::renew;
 use dirtylimit_loom::set_penalty::{Penalty, PenaltyCell, Terms, VmCell};
 use dirtylimit_loom::weaken::site;
@@ -16,8 +16,8 @@ use loom::sync::atomic::AtomicU32;
 use loom::thread;
 
 /// Of two kinds, so that a torn one would be neither.
-const FIRST: Terms = Terms::Pace(Price::from_nanos(1_000));
-const THEN: Terms = Terms::Sleep(Price::from_nanos(9_999_999));
+const FIRST: Terms = Terms::Pace(EmissionInterval::from_nanos(1_000));
+const THEN: Terms = Terms::Sleep(EmissionInterval::from_nanos(9_999_999));
 
 /// The controller sets two penalties and cancels; the vCPU accepts three times.
 fn set_and_accept(set: fn(&Cell, Option<Terms>), accept: fn(&Cell) -> Option<Terms>) {
@@ -41,7 +41,7 @@ fn set_and_accept(set: fn(&Cell, Option<Terms>), accept: fn(&Cell) -> Option<Ter
     assert_eq!(accept(&cell), None, "the cancel wins");
 }
 
-/// The real cell, and what a twin has in its place: the kind and the price in a word each.
+/// The real cell, and what a twin has in its place: the kind and the interval in a word each.
 #[derive(Default)]
 struct Cell {
     real: PenaltyCell,
@@ -62,16 +62,16 @@ fn twin_has_a_penalty_of_two_words() {
         let set = |cell: &Cell, terms: Option<Terms>| {
             let (kind, nanos) = match terms {
                 None => (0, 0),
-                Some(Terms::Pace(price)) => (1, price.of(1)),
-                Some(Terms::Sleep(price)) => (2, price.of(1)),
+                Some(Terms::Pace(interval)) => (1, interval.of(1)),
+                Some(Terms::Sleep(interval)) => (2, interval.of(1)),
             };
             cell.words.1.store(u32::try_from(nanos).expect("small"), Ordering::Release);
             cell.words.0.store(kind, Ordering::Release);
         };
         set_and_accept(set, |cell| {
             let kind = cell.words.0.load(Ordering::Acquire);
-            let price = Price::from_nanos(cell.words.1.load(Ordering::Acquire).into());
-            [None, Some(Terms::Pace(price)), Some(Terms::Sleep(price))][kind as usize]
+            let interval = EmissionInterval::from_nanos(cell.words.1.load(Ordering::Acquire).into());
+            [None, Some(Terms::Pace(interval)), Some(Terms::Sleep(interval))][kind as usize]
         });
     });
 }
@@ -84,7 +84,7 @@ impl Policy for Stamping {
     type State = ();
 
     fn penalty(&self, (): &mut (), reading: &Sample, _: PageRate, _: Penalty) -> Penalty {
-        Penalty::new(Terms::Pace(Price::from_nanos(reading.elapsed)))
+        Penalty::new(Terms::Pace(EmissionInterval::from_nanos(reading.elapsed)))
     }
 }
 
@@ -272,7 +272,7 @@ fn every_harvested_page_is_charged_once() {
         harvested(|counters| {
             let (vm, cell) = (VmCell::new(), PenaltyCell::new());
             renew(&vm, EARLY);
-            cell.set(Penalty::new(Terms::Pace(Price::from_nanos(1_000_000))));
+            cell.set(Penalty::new(Terms::Pace(EmissionInterval::from_nanos(1_000_000))));
             Real { vm, cell, pacer: Pacer::new(counters), until: EARLY }
         });
     });

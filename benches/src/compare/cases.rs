@@ -58,7 +58,7 @@ pub(super) fn name(limit_mib_s: u32, ring: u32) -> String {
 }
 
 /// The cases that are compared when none is asked for.
-pub fn usual() -> Vec<Case> {
+pub(crate) fn usual() -> Vec<Case> {
     let case = |limit_mib_s, ring, workloads: &[Workload]| Case { limit_mib_s, ring, workloads: workloads.to_vec() };
     vec![
         case(100, 4096, &[SET]),
@@ -75,7 +75,7 @@ pub fn usual() -> Vec<Case> {
 ///
 /// # Errors
 /// A limit that QEMU cannot be given, or a workload whose accesses do not tell what it dirtied.
-pub fn asked(limits: &[PageRate], rings: &[u32], workloads: &[Workload]) -> Result<Vec<Case>, String> {
+pub(crate) fn asked(limits: &[PageRate], rings: &[u32], workloads: &[Workload]) -> Result<Vec<Case>, String> {
     let limits = limits.iter().map(|&limit| whole(limit)).collect::<Result<Vec<_>, _>>()?;
     if let Some(random) = workloads.iter().find(|workload| matches!(workload, Workload::Random(_))) {
         return Err(format!(

@@ -4,14 +4,14 @@
 //! counts is what the guest itself saw: its own count of page writes, and the gaps in its own clock. Each case is tried in
 //! rounds, so that a spell of noise on the host does not fall on one side alone, and of each measure the median is told.
 
-pub mod cases;
-pub mod page;
+mod cases;
+mod page;
 mod qemu;
-pub mod result;
+mod result;
 #[cfg_attr(not(target_arch = "x86_64"), path = "no_rom.rs")]
 mod rom;
 mod table;
-pub mod trial;
+mod trial;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -27,8 +27,10 @@ use crate::probe;
 use crate::report::progress::Interrupt;
 use crate::units::{parse_duration, parse_rate, parse_seconds};
 use crate::workload::Workload;
-use cases::Case;
-use result::{Compared, Comparison};
+pub use cases::Case;
+pub use page::page;
+use result::Compared;
+pub use result::Comparison;
 use trial::Trial;
 
 /// What QEMU is called where no other is named.

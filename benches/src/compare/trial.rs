@@ -29,13 +29,13 @@ const WARM_UP: Duration = Duration::from_secs(2);
 
 /// What came of a try.
 #[derive(Clone, Debug)]
-pub struct Trial {
+pub(crate) struct Trial {
     /// `net` of its samples is the guest's own count of accesses, one for each page that it touched.
-    pub recording: Recording,
+    pub(crate) recording: Recording,
     /// CPU time of the hypervisor while it limited, guest included, over that time; without what only our harness does.
-    pub cpu_share: f64,
+    pub(crate) cpu_share: f64,
     /// The rate by the limiter's own count at the end, in MiB/s, by vCPU; `None` where it tells none.
-    pub own_mib_s: Vec<Option<f64>>,
+    pub(crate) own_mib_s: Vec<Option<f64>>,
 }
 
 /// A try under this crate's limiter.

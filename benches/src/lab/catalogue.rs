@@ -36,32 +36,32 @@ pub enum Kernel {
 
 /// What is different from machine to machine.
 #[derive(Clone, Copy, Debug)]
-pub struct Facts {
+pub(crate) struct Facts {
     /// As Debian calls it.
-    pub arch: &'static str,
+    pub(crate) arch: &'static str,
     /// As ELF numbers it.
-    pub elf: u16,
+    pub(crate) elf: u16,
     /// As Rust calls it.
-    pub target: &'static str,
+    pub(crate) target: &'static str,
     /// The modules to load; those that they need come along.
-    pub modules: &'static [&'static str],
+    pub(crate) modules: &'static [&'static str],
     /// The emulator's packages.
     emulator: &'static [&'static str],
     /// The most CPUs.
-    pub most_cpus: u8,
+    pub(crate) most_cpus: u8,
     /// Bytes of memory, if nobody says.
-    pub memory: u64,
+    pub(crate) memory: u64,
     /// Its serial ports: one for the console, one for the program's standard output.
-    pub ports: [&'static str; 2],
+    pub(crate) ports: [&'static str; 2],
     /// What to add to the kernel's command line.
-    pub command_line: &'static str,
+    pub(crate) command_line: &'static str,
     /// What it is, for people.
     about: &'static str,
 }
 
 impl Machine {
     /// What is special about it.
-    pub const fn facts(self) -> Facts {
+    pub(crate) const fn facts(self) -> Facts {
         const X86: Facts = Facts {
             arch: "amd64",
             elf: 62,
@@ -100,18 +100,18 @@ impl Machine {
     }
 
     /// Its emulator.
-    pub fn emulator(self) -> Root {
+    pub(crate) fn emulator(self) -> Root {
         let packages = self.facts().emulator;
         Root { suite: SUITE, arch: "amd64", choice: Choice::Whole(packages) }
     }
 
     /// Its tools: one program that is a shell and all else that a machine needs to get going.
-    pub const fn busybox(self) -> Root {
+    pub(crate) const fn busybox(self) -> Root {
         Root { suite: SUITE, arch: self.facts().arch, choice: Choice::Alone("busybox-static") }
     }
 
     /// `kernel`, for it.
-    pub const fn kernel(self, kernel: Kernel) -> Root {
+    pub(crate) const fn kernel(self, kernel: Kernel) -> Root {
         let suite = match kernel {
             Kernel::Old => "bookworm",
             Kernel::Stable => SUITE,
@@ -136,7 +136,7 @@ impl fmt::Display for Kernel {
 }
 
 /// The machines and kernels, each with what is ready of it.
-pub fn listed(ready: impl Fn(&Root) -> bool) -> String {
+pub(crate) fn listed(ready: impl Fn(&Root) -> bool) -> String {
     let mut text = String::new();
     for machine in Machine::value_variants() {
         let all = [machine.emulator(), machine.busybox()];

@@ -10,7 +10,7 @@ const CONSOLE: u32 = 0o020_600;
 
 /// An archive that grows.
 #[derive(Debug, Default)]
-pub struct Archive {
+pub(crate) struct Archive {
     bytes: Vec<u8>,
     directories: BTreeSet<String>,
     entries: u32,
@@ -18,24 +18,24 @@ pub struct Archive {
 
 impl Archive {
     /// Adds an executable file, and the directories above it. `path` may begin with a slash.
-    pub fn file(&mut self, path: &str, content: &[u8]) {
+    pub(crate) fn file(&mut self, path: &str, content: &[u8]) {
         self.parents(path);
         self.entry(path, EXECUTABLE, (0, 0), content);
     }
 
     /// Adds an empty directory, and those above it, unless it is there.
-    pub fn directory(&mut self, path: &str) {
+    pub(crate) fn directory(&mut self, path: &str) {
         self.parents(&format!("{path}/x"));
     }
 
     /// Adds `/dev/console`, which the kernel opens for the first process.
-    pub fn console(&mut self) {
+    pub(crate) fn console(&mut self) {
         self.parents("dev/console");
         self.entry("dev/console", CONSOLE, (5, 1), &[]);
     }
 
     /// The archive, with its trailer.
-    pub fn finish(mut self) -> Vec<u8> {
+    pub(crate) fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, (0, 0), &[]);
         self.bytes
     }

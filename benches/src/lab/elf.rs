@@ -8,7 +8,7 @@ const INTERPRETER: u32 = 3;
 
 /// A 64-bit little-endian program or library.
 #[derive(Clone, Copy, Debug)]
-pub struct Elf<'a> {
+pub(crate) struct Elf<'a> {
     bytes: &'a [u8],
 }
 
@@ -17,13 +17,13 @@ impl<'a> Elf<'a> {
     ///
     /// # Errors
     /// It is no such file.
-    pub fn new(bytes: &'a [u8]) -> Result<Self> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Result<Self> {
         ensure!(bytes.len() >= 64 && bytes.starts_with(b"\x7fELF\x02\x01"), "not a program (64-bit little-endian ELF)");
         Ok(Self { bytes })
     }
 
     /// The machine that it is for: 62 is x86-64, 183 is AArch64.
-    pub fn machine(&self) -> u16 {
+    pub(crate) fn machine(&self) -> u16 {
         u16::from_le_bytes([self.bytes[18], self.bytes[19]])
     }
 
@@ -31,7 +31,7 @@ impl<'a> Elf<'a> {
     ///
     /// # Errors
     /// The file is cut short.
-    pub fn interpreter(&self) -> Result<Option<&'a str>> {
+    pub(crate) fn interpreter(&self) -> Result<Option<&'a str>> {
         let Some((_, offset, size)) = self.segments()?.into_iter().find(|&(kind, ..)| kind == INTERPRETER) else {
             return Ok(None);
         };
@@ -43,7 +43,7 @@ impl<'a> Elf<'a> {
     ///
     /// # Errors
     /// The file is cut short.
-    pub fn stripped(&self) -> Result<Vec<u8>> {
+    pub(crate) fn stripped(&self) -> Result<Vec<u8>> {
         let end =
             self.segments()?.iter().filter(|&&(kind, ..)| kind == LOAD).map(|&(_, offset, size)| offset + size).max();
         let mut kept =

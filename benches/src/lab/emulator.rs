@@ -19,32 +19,32 @@ const START: u32 = 1_767_225_600;
 
 /// A machine to be started.
 #[derive(Debug)]
-pub struct Setting<'a> {
+pub(crate) struct Setting<'a> {
     /// Which one.
-    pub machine: Machine,
+    pub(crate) machine: Machine,
     /// Number of CPUs.
-    pub cpus: u8,
+    pub(crate) cpus: u8,
     /// Bytes of memory.
-    pub memory: u64,
+    pub(crate) memory: u64,
     /// What the emulator's packages were unpacked in.
-    pub root: &'a Path,
+    pub(crate) root: &'a Path,
     /// The kernel's image.
-    pub kernel: &'a Path,
+    pub(crate) kernel: &'a Path,
     /// The initramfs.
-    pub initramfs: &'a [u8],
+    pub(crate) initramfs: &'a [u8],
     /// The directory of this run.
-    pub run: &'a Path,
+    pub(crate) run: &'a Path,
 }
 
 /// Where a machine's serial ports end up.
 #[derive(Debug)]
-pub struct Ports {
+pub(crate) struct Ports {
     /// What the kernel, and the program's standard error, say.
-    pub console: PathBuf,
+    pub(crate) console: PathBuf,
     /// The program's standard output.
-    pub result: PathBuf,
+    pub(crate) result: PathBuf,
     /// What the emulator itself says.
-    pub complaints: PathBuf,
+    pub(crate) complaints: PathBuf,
 }
 
 impl Setting<'_> {
@@ -52,7 +52,7 @@ impl Setting<'_> {
     ///
     /// # Errors
     /// A file of the run cannot be written.
-    pub fn command(&self) -> Result<(Command, Ports)> {
+    pub(crate) fn command(&self) -> Result<(Command, Ports)> {
         let ports = Ports {
             console: self.run.join("console"),
             result: self.run.join("result"),

@@ -14,13 +14,13 @@ use super::elf::Elf;
 use super::packages::output;
 
 /// What the console says just before the program runs.
-pub const STARTS: &str = "lab: the program starts";
+pub(crate) const STARTS: &str = "lab: the program starts";
 /// What the port of the program's standard output has behind all of it, before the exit status and a zero byte.
-pub const ENDED: &[u8] = b"\0lab-status ";
+pub(crate) const ENDED: &[u8] = b"\0lab-status ";
 
 /// The program that a machine runs.
 #[derive(Debug)]
-pub struct Program {
+pub(crate) struct Program {
     name: String,
     binary: Vec<u8>,
     /// What it needs: path in the machine, content.
@@ -32,7 +32,7 @@ impl Program {
     ///
     /// # Errors
     /// It is not a program for `machine`, or a library is missing.
-    pub fn read(path: &Path, machine: Machine) -> Result<Self> {
+    pub(crate) fn read(path: &Path, machine: Machine) -> Result<Self> {
         let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         let elf = Elf::new(&bytes).with_context(|| format!("{} cannot run in the lab", path.display()))?;
         ensure!(
@@ -59,7 +59,7 @@ impl Program {
 
     /// The same, with more files beside it.
     #[must_use]
-    pub fn with(mut self, more: Vec<(String, Vec<u8>)>) -> Self {
+    pub(crate) fn with(mut self, more: Vec<(String, Vec<u8>)>) -> Self {
         self.files.extend(more);
         self
     }
@@ -69,7 +69,7 @@ impl Program {
 ///
 /// # Errors
 /// One is not there.
-pub fn libraries(listed: &str) -> Result<Vec<String>> {
+pub(crate) fn libraries(listed: &str) -> Result<Vec<String>> {
     // "name => path (address)", "path (address)" for the loader, and "name (address)" for what the kernel gives.
     let mut paths = Vec::new();
     for line in listed.lines() {
@@ -87,7 +87,7 @@ pub fn libraries(listed: &str) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// A module cannot be read, or an argument is not UTF-8.
-pub fn build(
+pub(crate) fn build(
     machine: Machine,
     kernel: &Path,
     busybox: &Path,
@@ -219,7 +219,7 @@ fn find(directory: &Path, name: &str) -> Option<PathBuf> {
 ///
 /// # Errors
 /// There is none.
-pub fn image(root: &Path) -> Result<PathBuf> {
+pub(crate) fn image(root: &Path) -> Result<PathBuf> {
     let modules = ["usr/lib/modules", "lib/modules"].map(|path| root.join(path));
     let releases = modules.iter().filter_map(|path| fs::read_dir(path).ok()).flatten().flatten();
     let mut places: Vec<_> = releases.map(|release| release.path().join("vmlinuz")).collect();

@@ -1,14 +1,23 @@
 //! The lab: machines with the KVMs that people have, emulated in virtual time, so that a figure is the same on every host and
 //! on every day. Each boots a stock kernel of Debian's, runs one program and turns itself off. `docs/LAB.md` tells more.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `catalogue` | which machines and kernels there are |
+//! | `packages` | Debian's packages, fetched and unpacked below the cache |
+//! | `peer` | the QEMU that `compare` runs in the machine beside ours |
+//! | `initramfs`, `cpio`, `elf` | what the machine boots: a shell, KVM's modules, the program, the script that runs it |
+//! | `emulator` | how each machine's emulator is started |
+//! | `run` | one run, watched to its end |
 
-pub mod catalogue;
-pub mod cpio;
-pub mod elf;
-pub mod emulator;
-pub mod initramfs;
-pub mod packages;
-pub mod peer;
-pub mod run;
+mod catalogue;
+mod cpio;
+mod elf;
+mod emulator;
+mod initramfs;
+mod packages;
+mod peer;
+mod run;
 
 use std::ffi::OsString;
 use std::fs;

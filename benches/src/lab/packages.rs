@@ -16,18 +16,18 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Packages that are unpacked together.
 #[derive(Clone, Copy, Debug)]
-pub struct Root {
+pub(crate) struct Root {
     /// Debian's release.
-    pub suite: &'static str,
+    pub(crate) suite: &'static str,
     /// As Debian calls it.
-    pub arch: &'static str,
+    pub(crate) arch: &'static str,
     /// Which packages.
-    pub choice: Choice,
+    pub(crate) choice: Choice,
 }
 
 /// Which packages.
 #[derive(Clone, Copy, Debug)]
-pub enum Choice {
+pub(crate) enum Choice {
     /// These and all that they need, the C library included.
     Whole(&'static [&'static str]),
     /// This one alone.
@@ -38,7 +38,7 @@ pub enum Choice {
 
 impl Root {
     /// The directory that it is unpacked in, below the lab's.
-    pub fn directory(&self) -> String {
+    pub(crate) fn directory(&self) -> String {
         let name = match self.choice {
             Choice::Whole(packages) => packages[0],
             Choice::Alone(package) | Choice::Kernel(package) => package,
@@ -49,7 +49,7 @@ impl Root {
 
 /// What the lab keeps.
 #[derive(Debug)]
-pub struct Store {
+pub(crate) struct Store {
     home: PathBuf,
     /// Apt's lists and cache, of this process; gone with it.
     apt: PathBuf,
@@ -61,7 +61,7 @@ impl Store {
     ///
     /// # Errors
     /// There is no home.
-    pub fn open() -> Result<Self> {
+    pub(crate) fn open() -> Result<Self> {
         let path = |name| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
         let cache = path("XDG_CACHE_HOME").or_else(|| path("HOME").map(|home| home.join(".cache")));
         let home = cache.context("neither XDG_CACHE_HOME nor HOME is set: where is the lab to be kept?")?;
@@ -72,12 +72,12 @@ impl Store {
     }
 
     /// Where it is.
-    pub fn home(&self) -> &Path {
+    pub(crate) fn home(&self) -> &Path {
         &self.home
     }
 
     /// Whether `root` is there.
-    pub fn has(&self, root: &Root) -> bool {
+    pub(crate) fn has(&self, root: &Root) -> bool {
         self.home.join(root.directory()).is_dir()
     }
 
@@ -85,7 +85,7 @@ impl Store {
     ///
     /// # Errors
     /// Apt is missing or fails; the message says what it needs.
-    pub fn root(&mut self, root: &Root) -> Result<PathBuf> {
+    pub(crate) fn root(&mut self, root: &Root) -> Result<PathBuf> {
         let path = self.home.join(root.directory());
         if !path.is_dir() {
             let new = path.with_extension(format!("new-{}", std::process::id()));

@@ -19,7 +19,7 @@ const START: &str =
 ///
 /// # Errors
 /// A file is missing or cannot be read.
-pub fn files(root: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+pub(crate) fn files(root: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let below = root.join("usr/lib/x86_64-linux-gnu");
     let (loader, program) = (below.join("ld-linux-x86-64.so.2"), root.join("usr/bin/qemu-system-x86_64"));
     let listed = output(Command::new(&loader).arg("--library-path").arg(&below).arg("--list").arg(&program))

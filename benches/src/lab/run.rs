@@ -23,20 +23,25 @@ const TRAILER: usize = ENDED.len() + 4;
 
 /// How a run is watched.
 #[derive(Debug)]
-pub struct Watch<'a> {
+pub(crate) struct Watch<'a> {
     /// The user's wish to end it.
-    pub interrupt: &'a Interrupt,
+    pub(crate) interrupt: &'a Interrupt,
     /// A machine that says nothing for this long hangs.
-    pub silence: Duration,
+    pub(crate) silence: Duration,
     /// Whether all of the console is shown, and not the program's part alone.
-    pub console: bool,
+    pub(crate) console: bool,
 }
 
 /// Runs `emulator`; the program's standard output goes to `stdout`, its standard error and the machine's progress to ours.
 ///
 /// # Errors
 /// The machine ends without the program's exit status, hangs, or was interrupted.
-pub fn run(mut emulator: Command, ports: &Ports, watch: &Watch<'_>, stdout: &mut impl Write) -> Result<ExitCode> {
+pub(crate) fn run(
+    mut emulator: Command,
+    ports: &Ports,
+    watch: &Watch<'_>,
+    stdout: &mut impl Write,
+) -> Result<ExitCode> {
     let mut emulator = Running(emulator.spawn().context("cannot start the emulator")?);
     let started = Instant::now();
     let (mut console, mut result) = (Console::open(&ports.console, watch.console)?, Port::open(&ports.result)?);

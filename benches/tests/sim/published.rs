@@ -11,7 +11,7 @@ use std::cell::Cell;
 
 use dirtylimit_bench::guest::sim::{Fault, Machine};
 use dirtylimit_bench::plan::KickKind;
-use dirtylimit_core::{Nanos, PageRate, Penalty, Policy, Price, RESERVED, SECOND, Sample, Terms};
+use dirtylimit_core::{EmissionInterval, Nanos, PageRate, Penalty, Policy, RESERVED, SECOND, Sample, Terms};
 
 /// The machine under it: each full ring is emptied, and pauses are as long as they come. Nobody kicks.
 pub(crate) const MACHINE: Machine =
@@ -76,6 +76,6 @@ impl Policy for Published {
             state.sleep = self.adjust(state.sleep, rate, limit.bytes_per_sec(4096) >> 20);
             (state.pages, state.elapsed) = (0, 0);
         }
-        Penalty::new(Terms::Sleep(Price::split(state.sleep * 1000, self.ring - RESERVED)))
+        Penalty::new(Terms::Sleep(EmissionInterval::split(state.sleep * 1000, self.ring - RESERVED)))
     }
 }

@@ -10,7 +10,7 @@ use core::hint::black_box as any;
 use dirtylimit_core::migrate::{Goal, Migration, Reason, Round, Verdict};
 use dirtylimit_core::{
     BadRingSize, Charge, Claim, Counters, Counts, Ended, Entry, Full, Limiter, Machine, Metered, Nanos, Paced, Pacer,
-    Page, PageRate, Penalty, PenaltyCell, Policy, Price, RateEstimator, Request, Ring, Run, Sample, Shipped, Status,
+    Page, PageRate, Penalty, PenaltyCell, Policy, EmissionInterval, RateEstimator, Request, Ring, Run, Sample, Shipped, Status,
     Step, Stepped, SteppedState, Terms, Totals, Unenforced, VcpuCell, VcpuIndex, VcpuRing, VmCell, ends_slices, level,
     share,
 };
@@ -48,8 +48,8 @@ fn rate() -> PageRate {
     any(PageRate::MAX)
 }
 
-fn price() -> Price {
-    any(Price::MAX)
+fn interval() -> EmissionInterval {
+    any(EmissionInterval::MAX)
 }
 
 fn rates() {
@@ -58,15 +58,15 @@ fn rates() {
     any(PageRate::measured(any(0), any(0)));
     any(PageRate::pages_per_sec(rate()));
     any(PageRate::bytes_per_sec(rate(), any(0)));
-    any(PageRate::price(rate()));
-    any(Price::from_nanos(any(0)));
-    any(Price::split(any(0), any(0)));
-    any(Price::of(price(), any(0)));
-    any(Price::pages_for(price(), any(0)));
+    any(PageRate::interval(rate()));
+    any(EmissionInterval::from_nanos(any(0)));
+    any(EmissionInterval::split(any(0), any(0)));
+    any(EmissionInterval::of(interval(), any(0)));
+    any(EmissionInterval::pages_for(interval(), any(0)));
 }
 
 fn cells() {
-    for terms in [Terms::Pace(price()), Terms::Sleep(price())] {
+    for terms in [Terms::Pace(interval()), Terms::Sleep(interval())] {
         any(Penalty::new(any(terms)));
     }
     any(Penalty::terms(any(Penalty::NONE)));

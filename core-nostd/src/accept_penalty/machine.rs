@@ -10,7 +10,8 @@
 
 use core::mem::{replace, take};
 
-use super::pacer::{Charge, Pacer};
+use super::RESET_GAP;
+use super::pacer::{Charge, Pacer, SLICE};
 use super::run_time::{self, RunTime, TIMERS};
 use super::vcpu_ring::VcpuRing;
 use crate::rate::Nanos;
@@ -21,14 +22,11 @@ use crate::vcpu_cell::VcpuCell;
 /// The most entries that are collected for one reset, so that nobody waits for longer than a fraction of a millisecond (the
 /// largest ring of today's kernels takes sixteen); and the room that a vCPU without a limit waits for.
 pub const BATCH: u32 = 4096;
-/// Resets are at least this far apart (at most 476 a second), or nine tenths of a shorter `max_pause`, unless a vCPU waits
-/// for one that has no limit, or dirties the same pages again, or whose slice is half its ring or more, or that has paused
-/// for as long as it may, or had no page since its last pause.
-pub const RESET_GAP: Nanos = 2_100_000;
-/// When a thread that did not get the lock tries again.
+/// When a thread that did not get the lock tries again: the kernel's timer slack, before which nobody wakes (PR_SET_TIMERSLACK).
 const RETRY: Nanos = 50_000;
-/// A ring is wedged after this number of full exits in a row that moved nothing.
+/// A ring is wedged after this number of full exits in a row that moved nothing; from the tenth on each is waited for by 1 ms.
 const WEDGED: u32 = 64;
+const _: () = assert!(RETRY * 4 < RESET_GAP && RESET_GAP < SLICE);
 
 /// What the vCPU's thread is to do next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -9,7 +9,13 @@ mod pacer;
 mod run_time;
 mod vcpu_ring;
 
-pub use machine::{BATCH, Ended, Machine, RESET_GAP, Run, Step};
+use crate::rate::Nanos;
+pub use machine::{BATCH, Ended, Machine, Run, Step};
 pub use pacer::{Charge, MAX_DEBT, Pacer, SLICE};
 pub use run_time::{TIMERS, ends_slices};
 pub use vcpu_ring::{Metered, VcpuRing};
+
+/// Resets are at least this far apart (at most 476 a second), or nine tenths of a shorter `max_pause`, unless a vCPU waits
+/// for one that has no limit, or dirties the same pages again, or whose slice is half its ring or more, or that has paused
+/// for as long as it may, or had no page since its last pause.
+pub const RESET_GAP: Nanos = 2_100_000;

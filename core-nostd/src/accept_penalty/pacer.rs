@@ -2,29 +2,34 @@
 
 use core::mem::replace;
 
+use super::RESET_GAP;
 use crate::prepare::{Counters, Counts};
 use crate::rate::{Nanos, SECOND};
 use crate::set_penalty::{PenaltyCell, Terms, VmCell};
 
-/// A slice is what the limit allows in so long, or in the longest pause if that is less; at least one page. On top comes
-/// what was not used before, up to the burst.
+/// A slice is what the limit allows in this time, or in the longest pause if that is less; at least one page. On top comes
+/// what was not used before, up to the tolerance.
 ///
-/// Short against the 100 ms in which a rate is judged, long against the cost of an exit.
+/// A rate is judged over 100 ms, in which one slice more or less is 3 %; and a reset serves all slices that end within
+/// [`RESET_GAP`](crate::RESET_GAP), so a slice outlasts it.
 pub const SLICE: Nanos = 3_000_000;
-/// Few pages that cost less are one more: a slice also waits for a reset, and an embedder may have those some 2 ms apart.
-const SHORTEST: Nanos = 2_400_000;
+/// Few pages that cost less are one more: a slice that is over sooner would wait for its reset.
+const SHORTEST: Nanos = RESET_GAP + RESET_GAP / 7;
+const _: () = assert!(RESET_GAP < SHORTEST && SHORTEST < SLICE && SLICE * 33 <= 100_000_000);
 /// How long a vCPU may have dirtied less than its limit and still catch up: one slice, whose pages are paid when it is
-/// over, and what it may lose to an overslept pause or to the host's scheduler.
-const BURST: Nanos = SLICE + 3_000_000;
+/// over, and as much again, which it may lose to an overslept pause or to the host's scheduler (the bound of a window is
+/// one slice and this above the limit: `no_window_has_more_than_the_tolerance_on_top`).
+const TOLERANCE: Nanos = 2 * SLICE;
 /// The most that a vCPU can owe. What others drained from its ring beyond that is forgiven.
 pub const MAX_DEBT: Nanos = SECOND;
 /// A vCPU that finds its lease lapsed, and its own clock further on by this than at the last charge, gives the controller as
-/// long again: both may have stood still.
+/// long again: both may have stood still. Ten ticks of the slowest controller.
 const GRACE: Nanos = SECOND;
+const _: () = assert!(GRACE < VmCell::LEASE && LONGEST_SLICE < MAX_DEBT);
 
 /// Slices of a vCPU that rewrites dirty pages grow up to 2^this times.
-const MAX_STRETCH: u32 = 3;
-const LONGEST_SLICE: Nanos = SLICE << MAX_STRETCH;
+const MAX_SCALE: u32 = 3;
+const LONGEST_SLICE: Nanos = SLICE << MAX_SCALE;
 
 /// What the vCPU is to do before it runs on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,9 +59,9 @@ pub struct Pacer {
     /// Until when a lapsed lease counts all the same; 0 while it has not lapsed.
     grace: Nanos,
     limited: bool,
-    /// What the limit asked for as a slice at the last charge, and given was that × 2^`stretch`: see [`Pacer::slice`].
+    /// What the limit asked for as a slice at the last charge, and given was that × 2^`scale`: see [`Pacer::slice`].
     nominal: u32,
-    stretch: u32,
+    scale: u32,
     /// What the net count is while nothing is owed: as charged, or out of its reach where `due` was ahead at the last charge.
     quiet: u32,
 }
@@ -69,7 +74,7 @@ impl Pacer {
     pub fn new(counters: &Counters) -> Self {
         counters.set_needed_pause(0);
         let charged = counters.counts();
-        Self { charged, due: 0, turned: 0, grace: 0, limited: false, nominal: 0, stretch: 0, quiet: charged.net }
+        Self { charged, due: 0, turned: 0, grace: 0, limited: false, nominal: 0, scale: 0, quiet: charged.net }
     }
 
     /// Whether [`Pacer::charge`] has anything to charge or to wait for: one load.
@@ -97,18 +102,18 @@ impl Pacer {
         };
         let max_pause = vm.max_pause();
         let run = now.saturating_sub(replace(&mut self.turned, now));
-        let (price, credit, most) = match terms {
-            Terms::Pace(price) => (price, BURST, MAX_DEBT),
-            // Whoever steers the price sees what a lump did to the rate: it is not to be paid for twice.
-            Terms::Sleep(price) => (price, 0, max_pause),
+        let (interval, credit, most) = match terms {
+            Terms::Pace(interval) => (interval, TOLERANCE, MAX_DEBT),
+            // Whoever steers the interval sees what a lump did to the rate: it is not to be paid for twice.
+            Terms::Sleep(interval) => (interval, 0, max_pause),
         };
         let was_limited = replace(&mut self.limited, true);
-        let cost = price.of(new.net);
+        let cost = interval.of(new.net);
         let after = |unused| self.due.max(now.saturating_sub(unused)).saturating_add(cost);
         let due = if !was_limited {
             now
         } else if credit > 0 {
-            // A charge may be more than the burst: its slice was scaled, or a pass made room in the middle of it. Who
+            // A charge may be more than the tolerance: its slice was scaled, or a pass made room in the middle of it. Who
             // took so long for it owes nothing for it either, and has no credit.
             after(credit).min(after(run.min(LONGEST_SLICE)).max(now))
         } else {
@@ -123,20 +128,20 @@ impl Pacer {
         }
         self.quiet = if self.due > now { counts.net.wrapping_add(UNREACHABLE) } else { counts.net };
         let until = self.due.min(now.saturating_add(max_pause));
-        let nominal = price
+        let nominal = interval
             .pages_for(SLICE)
-            .max(price.pages_for(SHORTEST).saturating_add(1))
-            .min(price.pages_for(max_pause))
+            .max(interval.pages_for(SHORTEST).saturating_add(1))
+            .min(interval.pages_for(max_pause))
             .max(1);
         let nominal = self.slice(nominal, new);
-        let unused = price.pages_for(now.saturating_sub(self.due));
+        let unused = interval.pages_for(now.saturating_sub(self.due));
         let slice = match self.due {
             // What one pause does not cover stays owed, and the vCPU goes on page by page.
             due if due > until => 1,
-            // No slice may cost more than the burst: who writes it slower than allowed owes nothing for it.
-            _ => nominal.saturating_add(unused).min(price.pages_for(credit)).max(nominal),
+            // No slice may cost more than the tolerance: who writes it slower than allowed owes nothing for it.
+            _ => nominal.saturating_add(unused).min(interval.pages_for(credit)).max(nominal),
         };
-        Charge { until, due: self.due, slice: Some(slice), scaled: self.stretch > 0 }
+        Charge { until, due: self.due, slice: Some(slice), scaled: self.scale > 0 }
     }
 
     /// Whether penalties are in force at `now`. A lease lapses by time that the vCPU saw go by: after a jump of its clock
@@ -154,7 +159,7 @@ impl Pacer {
 
     /// Nothing is dirty any more: the next slice is a plain one. For who hands out the dirty log.
     pub(crate) fn forget_scale(&mut self) {
-        self.stretch = 0;
+        self.scale = 0;
     }
 
     /// Nothing that is dirtied up to the next charge is owed: for a vCPU that is left to fill its ring, because nothing else can
@@ -168,12 +173,12 @@ impl Pacer {
     fn slice(&mut self, nominal: u32, new: Counts) -> u32 {
         let before = replace(&mut self.nominal, nominal);
         if nominal.abs_diff(before) > before / 4 {
-            self.stretch = 0; // another limit
+            self.scale = 0; // another limit
         } else if new.gross >= nominal {
             let mostly_again = new.net < new.gross.div_ceil(2);
-            self.stretch = if mostly_again { (self.stretch + 1).min(MAX_STRETCH) } else { 0 };
+            self.scale = if mostly_again { (self.scale + 1).min(MAX_SCALE) } else { 0 };
         }
-        nominal.saturating_mul(1 << self.stretch)
+        nominal.saturating_mul(1 << self.scale)
     }
 }
 

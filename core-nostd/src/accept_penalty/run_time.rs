@@ -151,7 +151,7 @@ impl RunTime {
 /// Whether kicks end slices of this penalty well: not below 16 pages in 4 ms, which are written while a signal travels.
 /// Where such a slice has a ring that fills by itself, it is better left to fill.
 pub fn ends_slices(penalty: Penalty) -> bool {
-    price_of(penalty, 16).is_some_and(|price| price <= 4_000_000)
+    cost_of(penalty, 16).is_some_and(|interval| interval <= 4_000_000)
 }
 
 /// Whether a kicked vCPU that has logged so many pages since its last pause shall pause again, or run on first.
@@ -162,7 +162,7 @@ pub fn ends_slices(penalty: Penalty) -> bool {
 pub(crate) fn is_to_pause(penalty: Penalty, pages: u32, max_pause: Nanos) -> bool {
     match pages {
         0 => false,
-        1 => price_of(penalty, 2).is_some_and(|price| price > max_pause),
+        1 => cost_of(penalty, 2).is_some_and(|interval| interval > max_pause),
         _ => true,
     }
 }
@@ -170,16 +170,16 @@ pub(crate) fn is_to_pause(penalty: Penalty, pages: u32, max_pause: Nanos) -> boo
 /// Whether a vCPU whose pages come in lumps shall pause at `now` until all is paid, however long that takes: where nothing
 /// ends a lump, and with timers where the next lump that they miss might be more than a vCPU can owe, and be forgiven.
 pub(crate) fn is_to_pay_all(penalty: Penalty, charge: &Charge, now: Nanos, is_timed: bool) -> bool {
-    let next = price_of(penalty, PML).unwrap_or(0);
+    let next = cost_of(penalty, PML).unwrap_or(0);
     charge.until > now
         && charge.due > charge.until
         && !(is_timed && charge.due.saturating_add(next) <= now.saturating_add(MAX_DEBT))
 }
 
 /// What so many pages cost; `None` where there is no penalty.
-fn price_of(penalty: Penalty, pages: u32) -> Option<Nanos> {
+fn cost_of(penalty: Penalty, pages: u32) -> Option<Nanos> {
     match penalty.terms()? {
-        Terms::Pace(price) | Terms::Sleep(price) => Some(price.of(pages)),
+        Terms::Pace(interval) | Terms::Sleep(interval) => Some(interval.of(pages)),
     }
 }
 
@@ -251,7 +251,7 @@ mod tests {
         let (max_pause, now) = (10_000_000, 50 * SECOND);
         let charge = |owed| Charge { until: now + max_pause.min(owed), due: now + owed, slice: Some(1), scaled: false };
         // At 1,280 pages a second a lump costs 400 ms.
-        let penalty = Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(1280).price()));
+        let penalty = Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(1280).interval()));
         for (owed, off, timed) in [
             (max_pause, false, false),
             (max_pause + 1, true, false),
@@ -396,7 +396,7 @@ mod tests {
 
     #[test]
     fn who_is_left_to_fill_and_who_runs_on() {
-        let at = |pages| Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(pages).price()));
+        let at = |pages| Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(pages).interval()));
         assert!(ends_slices(at(4000)) && !ends_slices(at(3999)) && !ends_slices(Penalty::NONE));
         // A page in 25 µs: 4,000 of them in 100 ms.
         let after = |runs: u32| {

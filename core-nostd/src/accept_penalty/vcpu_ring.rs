@@ -178,11 +178,11 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
     /// any size fills, and is noticed, where the guest writes faster.
     fn allowance(&mut self, limit: PageRate, now: Nanos) -> u32 {
         let since = self.unnoticed.unwrap_or(now);
-        let price = limit.price();
-        let allowed = price.pages_for(now.saturating_sub(since));
+        let interval = limit.interval();
+        let allowed = interval.pages_for(now.saturating_sub(since));
         let count = allowed.min(self.ring.held_back());
         // Parts of a page are kept for the next sweep; what the guest had no use for is not.
-        self.unnoticed = Some(if count < allowed { now } else { since.saturating_add(price.of(count)) });
+        self.unnoticed = Some(if count < allowed { now } else { since.saturating_add(interval.of(count)) });
         count
     }
 

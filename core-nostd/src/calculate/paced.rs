@@ -1,4 +1,4 @@
-//! A price per page: the limit itself, with nothing to converge.
+//! An interval per page: the limit itself, with nothing to converge.
 
 use super::Policy;
 use crate::prepare::Sample;
@@ -13,7 +13,7 @@ impl Policy for Paced {
     type State = ();
 
     fn penalty(&self, (): &mut (), _: &Sample, limit: PageRate, _: Penalty) -> Penalty {
-        Penalty::new(Terms::Pace(limit.price()))
+        Penalty::new(Terms::Pace(limit.interval()))
     }
 }
 
@@ -23,10 +23,10 @@ mod tests {
 
     #[test]
     fn the_price_is_the_limits_and_falls_as_it_rises() {
-        let price =
+        let interval =
             |limit| Paced.penalty(&mut (), &Sample::default(), PageRate::from_pages_per_sec(limit), Penalty::NONE);
-        assert_eq!(price(1000).terms(), Some(Terms::Pace(PageRate::from_pages_per_sec(1000).price())));
-        for terms in [0, 1, 256, 25_600, u32::MAX].map(|limit| price(limit).terms()) {
+        assert_eq!(interval(1000).terms(), Some(Terms::Pace(PageRate::from_pages_per_sec(1000).interval())));
+        for terms in [0, 1, 256, 25_600, u32::MAX].map(|limit| interval(limit).terms()) {
             assert!(matches!(terms, Some(Terms::Pace(_))), "a limit is never free: {terms:?}");
         }
     }

@@ -7,7 +7,7 @@
 
 use super::Policy;
 use crate::prepare::Sample;
-use crate::rate::{Nanos, PageRate, Price};
+use crate::rate::{EmissionInterval, Nanos, PageRate};
 use crate::set_penalty::{Penalty, Terms};
 
 /// Sleep for each page, steered towards the limit.
@@ -44,10 +44,10 @@ impl Policy for Stepped {
 
     fn penalty(&self, state: &mut SteppedState, sample: &Sample, limit: PageRate, current: Penalty) -> Penalty {
         let sleep = match current.terms() {
-            Some(Terms::Sleep(price)) => price.of(PAGES),
+            Some(Terms::Sleep(interval)) => interval.of(PAGES),
             _ => 0,
         };
-        let sleep_of = |sleep| Penalty::new(Terms::Sleep(Price::split(sleep, PAGES)));
+        let sleep_of = |sleep| Penalty::new(Terms::Sleep(EmissionInterval::split(sleep, PAGES)));
         if sample.elapsed == 0 {
             return sleep_of(sleep);
         }
@@ -72,7 +72,7 @@ const PAGES: u32 = 1024;
 impl Stepped {
     /// The new sleep for [`PAGES`] pages.
     fn adjust(&self, sleep: Nanos, rate: u64, limit: PageRate) -> Nanos {
-        let allowed = limit.price().of(PAGES); // what they take at the limit
+        let allowed = limit.interval().of(PAGES); // what they take at the limit
         let limit = limit.raw().max(1);
         let distance = rate.abs_diff(limit);
         let within = |percent: u8| u128::from(distance) * 100 <= u128::from(limit) * u128::from(percent);
@@ -106,7 +106,7 @@ mod tests {
         for rate in rates.iter_mut().take(seconds) {
             for _ in 0..20 {
                 let sleep = match penalty.terms() {
-                    Some(Terms::Sleep(price)) => price.of(1),
+                    Some(Terms::Sleep(interval)) => interval.of(1),
                     _ => 0,
                 };
                 let pages = u32::try_from(SECOND / 20 / (run + sleep)).unwrap();
@@ -156,7 +156,9 @@ mod tests {
                         let sample = Sample { pages, elapsed, paused: 0 };
                         penalty = policy.penalty(&mut state, &sample, limit, penalty);
                         if let Some(terms) = penalty.terms() {
-                            assert!(matches!(terms, Terms::Sleep(price) if price.of(1024) <= limit.price().of(1024)));
+                            assert!(
+                                matches!(terms, Terms::Sleep(interval) if interval.of(1024) <= limit.interval().of(1024))
+                            );
                         }
                     }
                 }

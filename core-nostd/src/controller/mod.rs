@@ -53,7 +53,7 @@ pub struct Status {
     pub demand: PageRate,
     /// The penalty in force.
     pub penalty: Penalty,
-    /// Where the limit cannot be held within the longest pause: the pause it would need, in ns, because of the price of one
+    /// Where the limit cannot be held within the longest pause: the pause it would need, in ns, because of the interval of one
     /// page, or because the vCPU dirties too many pages before it can be stopped (PML without a kick).
     pub needs_pause: Option<Nanos>,
     /// Why the limit in force is not held, as far as seen in the last seconds; `None` where it is, or there is none.
@@ -83,7 +83,7 @@ impl<S: Default> Row<S> {
 
     fn needs_pause(&self, vm: &VmCell, counters: &Counters) -> Option<Nanos> {
         // Without a penalty, what the vCPU last needed is of no account: it may not have been charged since.
-        let needs = |(Terms::Pace(price) | Terms::Sleep(price))| price.of(1).max(counters.needed_pause());
+        let needs = |(Terms::Pace(interval) | Terms::Sleep(interval))| interval.of(1).max(counters.needed_pause());
         self.penalty.terms().map(needs).filter(|pause| *pause > vm.max_pause())
     }
 

@@ -37,7 +37,7 @@ fn a_limit_is_in_force_before_the_first_tick_and_gone_when_cancelled() {
     let index = LIMITER.register().unwrap();
     let cell = LIMITER.cell(index).unwrap();
     LIMITER.set_limit(index, Some(rate(256)));
-    assert_eq!(cell.penalty.accept().terms(), Some(Terms::Pace(rate(256).price())));
+    assert_eq!(cell.penalty.accept().terms(), Some(Terms::Pace(rate(256).interval())));
     assert_eq!(LIMITER.query(index, SECOND).unwrap().limit, Some(rate(256)));
     LIMITER.set_limit(index, None);
     assert_eq!(cell.penalty.accept(), Penalty::NONE);
@@ -120,7 +120,7 @@ fn odd_times_do_no_harm() {
         limiter.tick(now);
     }
     limiter.set_policy(Shipped::default());
-    assert_eq!(limiter.query(index, SECOND).unwrap().penalty.terms(), Some(Terms::Pace(rate(100).price())));
+    assert_eq!(limiter.query(index, SECOND).unwrap().penalty.terms(), Some(Terms::Pace(rate(100).interval())));
 }
 
 #[test]

@@ -1,4 +1,5 @@
 //! What the C interface makes of its arguments, on a VM that is no KVM.
+#![cfg(dirtylimit_planted)]
 
 use std::ffi::{CStr, c_int, c_void};
 use std::fs::File;
@@ -22,7 +23,7 @@ struct Vm {
 
 impl Vm {
     fn new() -> Self {
-        let fake = FakeVm::new(2);
+        let fake = FakeVm::new(&[0, 1]);
         let limit = Box::into_raw(Box::new(Limit::from(fake.limit.clone())));
         Self { fake, limit }
     }

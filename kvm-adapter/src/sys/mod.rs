@@ -7,7 +7,7 @@ mod kick;
 mod kvm;
 mod limiter;
 mod mapping;
-#[cfg(feature = "planted-bugs")]
+#[cfg(dirtylimit_planted)]
 mod planted;
 mod sched;
 mod signals;
@@ -18,13 +18,13 @@ pub(crate) use kick::{KickSignal, Timer, claim};
 pub(crate) use kvm::{Kernel, Reset, VmFd};
 pub(crate) use limiter::new_limiter;
 pub(crate) use mapping::{RingPages, RunPage};
-#[cfg(feature = "planted-bugs")]
+#[cfg(dirtylimit_planted)]
 pub(crate) use planted::Planted;
-#[cfg(feature = "planted-bugs")]
+#[cfg(dirtylimit_planted)]
 pub use planted::PlantedBug;
 pub(crate) use sched::wake_promptly;
 pub(crate) use signals::SignalsBlocked;
-#[cfg(any(test, feature = "planted-bugs"))]
+#[cfg(dirtylimit_planted)]
 pub(crate) use signals::blocked_signals;
 
 use dirtylimit_core::Nanos;

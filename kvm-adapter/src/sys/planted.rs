@@ -1,5 +1,5 @@
 //! Mistakes to order: each takes one precaution out, so that a test can show that it would notice. Not in a production
-//! build: only this crate's own tests switch the feature `planted-bugs` on.
+//! build: the configuration `dirtylimit_planted` is a flag of the compiler's, which no dependency can switch on.
 
 use std::io;
 

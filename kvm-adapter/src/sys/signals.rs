@@ -54,7 +54,7 @@ pub(super) fn set_mask(set: Set) -> Set {
 }
 
 /// The signals that this thread blocks: the kernel's set.
-#[cfg(any(test, feature = "planted-bugs"))]
+#[cfg(any(test, dirtylimit_planted))]
 pub(crate) fn blocked_signals() -> u64 {
     let mut now: Set = 0;
     // SAFETY: as in `set_mask`; without a set the first argument counts for nothing.

@@ -6,7 +6,7 @@ use dirtylimit_core::{Shipped, Stepped};
 use dirtylimit_test_vm::kvm_or_skip;
 
 use crate::fake::{Fake, PAGES, SLOT, pages};
-#[cfg(feature = "planted-bugs")]
+#[cfg(dirtylimit_planted)]
 use crate::sys::PlantedBug;
 use crate::sys::{self, Kernel, VmFd, page_size};
 use crate::{Caps, Config, Error, Kick};
@@ -193,7 +193,7 @@ fn a_kick_that_cannot_be_one_is_refused_before_anything_is_enabled() {
 fn a_policy_and_pauses_are_as_configured() {
     let config = Config::new().policy(Shipped::Stepped(Stepped::default())).prompt(true);
     assert!(matches!(config.policy, Shipped::Stepped(_)) && matches!(Config::new().policy, Shipped::Paced(_)));
-    #[cfg(feature = "planted-bugs")]
+    #[cfg(dirtylimit_planted)]
     assert!(config.clone().planted_bug(PlantedBug::OpenSignals).planted_bug == Some(PlantedBug::OpenSignals));
     let pauses = |pause| Fake::new().limit(&Config::new().max_pause(pause)).unwrap().max_pause();
     for (pause, held) in [(1, 100), (5_000, 5_000), (7_000_000, 1_000_000)] {

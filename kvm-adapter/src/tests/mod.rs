@@ -11,12 +11,11 @@ mod kicks;
 mod looks;
 mod lumps;
 mod memory;
-#[cfg(feature = "metrics")]
-mod metrics;
 mod order;
 mod passes;
 mod resets;
 mod signals;
+mod snapshot;
 mod timers;
 mod turns;
 mod vcpus;

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fake::{Fake, PAGES};
+use crate::spawn_without_signals;
 use crate::sys::blocked_signals;
 use crate::throttle::ThrottleThread;
 use crate::vm::Vm;
@@ -42,6 +43,12 @@ fn a_thread_of_ours_takes_no_signal_but_the_c_librarys() {
     let thread = ThrottleThread::spawn(tick, Duration::from_millis(1)).unwrap();
     let open = (32..libc::SIGRTMIN()).map(bit).fold(0, |set, bit| set | bit);
     assert_eq!(hear.recv_timeout(Duration::from_secs(60)).unwrap(), ALL & !open);
+    let (say, hear) = mpsc::channel();
+    let before = blocked_signals();
+    let helper = spawn_without_signals("helper", move || say.send(blocked_signals()).unwrap()).unwrap();
+    assert_eq!((helper.thread().name(), hear.recv().unwrap()), (Some("helper"), ALL & !open));
+    assert_eq!(blocked_signals(), before);
+    helper.join().unwrap();
     let (say, done) = mpsc::channel();
     thread::spawn(move || {
         // SAFETY: numbers in; nothing is changed. It waits for every thread to take the C library's signal.

@@ -1,5 +1,10 @@
 //! The adapter on real KVM. Where there is none, each test says so and passes.
 
+#[cfg(not(dirtylimit_planted))]
+compile_error!(
+    "these tests need --cfg dirtylimit_planted: .cargo/config.toml has it, and RUSTFLAGS overrides that file"
+);
+
 mod changes;
 mod common;
 mod disturbed;

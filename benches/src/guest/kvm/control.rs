@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use anyhow::{Context, Result};
 use dirtylimit_kvm::DirtyLimit;
-use dirtylimit_kvm::qmp::{Monitor, QmpServer};
+use dirtylimit_qmp::{Monitor, QmpServer};
 
 /// The socket, in service until it is dropped.
 #[derive(Debug)]
@@ -17,7 +17,7 @@ pub(super) struct Control {
 }
 
 impl Control {
-    pub(super) fn serve(limit: DirtyLimit, path: &Path) -> Result<Self> {
+    pub(super) fn serve(limit: &DirtyLimit, path: &Path) -> Result<Self> {
         let flag = || {
             let flag = Arc::new(AtomicBool::new(false));
             let raised = flag.clone();

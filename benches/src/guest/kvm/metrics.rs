@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dirtylimit_kvm::DirtyLimit;
-use dirtylimit_kvm::metrics::{Metrics, MetricsServer};
+use dirtylimit_metrics::{Metrics, MetricsServer};
 
 use crate::output::{Output, tell};
 use crate::plan::MetricsTo;
@@ -24,7 +24,7 @@ pub(super) struct Exporter {
 
 impl Exporter {
     pub(super) fn start(limit: &DirtyLimit, to: &MetricsTo) -> Result<Self> {
-        let mut exporter = Self { _server: None, file: None, metrics: limit.metrics(), next: Instant::now() };
+        let mut exporter = Self { _server: None, file: None, metrics: Metrics::new(limit), next: Instant::now() };
         match to {
             MetricsTo::Address(address) => {
                 let server = exporter.metrics.serve(*address).with_context(|| format!("--metrics {address}"))?;

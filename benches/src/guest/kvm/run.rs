@@ -87,7 +87,7 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
     let copier = Copier::start(limit.clone(), shadow, plan.pass)?;
     let vcpus = Vcpus::start(vcpus, placement.vcpus.as_deref())?;
     let recording = Recording::begun(GuestKind::Kvm, plan, probe::host(true, None), recorded);
-    let control = plan.qmp.as_deref().map(|path| Control::serve(limit.clone(), path)).transpose()?;
+    let control = plan.qmp.as_deref().map(|path| Control::serve(&limit, path)).transpose()?;
     let exporter = plan.metrics.as_ref().map(|to| Exporter::start(&limit, to)).transpose()?;
     let start = Instant::now();
     let done = Scripted { recording, marks: Vec::new(), ticks: Vec::new() };

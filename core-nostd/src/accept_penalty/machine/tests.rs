@@ -400,3 +400,21 @@ fn a_ring_that_is_kept_empty_holds_little_back_and_its_slices_are_ended_by_kicks
     });
     assert!(filled >= SOFT && drained <= 400, "slices of 200: {filled}, {drained}");
 }
+
+#[test]
+fn a_ring_that_is_kept_empty_is_not_left_to_fill() {
+    for draining in [false, true] {
+        let mut guest = Guest::new(true, false);
+        guest.vcpu.set_draining(draining);
+        guest.limit(1000);
+        let fills = (0..12).any(|_| {
+            let step = guest.before_run();
+            let Step::Enter(Run { kick_after: Some(time), .. }) = step else { panic!("{step:?}") };
+            // A page in 2 µs.
+            guest.write(u32::try_from(time / 2_000).unwrap());
+            guest.now += time;
+            time > 10_000_000
+        });
+        assert_eq!(fills, !draining);
+    }
+}

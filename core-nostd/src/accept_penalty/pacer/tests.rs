@@ -1,5 +1,5 @@
 use super::*;
-use crate::rate::{PageRate, Price};
+use crate::rate::{EmissionInterval, PageRate};
 use crate::set_penalty::Penalty;
 use proptest::prelude::*;
 
@@ -57,7 +57,7 @@ impl Vcpu {
 }
 
 fn pace(pages: u32) -> Option<Terms> {
-    Some(Terms::Pace(PageRate::from_pages_per_sec(pages).price()))
+    Some(Terms::Pace(PageRate::from_pages_per_sec(pages).interval()))
 }
 
 #[test]
@@ -71,7 +71,7 @@ fn the_rate_is_exact_against_a_rational_oracle() {
                 let fastest = took / page_time;
                 // The virtual clock never runs: pages × 1 s ÷ limit, to a slice, or what the vCPU can do.
                 let oracle = (u128::from(took) * u128::from(limit) / u128::from(SECOND)).min(fastest.into());
-                let slice = u128::from(limit) * u128::from(SLICE + BURST) / u128::from(SECOND) + 2;
+                let slice = u128::from(limit) * u128::from(SLICE + TOLERANCE) / u128::from(SECOND) + 2;
                 // One pause at most 10 ms: below 100 pages/s that is more than the limit.
                 if limit >= 100 {
                     let miss = u128::from(pages).abs_diff(oracle);
@@ -87,7 +87,7 @@ fn the_rate_is_exact_against_a_rational_oracle() {
 }
 
 #[test]
-fn no_window_has_more_than_the_burst_on_top() {
+fn no_window_has_more_than_the_tolerance_on_top() {
     let limit = 25_600u32;
     let mut vcpu = Vcpu::new(pace(limit));
     let mut slice = vcpu.charge().slice.unwrap();
@@ -99,7 +99,7 @@ fn no_window_has_more_than_the_burst_on_top() {
         slice = vcpu.turn(slice, idle + 600 * u64::from(slice)).unwrap();
     }
     for window in [100_000_000, SECOND] {
-        let allowed = u64::from(limit) * (window + BURST + SLICE) / SECOND + 1;
+        let allowed = u64::from(limit) * (window + TOLERANCE + SLICE) / SECOND + 1;
         for (i, (start, _)) in log.iter().enumerate() {
             let pages: u64 =
                 log[i..].iter().take_while(|(at, _)| *at < start + window).map(|(_, n)| u64::from(*n)).sum();
@@ -195,7 +195,7 @@ fn an_early_end_of_a_pause_leaves_the_rest_owed() {
 
 #[test]
 fn sleep_is_on_top_of_running() {
-    let mut vcpu = Vcpu::new(Some(Terms::Sleep(Price::from_nanos(10_000))));
+    let mut vcpu = Vcpu::new(Some(Terms::Sleep(EmissionInterval::from_nanos(10_000))));
     vcpu.charge();
     vcpu.turn(100, SECOND); // no credit for the second
     assert_eq!(vcpu.longest, 1_000_000);
@@ -236,7 +236,7 @@ fn who_rewrites_dirty_pages_gets_longer_slices_until_it_stops() {
 }
 
 #[test]
-fn who_writes_a_stretched_slice_slower_than_allowed_never_pauses() {
+fn who_writes_a_scaled_slice_slower_than_allowed_never_pauses() {
     for (pages, time, pause) in
         [(24, 24_000_000, 0), (24, 23_000_000, 1_000_000), (24, 1_000, 10_000_000), (8, 24_000_000, 0)]
     {
@@ -252,7 +252,7 @@ fn who_writes_a_stretched_slice_slower_than_allowed_never_pauses() {
 }
 
 #[test]
-fn another_limit_ends_a_stretch_and_a_touch_of_it_does_not() {
+fn another_limit_ends_a_scale_and_a_touch_of_it_does_not() {
     for (limit, slice) in [(10_000, 120), (12_000, 144), (8_000, 96), (14_000, 42), (6_000, 18)] {
         let mut vcpu = Vcpu::new(pace(10_000));
         vcpu.charge();
@@ -272,12 +272,12 @@ fn unused_time_makes_the_slice_longer() {
     vcpu.now += 2_000_000;
     assert_eq!(vcpu.charge().slice, Some(5));
     vcpu.now += SECOND;
-    assert_eq!(vcpu.charge().slice, Some(6), "no more than the burst");
+    assert_eq!(vcpu.charge().slice, Some(6), "no more than the tolerance");
 }
 
 #[test]
 fn a_lump_of_sleep_is_paid_for_once() {
-    let mut vcpu = Vcpu::new(Some(Terms::Sleep(Price::from_nanos(100_000))));
+    let mut vcpu = Vcpu::new(Some(Terms::Sleep(EmissionInterval::from_nanos(100_000))));
     vcpu.charge();
     vcpu.turn(4032, 1_000_000);
     assert_eq!((vcpu.longest, vcpu.turn(0, 0)), (10_000_000, Some(30)));
@@ -335,10 +335,10 @@ impl Exact {
         let at = |time: Nanos| i128::from(time) * self.raw;
         let cost = i128::from(pages) * i128::from(SECOND) * 1024;
         let after = |unused: Nanos| self.due.max(at(now - unused)) + cost;
-        // By the burst; or nothing is owed, for a turn that took as long as it costs.
+        // By the tolerance; or nothing is owed, for a turn that took as long as it costs.
         let run = (now - std::mem::replace(&mut self.turned, now)).min(24_000_000);
-        self.due = after(BURST).min(after(run).max(at(now)));
-        self.due = self.due.max(at(now - BURST)).min(at(now + MAX_DEBT));
+        self.due = after(TOLERANCE).min(after(run).max(at(now)));
+        self.due = self.due.max(at(now - TOLERANCE)).min(at(now + MAX_DEBT));
         self.due.min(at(now + 10_000_000)) / self.raw
     }
 }
@@ -350,7 +350,7 @@ proptest! {
         turns in prop::collection::vec((prop_oneof![Just(0u32), 1u32..50, 1u32..5000], 0u64..50_000_000), 1..100),
     ) {
         let limit = PageRate::from_raw(u64::try_from(raw).unwrap());
-        let mut vcpu = Vcpu::new(Some(Terms::Pace(limit.price())));
+        let mut vcpu = Vcpu::new(Some(Terms::Pace(limit.interval())));
         vcpu.charge();
         let mut exact = Exact { raw, due: i128::from(vcpu.now) * raw, turned: vcpu.now };
         let mut slack = 0;
@@ -358,7 +358,7 @@ proptest! {
             vcpu.now += time;
             vcpu.counters.add_pages(pages, pages);
             let (found, expected) = (i128::from(vcpu.charge().until), exact.charge(vcpu.now, pages));
-            // Each cost is rounded down to a nanosecond, of a price that is kept to 2^-13 or better.
+            // Each cost is rounded down to a nanosecond, of an interval that is kept to 2^-13 or better.
             slack += 1 + i128::from(pages) * i128::from(SECOND) * 1024 / raw / 8192;
             prop_assert!(found <= expected + 1 && found + slack >= expected, "until {found}, not {expected}");
         }

@@ -24,7 +24,7 @@ fn push(entries: &[Entry], pages: impl IntoIterator<Item = u64>) {
 
 fn limit(cell: &VcpuCell, rate: u32) -> PageRate {
     let rate = PageRate::from_pages_per_sec(rate);
-    cell.penalty.set(Penalty::new(Terms::Pace(rate.price())));
+    cell.penalty.set(Penalty::new(Terms::Pace(rate.interval())));
     rate
 }
 

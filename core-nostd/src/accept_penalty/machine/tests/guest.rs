@@ -56,7 +56,7 @@ impl Guest {
 
     /// Another limit, in pages a second.
     pub(super) fn limit(&self, rate: u32) {
-        self.cell.penalty.set(Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(rate).price())));
+        self.cell.penalty.set(Penalty::new(Terms::Pace(PageRate::from_pages_per_sec(rate).interval())));
     }
 
     pub(super) fn entry(&self, index: u32) -> &Entry {

@@ -4,16 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
+use dirtylimit_kvm::{FakeVm, PageRate};
+use dirtylimit_qmp::Monitor;
 use serde_json::{Value, json};
 
 use super::Bench;
-use crate::PageRate;
-use crate::qmp::Monitor;
 
 impl Bench {
     /// The limits in force, in MiB/s.
     fn limits(&self) -> [Option<u64>; 2] {
-        let limit = &self.monitor.limit;
+        let limit = &self.vm.limit;
         [0, 1].map(|id| limit.query(id).unwrap().limit.map(|rate| rate.bytes_per_sec(limit.page_size()) >> 20))
     }
 }
@@ -21,7 +21,7 @@ impl Bench {
 #[test]
 fn limits_are_set_read_and_cancelled() {
     let mut bench = Bench::new();
-    bench.monitor.limit.tick();
+    bench.vm.limit.tick();
     let query = |bench: &mut Bench| bench.execute("query-vcpu-dirty-limit", json!({})).unwrap();
     assert_eq!(query(&mut bench), json!([]));
     let info = |index, limit| json!({ "cpu-index": index, "limit-rate": limit, "current-rate": 0 });
@@ -37,7 +37,7 @@ fn limits_are_set_read_and_cancelled() {
     assert_eq!(bench.execute("cancel-vcpu-dirty-limit", json!({ "cpu-index": 1 })), done);
     assert_eq!(query(&mut bench), json!([]));
     bench.execute("set-vcpu-dirty-limit", json!({ "dirty-rate": u64::MAX })).unwrap();
-    assert_eq!(bench.limits(), [Some(PageRate::MAX.bytes_per_sec(bench.monitor.limit.page_size()) >> 20); 2]);
+    assert_eq!(bench.limits(), [Some(PageRate::MAX.bytes_per_sec(bench.vm.limit.page_size()) >> 20); 2]);
     assert_eq!(bench.execute("set-vcpu-dirty-limit", json!({ "dirty-rate": 0 })), done);
     assert_eq!(bench.limits(), [None, None]);
 }
@@ -51,7 +51,7 @@ fn a_limit_that_is_not_held_says_why_and_one_below_1_is_not_none() {
     assert_eq!(bench.execute("query-vcpu-dirty-limit", json!({})), Ok(json!([info])));
     assert_eq!(all(&mut bench)["unenforced"], "lapsed");
     assert_eq!(all(&mut bench)["unenforced-because"], "no tick comes, so that limits have lapsed");
-    bench.monitor.limit.tick();
+    bench.vm.limit.tick();
     let info = json!({ "cpu-index": 1, "limit-rate": 1, "current-rate": 0 });
     assert_eq!(bench.execute("query-vcpu-dirty-limit", json!({})), Ok(json!([info])));
     let all = all(&mut bench);
@@ -107,8 +107,8 @@ fn a_measurement_counts_each_vcpus_pages_in_its_time() {
     let mut bench = Bench::new();
     let query = |bench: &mut Bench, unit| bench.execute("query-dirty-rate", json!({ "calc-time-unit": unit })).unwrap();
     assert_eq!(query(&mut bench, "second")["status"], "unstarted");
-    let mib = (1 << 20) / u64::from(bench.monitor.limit.page_size());
-    bench.vm.fake.write_all(0, 0..mib); // before it begins
+    let mib = (1 << 20) / u64::from(bench.vm.limit.page_size());
+    bench.vm.write(0, 0, mib); // before it begins
     bench.execute("calc-dirty-rate", json!({ "calc-time": 1, "mode": "dirty-ring" })).unwrap();
     let measuring = query(&mut bench, "millisecond");
     assert_eq!((&measuring["status"], &measuring["calc-time"]), (&json!("measuring"), &json!(1000)));
@@ -116,12 +116,12 @@ fn a_measurement_counts_each_vcpus_pages_in_its_time() {
     let again = bench.execute("calc-dirty-rate", json!({ "calc-time": 1, "mode": "dirty-ring" }));
     assert_eq!(again, Err("the dirty rate is already being measured.".to_owned()));
 
-    bench.vm.fake.write_all(0, 1000..1000 + 2 * mib);
-    bench.vm.fake.write_all(1, 5000..5000 + mib / 2);
+    bench.vm.write(0, 1000, 2 * mib);
+    bench.vm.write(1, 5000, mib / 2);
     let due = bench.now + Duration::from_secs(1);
     assert_eq!(bench.monitor.advance(bench.now + Duration::from_millis(999)), Some(due));
     assert_eq!(bench.monitor.advance(due), None);
-    bench.vm.fake.write_all(1, 6000..6000 + 2 * mib); // after it ended
+    bench.vm.write(1, 6000, 2 * mib); // after it ended
     bench.now = due + Duration::from_secs(9);
     let start = measuring["start-time"].clone();
     assert!(start.as_u64() > Some(1_700_000_000));
@@ -140,8 +140,8 @@ fn a_measurement_that_ends_late_is_over_the_time_that_it_took() {
     let mut bench = Bench::new();
     let arguments = json!({ "calc-time": 50, "calc-time-unit": "millisecond", "mode": "dirty-ring" });
     bench.execute("calc-dirty-rate", arguments).unwrap();
-    let mib = (1 << 20) / u64::from(bench.monitor.limit.page_size());
-    bench.vm.fake.write_all(0, 0..mib);
+    let mib = (1 << 20) / u64::from(bench.vm.limit.page_size());
+    bench.vm.write(0, 0, mib);
     bench.now += Duration::from_millis(100);
     let info = bench.execute("query-dirty-rate", json!({ "calc-time-unit": "millisecond" })).unwrap();
     assert_eq!((&info["calc-time"], &info["dirty-rate"]), (&json!(100), &json!(10)));
@@ -187,8 +187,8 @@ fn what_qemu_has_not_is_set_and_read_too() {
     assert_eq!(bench.execute("x-set-vm-dirty-limit", json!({ "dirty-rate": 0.125 })), done);
     assert_eq!(bench.execute("x-set-vcpu-weight", json!({ "cpu-index": 0, "weight": 2 })), done);
     assert_eq!(bench.execute("x-set-max-pause", json!({ "max-pause-us": 5000 })), done);
-    bench.vm.fake.write_all(0, 0..300);
-    bench.monitor.limit.tick();
+    bench.vm.write(0, 0, 300);
+    bench.vm.limit.tick();
     let mut all = bench.execute("x-query-dirty-limit", json!({})).unwrap();
     assert_eq!((&all["max-pause-us"], &all["soft-limit"]), (&json!(5000), &json!(960)));
     let [first, second] = [0, 1].map(|index| all["vcpus"][index].take());
@@ -205,7 +205,7 @@ fn what_qemu_has_not_is_set_and_read_too() {
     for policy in ["stepped", "paced"] {
         bench.execute("set-vcpu-dirty-limit", json!({ "dirty-rate": 1 })).unwrap();
         assert_eq!(bench.execute("x-set-dirty-limit-policy", json!({ "policy": policy })), done);
-        let penalty = format!("{:?}", bench.monitor.limit.query(0).unwrap().penalty);
+        let penalty = format!("{:?}", bench.vm.limit.query(0).unwrap().penalty);
         assert_eq!(penalty.contains("Pace"), policy == "paced", "{penalty}");
     }
 }
@@ -228,7 +228,7 @@ fn quit_is_there_only_where_the_vmm_allows_it_and_changes_are_told() {
         (calls, move || counted.store(counted.load(Relaxed) + 1, Relaxed))
     };
     let ((quits, quit), (changes, change)) = (count(), count());
-    bench.monitor = Monitor::new(bench.monitor.limit.clone()).on_quit(quit).on_change(change);
+    bench.monitor = Monitor::new(&bench.vm.limit).on_quit(quit).on_change(change);
     assert_eq!(names(&mut bench).len(), without.len() + 1);
     bench.execute("query-vcpu-dirty-limit", Value::Object(Default::default())).unwrap();
     bench.execute("set-vcpu-dirty-limit", json!({ "dirty-rate": 1, "cpu-index": 7 })).unwrap_err();
@@ -237,4 +237,29 @@ fn quit_is_there_only_where_the_vmm_allows_it_and_changes_are_told() {
     bench.execute("x-set-vm-dirty-limit", json!({ "dirty-rate": 1 })).unwrap();
     bench.execute("quit", json!({})).unwrap();
     assert_eq!((quits.load(Relaxed), changes.load(Relaxed)), (1, 2));
+}
+
+#[test]
+fn a_monitor_does_not_keep_the_vm_alive_and_says_that_it_is_gone() {
+    let mut bench = Bench::new();
+    bench.execute("calc-dirty-rate", json!({ "calc-time": 1, "mode": "dirty-ring" })).unwrap();
+    let vm = bench.vm.limit.downgrade();
+    bench.vm = FakeVm::new(&[0, 1]);
+    assert!(vm.upgrade().is_none());
+    let gone = Err("the VM is gone".to_owned());
+    for (command, arguments) in [
+        ("set-vcpu-dirty-limit", json!({ "dirty-rate": 1 })),
+        ("cancel-vcpu-dirty-limit", json!({ "cpu-index": 0 })),
+        ("query-vcpu-dirty-limit", json!({})),
+        ("x-set-vm-dirty-limit", json!({ "dirty-rate": 1.5 })),
+        ("x-set-max-pause", json!({ "max-pause-us": 1000 })),
+        ("x-query-dirty-limit", json!({})),
+    ] {
+        assert_eq!(bench.execute(command, arguments), gone, "{command}");
+    }
+    bench.now += Duration::from_secs(1);
+    assert_eq!(bench.execute("query-dirty-rate", json!({})).unwrap()["status"], "unstarted");
+    let measure = json!({ "calc-time": 1, "mode": "dirty-ring" });
+    assert_eq!(bench.execute("calc-dirty-rate", measure), gone);
+    assert!(bench.execute("query-version", json!({})).is_ok());
 }

@@ -1,8 +1,9 @@
 //! What is told: one row a family.
 
 use std::fmt;
+use std::time::Duration;
 
-use dirtylimit_core::{Nanos, PageRate, Status};
+use dirtylimit_kvm::{PageRate, Snapshot, Status};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -10,36 +11,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Unit;
 
-use super::Metrics;
-use crate::harvest::Stats;
-use crate::sys;
-use crate::vm::Vm;
-
-/// What is known of the VM at one moment.
-struct VmNow {
-    stats: Stats,
-    held_back: u64,
-    leased: bool,
-    max_pause: Nanos,
-    vm_limit: Option<PageRate>,
-    vcpus: Vec<(u32, Status)>,
-}
-
-impl VmNow {
-    fn of(vm: &Vm) -> Self {
-        let (harvest, limiter, now) = (vm.lock(), &vm.limiter, sys::now());
-        let places = &harvest.places;
-        let vcpus = places.iter().filter_map(|(id, place)| Some((*id, limiter.query(place.seat.index, now)?)));
-        Self {
-            stats: harvest.stats(),
-            held_back: places.values().map(|place| u64::from(place.ring().held_back())).sum(),
-            leased: limiter.vm().is_leased(now),
-            max_pause: limiter.vm().max_pause(),
-            vm_limit: limiter.vm_limit(),
-            vcpus: vcpus.collect(),
-        }
-    }
-}
+use crate::Metrics;
 
 #[derive(Clone, Copy)]
 enum Kind {
@@ -53,7 +25,7 @@ enum Value<T> {
     /// Of anything.
     Count(fn(&T) -> u64),
     Pages(fn(&T) -> u64),
-    Time(fn(&T) -> Nanos),
+    Time(fn(&T) -> Duration),
     /// Absent where there is none.
     Rate(fn(&T) -> Option<PageRate>),
 }
@@ -62,7 +34,7 @@ use Value::{Count, Pages, Rate, Time};
 /// A family of metrics: its name without prefix and unit, its kind, what HELP says, and its value.
 struct Family<T>(&'static str, Kind, &'static str, Value<T>);
 
-const VM: &[Family<VmNow>] = &[
+const VM: &[Family<Snapshot>] = &[
     Family("vcpus", Gauge, "vCPUs that the limiter knows", Count(|vm| vm.vcpus.len() as u64)),
     Family("vm_limit", Gauge, "Budget of the whole VM; absent without one", Rate(|vm| vm.vm_limit)),
     Family("max_pause", Gauge, "The longest single pause of a vCPU", Time(|vm| vm.max_pause)),
@@ -89,7 +61,7 @@ const VCPU: &[Family<Status>] = &[
         "vcpu_paused",
         Counter,
         "Time paused for its limit",
-        Time(|vcpu| vcpu.totals.paused_us.saturating_mul(1000)),
+        Time(|vcpu| Duration::from_micros(vcpu.totals.paused_us)),
     ),
     Family("vcpu_rate", Gauge, "Net dirty page rate, smoothed over 100 ms", Rate(|vcpu| Some(vcpu.rate))),
     Family("vcpu_demand", Gauge, "The rate it would have without pauses", Rate(|vcpu| Some(vcpu.demand))),
@@ -108,8 +80,8 @@ const VCPU: &[Family<Status>] = &[
     ),
 ];
 
-fn needed_pause(vcpu: &Status) -> Nanos {
-    vcpu.needs_pause.unwrap_or(0)
+fn needed_pause(vcpu: &Status) -> Duration {
+    Duration::from_nanos(vcpu.needs_pause.unwrap_or(0))
 }
 
 impl<T> Value<T> {
@@ -123,12 +95,11 @@ impl<T> Value<T> {
     }
 
     #[expect(clippy::cast_precision_loss, reason = "every value of Prometheus is a double")]
-    fn of(&self, all: &T) -> Option<f64> {
-        let page_size = sys::page_size();
+    fn of(&self, all: &T, page_size: u32) -> Option<f64> {
         Some(match self {
             Count(count) => count(all) as f64,
             Pages(pages) => pages(all) as f64 * f64::from(page_size),
-            Time(nanos) => nanos(all) as f64 / 1e9,
+            Time(time) => time(all).as_secs_f64(),
             Rate(rate) => rate(all)?.bytes_per_sec(page_size) as f64,
         })
     }
@@ -136,18 +107,19 @@ impl<T> Value<T> {
 
 impl Collector for Metrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let Some(now) = self.0.upgrade().map(|vm| VmNow::of(&vm)) else { return Ok(()) };
+        let Some(limit) = self.0.upgrade() else { return Ok(()) };
+        let (now, page_size) = (limit.snapshot(), limit.page_size());
         for family in VM {
-            family.encode(&mut encoder, &[(None, &now)])?;
+            family.encode(&mut encoder, &[(None, &now)], page_size)?;
         }
-        let ids: Vec<String> = now.vcpus.iter().map(|(id, _)| id.to_string()).collect();
+        let ids: Vec<String> = now.vcpus.keys().map(u32::to_string).collect();
         let labels = ids.iter().map(|id| Some([("vcpu", id.as_str())]));
-        let vcpus: Vec<_> = labels.zip(now.vcpus.iter().map(|(_, status)| status)).collect();
-        VCPU.iter().try_for_each(|family| family.encode(&mut encoder, &vcpus))?;
+        let vcpus: Vec<_> = labels.zip(now.vcpus.values()).collect();
+        VCPU.iter().try_for_each(|family| family.encode(&mut encoder, &vcpus, page_size))?;
         let help = "1, with the reason, while its limit is not enforced";
         let name = "dirtylimit_vcpu_unenforced";
         let mut unenforced = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-        for (id, (_, status)) in ids.iter().zip(&now.vcpus) {
+        for (id, status) in ids.iter().zip(now.vcpus.values()) {
             if let Some(why) = status.unenforced {
                 let labels = [("vcpu", id.as_str()), ("reason", why.name())];
                 ConstGauge::new(1.0).encode(unenforced.encode_family(&labels)?)?;
@@ -162,7 +134,7 @@ type Label<'a> = Option<[(&'static str, &'a str); 1]>;
 
 impl<T> Family<T> {
     /// The family with a sample of each of `all` that has a value, by its label; one without a label is the only one.
-    fn encode(&self, encoder: &mut DescriptorEncoder<'_>, all: &[(Label<'_>, &T)]) -> fmt::Result {
+    fn encode(&self, encoder: &mut DescriptorEncoder<'_>, all: &[(Label<'_>, &T)], page_size: u32) -> fmt::Result {
         let Self(name, kind, help, value) = self;
         let (name, unit) = (format!("dirtylimit_{name}"), value.unit());
         let metric = |value: f64| -> Box<dyn EncodeMetric> {
@@ -173,7 +145,7 @@ impl<T> Family<T> {
         };
         let mut descriptor = encoder.encode_descriptor(&name, help, unit.as_ref(), metric(0.0).metric_type())?;
         for (labels, of) in all {
-            match (value.of(of).map(metric), labels) {
+            match (value.of(of, page_size).map(metric), labels) {
                 (Some(metric), Some(labels)) => metric.encode(descriptor.encode_family(labels)?)?,
                 (Some(metric), None) => return metric.encode(descriptor),
                 (None, _) => {}

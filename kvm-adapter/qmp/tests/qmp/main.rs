@@ -1,5 +1,10 @@
 //! The control socket on a VM that is no KVM.
 
+#[cfg(not(dirtylimit_planted))]
+compile_error!(
+    "these tests need --cfg dirtylimit_planted: .cargo/config.toml has it, and RUSTFLAGS overrides that file"
+);
+
 mod commands;
 mod protocol;
 mod qemu;
@@ -7,10 +12,9 @@ mod socket;
 
 use std::time::Instant;
 
+use dirtylimit_kvm::FakeVm;
+use dirtylimit_qmp::{Monitor, Session};
 use serde_json::{Value, json};
-
-use super::{Monitor, Session};
-use crate::fake::FakeVm;
 
 /// A monitor of a VM with vCPUs 0 and 1, and one client past the negotiation.
 struct Bench {
@@ -22,8 +26,8 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let vm = FakeVm::new(2);
-        let monitor = Monitor::new(vm.limit.clone());
+        let vm = FakeVm::new(&[0, 1]);
+        let monitor = Monitor::new(&vm.limit);
         let mut bench = Self { vm, monitor, session: Session::new(), now: Instant::now() };
         assert_eq!(bench.say("{'execute': 'qmp_capabilities'}"), [json!({ "return": {} })]);
         bench

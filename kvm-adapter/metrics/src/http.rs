@@ -10,8 +10,9 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::Metrics;
-use crate::sys::SignalsBlocked;
+use dirtylimit_kvm::spawn_without_signals;
+
+use crate::Metrics;
 
 /// Connections served at once, by a thread each; the next ones wait in the kernel's queue.
 const THREADS: usize = 4;
@@ -37,12 +38,9 @@ impl MetricsServer {
         let (address, stop) = (listener.local_addr()?, TcpStream::from(OwnedFd::from(listener.try_clone()?)));
         let mut server = Self { address, stop, threads: Vec::new() };
         let listener = Arc::new(listener);
-        // The threads inherit the mask, so that they have no moment with signals open.
-        let _blocked = SignalsBlocked::for_a_new_thread();
         for _ in 0..THREADS {
             let (listener, metrics) = (listener.clone(), metrics.clone());
-            let thread = thread::Builder::new().name("dirtylimit-http".into());
-            server.threads.push(thread.spawn(move || serve(&listener, &metrics))?);
+            server.threads.push(spawn_without_signals("dirtylimit-http", move || serve(&listener, &metrics))?);
         }
         Ok(server)
     }

@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use dirtylimit_kvm::spawn_without_signals;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use rustix::process::geteuid;
 
-use super::error::Error;
-use super::{Monitor, Session};
-use crate::sys::SignalsBlocked;
+use crate::error::Error;
+use crate::{Monitor, Session};
 
 /// As many clients at once; the next one is told so and sent away.
 pub const MAX_CLIENTS: usize = 16;
@@ -27,7 +27,7 @@ const CHUNK: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(10);
 const BACKLOG: i32 = 16;
 
-/// A control socket in service, until it is dropped. It keeps the limiter alive.
+/// A control socket in service, until it is dropped.
 #[derive(Debug)]
 pub struct QmpServer {
     path: PathBuf,
@@ -51,10 +51,9 @@ impl Monitor {
         let file = identity(&path).map_err(name)?;
         let mut server = QmpServer { path, file, stop: None, thread: None };
         let (stop, stopped) = UnixStream::pair()?;
-        // The thread inherits the mask: signals, SIGPIPE too, are the VMM's.
-        let _blocked = SignalsBlocked::for_a_new_thread();
         let run = move || Serving { monitor: self, listener, stopped, clients: Vec::new() }.run();
-        server.thread = Some(thread::Builder::new().name("dirtylimit-qmp".into()).spawn(run)?);
+        // Signals, SIGPIPE too, are the VMM's.
+        server.thread = Some(spawn_without_signals("dirtylimit-qmp", run)?);
         server.stop = Some(stop);
         Ok(server)
     }

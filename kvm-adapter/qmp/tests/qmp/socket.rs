@@ -9,10 +9,9 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use dirtylimit_kvm::FakeVm;
+use dirtylimit_qmp::{MAX_CLIENTS, Monitor, QmpServer};
 use serde_json::{Value, json};
-
-use crate::fake::Fake;
-use crate::qmp::{MAX_CLIENTS, Monitor, QmpServer};
 
 /// A directory that is removed when the test ends.
 struct Directory(PathBuf);
@@ -35,8 +34,9 @@ impl Drop for Directory {
     }
 }
 
+/// A server whose VM is gone: nothing here is about it.
 fn serve(path: &Path) -> io::Result<QmpServer> {
-    Monitor::new(Fake::new().small()).serve(path)
+    Monitor::new(&FakeVm::new(&[]).limit).serve(path)
 }
 
 /// A client that has been greeted, or was refused; what it was told first.

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use dirtylimit_kvm::DirtyLimit;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Monitor;
-use super::arguments::{Arguments, missing};
-use super::error::Error;
+use crate::Monitor;
+use crate::arguments::{Arguments, missing};
+use crate::error::Error;
 
 /// QEMU's bounds of a measurement, in ms, and of its sampling, which is not done here.
 const CALC_TIME: std::ops::RangeInclusive<i64> = 50..=60_000;
@@ -101,8 +102,11 @@ impl Monitor {
         if now < due {
             return Some(due);
         }
-        let after = self.net_pages();
-        let page_size = self.limit.page_size();
+        let Ok(limit) = self.limit() else {
+            self.measurement = Measurement::unstarted();
+            return None;
+        };
+        let (after, page_size) = (net_pages(&limit), limit.page_size());
         let Measurement { status, began, calc_time, before, rates, .. } = &mut self.measurement;
         (*status, *calc_time) = (Status::Measured, now - *began);
         let ms = calc_time.as_millis().max(1);
@@ -117,11 +121,12 @@ impl Monitor {
             .collect();
         None
     }
+}
 
-    fn net_pages(&self) -> BTreeMap<u32, u64> {
-        self.limit.meter();
-        self.statuses().map(|(id, status)| (id, status.totals.net_pages)).collect()
-    }
+/// Each vCPU's up to now.
+fn net_pages(limit: &DirtyLimit) -> BTreeMap<u32, u64> {
+    limit.meter();
+    limit.snapshot().vcpus.into_iter().map(|(id, status)| (id, status.totals.net_pages)).collect()
 }
 
 pub(crate) fn calc(monitor: &mut Monitor, now: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
@@ -159,7 +164,7 @@ pub(crate) fn calc(monitor: &mut Monitor, now: Instant, arguments: &mut Argument
         start_time: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         began: now,
         calc_time,
-        before: monitor.net_pages(),
+        before: net_pages(&monitor.limit()?),
         rates: Vec::new(),
     };
     Ok(json!({}))

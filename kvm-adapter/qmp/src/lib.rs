@@ -1,8 +1,16 @@
-//! A control socket: the part of QEMU's Machine Protocol (QMP) that is about dirty page rates, for existing clients.
-//! `docs/QMP.md` has the commands, and what differs from QEMU.
+//! A control socket for a VM under [`dirtylimit_kvm`]: the part of QEMU's Machine Protocol (QMP) that is about dirty page
+//! rates, for existing clients. `docs/QMP.md` has the commands, and what differs from QEMU.
 //!
-//! [`Monitor::serve`] is all that a VMM needs. One with an event loop or sockets of its own drives a [`Session`] for each
-//! client instead: bytes in, replies out.
+//! [`Monitor::serve`] is all that a VMM needs:
+//! ```no_run
+//! # fn serve(limit: &dirtylimit_kvm::DirtyLimit) -> std::io::Result<()> {
+//! let server = dirtylimit_qmp::Monitor::new(limit).serve("/run/vm0/qmp")?; // until it is dropped
+//! # drop(server); Ok(()) }
+//! ```
+//! One with an event loop or sockets of its own drives a [`Session`] for each client instead: bytes in, replies out.
+//! Neither keeps the VM alive: once it is gone, commands on it are answered by an error.
+
+#![forbid(unsafe_code)]
 
 mod arguments;
 mod command;
@@ -13,11 +21,10 @@ mod server;
 mod session;
 mod standard;
 mod stream;
-#[cfg(test)]
-mod tests;
 
 use std::fmt;
 
+use dirtylimit_kvm::{DirtyLimit, PageRate, WeakDirtyLimit};
 use serde_json::{Value, json};
 
 use self::arguments::Arguments;
@@ -25,11 +32,10 @@ use self::error::Error;
 use self::measure::Measurement;
 pub use self::server::{MAX_CLIENTS, QmpServer};
 pub use self::session::Session;
-use crate::{DirtyLimit, PageRate, Status};
 
 /// What all clients of a VM's control socket share: the limiter, the measurement, and what the VMM lets them do.
 pub struct Monitor {
-    limit: DirtyLimit,
+    limit: WeakDirtyLimit,
     measurement: Measurement,
     on_quit: Option<Callback>,
     on_change: Option<Callback>,
@@ -45,9 +51,9 @@ impl fmt::Debug for Monitor {
 }
 
 impl Monitor {
-    /// A monitor of `limit`'s VM, without `quit`.
-    pub fn new(limit: DirtyLimit) -> Self {
-        Self { limit, measurement: Measurement::unstarted(), on_quit: None, on_change: None }
+    /// A monitor of `limit`'s VM, which it does not keep alive; without `quit`.
+    pub fn new(limit: &DirtyLimit) -> Self {
+        Self { limit: limit.downgrade(), measurement: Measurement::unstarted(), on_quit: None, on_change: None }
     }
 
     /// Allows `quit`, which calls this. It runs on the thread that serves the clients and must not wait for its end.
@@ -60,6 +66,11 @@ impl Monitor {
     #[must_use]
     pub fn on_change(self, change: impl FnMut() + Send + 'static) -> Self {
         Self { on_change: Some(Box::new(change)), ..self }
+    }
+
+    /// The limiter, while there is a VM.
+    fn limit(&self) -> Result<DirtyLimit, Error> {
+        self.limit.upgrade().ok_or_else(|| Error::generic("the VM is gone"))
     }
 
     fn quits(&self) -> bool {
@@ -78,11 +89,12 @@ impl Monitor {
 
     /// Sets a vCPU's limit, or all of them.
     fn set_limit(&mut self, vcpu: Option<u32>, limit: Option<PageRate>) -> Result<Value, Error> {
+        let limiter = self.limit()?;
         match (vcpu, limit) {
-            (Some(vcpu), Some(limit)) => self.limit.set_limit(vcpu, limit).map_err(Error::generic)?,
-            (Some(vcpu), None) => self.limit.cancel(vcpu).map_err(Error::generic)?,
-            (None, Some(limit)) => self.limit.set_limit_all(limit),
-            (None, None) => self.limit.cancel_all(),
+            (Some(vcpu), Some(limit)) => limiter.set_limit(vcpu, limit).map_err(Error::generic)?,
+            (Some(vcpu), None) => limiter.cancel(vcpu).map_err(Error::generic)?,
+            (None, Some(limit)) => limiter.set_limit_all(limit),
+            (None, None) => limiter.cancel_all(),
         }
         self.changed()
     }
@@ -90,14 +102,9 @@ impl Monitor {
     /// The vCPU that `cpu-index` names, `None` where it is not given. An index that no vCPU has is the inner error: QEMU
     /// looks at it after all other arguments.
     fn vcpu(&self, arguments: &mut Arguments) -> Result<Result<Option<u32>, Error>, Error> {
-        let index = arguments.integer("cpu-index")?;
-        let exists = |index| u32::try_from(index).ok().filter(|&id| self.limit.query(id).is_ok());
+        let (index, limit) = (arguments.integer("cpu-index")?, self.limit()?);
+        let exists = |index| u32::try_from(index).ok().filter(|&id| limit.query(id).is_ok());
         let wrong = || Error::generic("incorrect cpu index specified");
         Ok(index.map(|index| exists(index).ok_or_else(wrong)).transpose())
-    }
-
-    /// All vCPUs, by index. One that is removed meanwhile is left out.
-    fn statuses(&self) -> impl Iterator<Item = (u32, Status)> {
-        self.limit.vcpus().into_iter().filter_map(|id| Some((id, self.limit.query(id).ok()?)))
     }
 }

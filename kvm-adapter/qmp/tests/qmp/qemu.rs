@@ -1,9 +1,9 @@
 //! What QEMU 10.0.2 answered to some inputs, and what we answer: the same, or for a reason that is told.
 
+use dirtylimit_qmp::Session;
 use serde_json::Value;
 
 use super::Bench;
-use crate::qmp::Session;
 
 /// `## case` begins anew, after the negotiation unless it says `, not negotiated`. `>` is sent and `<` is what QEMU answered,
 /// any number of lines. Where we answer otherwise `=` is what, or nothing where it stands alone, and `!` says why.
@@ -41,7 +41,7 @@ fn replies_are_qemus_or_differ_for_a_reason() {
             (("##", case), _) => {
                 name = case;
                 let new = bench.insert(Bench::new());
-                new.monitor.limit.tick();
+                new.vm.limit.tick();
                 if case.ends_with(", not negotiated") {
                     new.session = Session::new();
                 }

@@ -4,9 +4,9 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
-use super::arguments::Arguments;
-use super::error::Error;
-use super::{Monitor, extended, measure, standard};
+use crate::arguments::Arguments;
+use crate::error::Error;
+use crate::{Monitor, extended, measure, standard};
 
 type Done = Result<Value, Error>;
 

@@ -3,7 +3,7 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::error::Error;
+use crate::error::Error;
 
 /// The arguments of one command, each to be taken once, and then the end.
 #[derive(Debug)]

@@ -1,10 +1,13 @@
 //! Bytes to messages to replies; what QEMU 10.0.2 answered to the same bytes is what is expected, unless said otherwise.
 
+use dirtylimit_qmp::Session;
 use serde_json::{Value, json};
 
 use super::Bench;
-use crate::qmp::Session;
-use crate::qmp::stream::{MAX_DEPTH, MAX_MESSAGE};
+
+/// As docs/QMP.md says.
+const MAX_MESSAGE: usize = 64 << 10;
+const MAX_DEPTH: usize = 64;
 
 fn class_and_desc(reply: &Value) -> (&str, &str) {
     (reply["error"]["class"].as_str().unwrap_or_default(), reply["error"]["desc"].as_str().unwrap_or_default())

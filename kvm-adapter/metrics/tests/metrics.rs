@@ -1,5 +1,10 @@
 //! What Prometheus is told, and how.
 
+#[cfg(not(dirtylimit_planted))]
+compile_error!(
+    "these tests need --cfg dirtylimit_planted: .cargo/config.toml has it, and RUSTFLAGS overrides that file"
+);
+
 use std::collections::BTreeMap;
 use std::fs::{OpenOptions, Permissions};
 use std::io::{ErrorKind, Read, Write};
@@ -9,27 +14,26 @@ use std::os::unix::net::UnixListener;
 use std::process::Command;
 use std::time::Duration;
 
-use dirtylimit_core::Page;
-
-use crate::fake::{Fake, Goes, PAGES, SLOT};
-use crate::metrics::{Metrics, MetricsServer};
-use crate::sys::page_size;
-use crate::{DirtyLimit, Error, PageRate, Vcpu};
+use dirtylimit_kvm::{Error, FakeVm, PageRate};
+use dirtylimit_metrics::{Metrics, MetricsServer};
 
 /// Two vCPUs, the first one limited and throttled, under a budget; the second wrote 100 pages.
-fn vm() -> (Fake, DirtyLimit, [Vcpu; 2]) {
-    let fake = Fake::new();
-    let limit = fake.small();
-    let mut vcpus = [7, 70].map(|id| limit.add_vcpu(id, &fake.vcpu(1024)).unwrap());
-    limit.set_limit(7, PageRate::from_pages_per_sec(25_600)).unwrap();
-    limit.set_vm_limit(Some(PageRate::from_pages_per_sec(51_200)));
-    limit.tick();
-    assert_eq!(fake.write_all(0, 0..PAGES), 960);
-    fake.write_all(1, 5000..5100);
-    assert!(fake.write(1, Page { slot: SLOT, offset: PAGES }), "beyond its end: logged, not counted as net");
-    _ = vcpus[0].before_run().unwrap();
-    limit.meter();
-    (fake, limit, vcpus)
+fn vm() -> FakeVm {
+    let mut vm = FakeVm::new(&[7, 70]);
+    vm.limit.set_limit(7, PageRate::from_pages_per_sec(25_600)).unwrap();
+    vm.limit.set_vm_limit(Some(PageRate::from_pages_per_sec(51_200)));
+    vm.limit.tick();
+    assert_eq!(vm.write(0, 0, u64::MAX), 960);
+    vm.write(1, 5000, 100);
+    vm.write_beyond(1); // logged, not counted as net
+    _ = vm.vcpus[0].before_run().unwrap();
+    vm.limit.meter();
+    vm
+}
+
+/// The VM's metrics.
+fn metrics(vm: &FakeVm) -> Metrics {
+    Metrics::new(&vm.limit)
 }
 
 /// The samples of an exposition, by name and labels.
@@ -40,12 +44,13 @@ fn samples(text: &str) -> BTreeMap<&str, f64> {
 
 #[test]
 fn the_counters_are_those_of_query_and_stats() {
-    let (fake, limit, _vcpus) = vm();
-    fake.script([Goes::Disturbed]);
-    assert!(matches!(limit.last_round().map(drop), Err(Error::UnknownPages { pages: 1, slot: SLOT })));
-    let text = limit.metrics().openmetrics();
-    let (samples, stats) = (samples(&text), limit.stats());
-    let page = f64::from(page_size());
+    let vm = vm();
+    let limit = &vm.limit;
+    vm.disturb();
+    assert!(matches!(limit.last_round().map(drop), Err(Error::UnknownPages { pages: 1, .. })));
+    let text = metrics(&vm).openmetrics();
+    let (samples, stats, page_size) = (samples(&text), limit.stats(), limit.page_size());
+    let page = f64::from(page_size);
     let of = |name: &str| *samples.get(&*format!("dirtylimit_{name}")).unwrap_or_else(|| panic!("{name}:\n{text}"));
     assert_eq!((of("vcpus"), of("leased"), of("max_pause_seconds")), (2.0, 1.0, 0.01));
     assert_eq!(of("vm_limit_bytes_per_second"), 51_200.0 * page);
@@ -59,10 +64,10 @@ fn the_counters_are_those_of_query_and_stats() {
         assert_eq!(of("gross_dirtied_bytes_total"), status.totals.gross_pages as f64 * page);
         assert_eq!(of("full_exits_total"), status.totals.full_exits as f64);
         assert_eq!(of("paused_seconds_total"), status.totals.paused_us as f64 / 1e6);
-        assert_eq!(of("rate_bytes_per_second"), status.rate.bytes_per_sec(page_size()) as f64);
-        assert_eq!(of("demand_bytes_per_second"), status.demand.bytes_per_sec(page_size()) as f64);
+        assert_eq!(of("rate_bytes_per_second"), status.rate.bytes_per_sec(page_size) as f64);
+        assert_eq!(of("demand_bytes_per_second"), status.demand.bytes_per_sec(page_size) as f64);
         assert_eq!(of("needed_pause_seconds"), 0.0);
-        let effective = status.effective_limit.unwrap().bytes_per_sec(page_size()) as f64;
+        let effective = status.effective_limit.unwrap().bytes_per_sec(page_size) as f64;
         assert_eq!(of("effective_limit_bytes_per_second"), effective);
     }
     assert_eq!(of("vcpu_limit_bytes_per_second{vcpu=\"7\"}"), 25_600.0 * page);
@@ -72,10 +77,8 @@ fn the_counters_are_those_of_query_and_stats() {
 
 #[test]
 fn a_limit_that_no_pause_can_hold_and_lapsed_ticks_are_told() {
-    let fake = Fake::new();
-    let limit = fake.small();
-    let _vcpu = limit.add_vcpu(0, &fake.vcpu(1024)).unwrap();
-    let metrics = limit.metrics();
+    let vm = FakeVm::new(&[0]);
+    let (limit, metrics) = (&vm.limit, metrics(&vm));
     assert!(metrics.openmetrics().contains("dirtylimit_leased 0.0\n"), "no tick yet");
     limit.set_limit(0, PageRate::from_pages_per_sec(2)).unwrap();
     limit.tick();
@@ -117,8 +120,8 @@ fn well_formed(text: &str, openmetrics: bool) {
 
 #[test]
 fn both_formats_are_well_formed_and_say_the_same() {
-    let (_fake, limit, _vcpus) = vm();
-    let (new, old) = (limit.metrics().openmetrics(), limit.metrics().prometheus());
+    let vm = vm();
+    let (new, old) = (metrics(&vm).openmetrics(), metrics(&vm).prometheus());
     well_formed(&new, true);
     well_formed(&old, false);
     assert_eq!(samples(&new), samples(&old));
@@ -126,16 +129,16 @@ fn both_formats_are_well_formed_and_say_the_same() {
 
 #[test]
 fn when_the_vm_is_gone_there_are_none() {
-    let (_fake, limit, vcpus) = vm();
-    let metrics = limit.metrics();
-    drop((limit, vcpus));
+    let vm = vm();
+    let metrics = metrics(&vm);
+    drop(vm);
     assert_eq!((&*metrics.openmetrics(), &*metrics.prometheus()), ("# EOF\n", ""));
 }
 
 #[test]
 fn a_file_is_replaced_whole_or_left_alone() {
-    let (_fake, limit, _vcpus) = vm();
-    let metrics = limit.metrics();
+    let vm = vm();
+    let metrics = metrics(&vm);
     let folder = std::env::temp_dir().join(format!("dirtylimit-metrics-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let file = folder.join("vm.prom");
@@ -155,8 +158,8 @@ fn a_file_is_replaced_whole_or_left_alone() {
 
 #[test]
 fn nothing_but_a_regular_file_is_replaced() {
-    let (_fake, limit, _vcpus) = vm();
-    let metrics = limit.metrics();
+    let vm = vm();
+    let metrics = metrics(&vm);
     let folder = std::env::temp_dir().join(format!("dirtylimit-metrics-kinds-{}", std::process::id()));
     let elsewhere = folder.join("elsewhere");
     std::fs::create_dir_all(&elsewhere).unwrap();
@@ -201,6 +204,8 @@ fn nothing_but_a_regular_file_is_replaced() {
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
+const CRATES: [&str; 3] = ["dirtylimit_core", "dirtylimit_kvm", "dirtylimit_metrics"];
+
 /// The names in a document that are meant to be ours.
 fn named(text: &str) -> impl Iterator<Item = &str> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
@@ -211,10 +216,11 @@ fn named(text: &str) -> impl Iterator<Item = &str> {
 fn the_manual_names_all_of_them_and_the_dashboard_none_but_them() {
     let (manual, dashboard) =
         (include_str!("../../../docs/METRICS.md"), include_str!("../../../docs/grafana-dashboard.json"));
-    let (_fake, limit, _vcpus) = vm();
+    let vm = vm();
+    let limit = &vm.limit;
     // One that is told only of a limit that is not enforced.
     limit.set_limit(70, PageRate::from_pages_per_sec(1)).unwrap();
-    let text = limit.metrics().prometheus();
+    let text = metrics(&vm).prometheus();
     let samples = samples(&text);
     assert_eq!(samples["dirtylimit_vcpu_unenforced{vcpu=\"70\",reason=\"needs-pause\"}"], 1.0);
     assert_eq!(samples.keys().filter(|name| name.contains("unenforced")).count(), 1, "vCPU 7's is held");
@@ -225,7 +231,7 @@ fn the_manual_names_all_of_them_and_the_dashboard_none_but_them() {
     serde_json::from_str::<serde_json::Value>(dashboard).unwrap();
     assert!(named(dashboard).count() > 10);
     for name in named(dashboard).chain(named(manual)) {
-        assert!(ours.contains(&name) || name == "dirtylimit_kvm" || name == "dirtylimit_core", "there is no {name}");
+        assert!(ours.contains(&name) || CRATES.contains(&name), "there is no {name}");
     }
 }
 
@@ -246,23 +252,23 @@ fn ask(server: &MetricsServer, request: impl AsRef<[u8]>) -> (u32, String) {
 
 #[test]
 fn a_scraper_gets_the_format_that_it_asks_for() {
-    let (_fake, limit, _vcpus) = vm();
-    let server = serve(&limit.metrics());
+    let vm = vm();
+    let server = serve(&metrics(&vm));
     let body = |answer: &str| answer.split_once("\r\n\r\n").unwrap().1.to_owned();
     let (status, answer) = ask(&server, "GET /metrics HTTP/1.1\r\nHost: me\r\n\r\n");
-    assert_eq!((status, body(&answer)), (200, limit.metrics().prometheus()));
+    assert_eq!((status, body(&answer)), (200, metrics(&vm).prometheus()));
     assert!(answer.contains("\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"), "{answer}");
     assert!(answer.contains(&format!("\r\nContent-Length: {}\r\n", body(&answer).len())), "{answer}");
     let accept = "aCCept: application/openmetrics-text;version=1.0.0;q=0.8,text/plain;version=0.0.4;q=0.5";
     let (status, answer) = ask(&server, format!("GET /metrics?a=b HTTP/1.1\r\n{accept}\r\n\r\n"));
-    assert_eq!((status, body(&answer)), (200, limit.metrics().openmetrics()));
+    assert_eq!((status, body(&answer)), (200, metrics(&vm).openmetrics()));
     assert!(answer.contains("\r\nContent-Type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"));
 }
 
 #[test]
 fn everything_else_is_told_what_is_wrong() {
-    let (_fake, limit, _vcpus) = vm();
-    let server = serve(&limit.metrics());
+    let vm = vm();
+    let server = serve(&metrics(&vm));
     let many = "a: b\r\n".repeat(100);
     for (request, expected) in [
         ("GET / HTTP/1.1\r\n\r\n", 404),
@@ -284,15 +290,15 @@ fn everything_else_is_told_what_is_wrong() {
 
 #[test]
 fn slow_clients_delay_nobody_for_long_and_the_limiter_not_at_all() {
-    let (fake, limit, mut vcpus) = vm();
-    let server = serve(&limit.metrics());
+    let mut vm = vm();
+    let server = serve(&metrics(&vm));
     // As many as there are threads, and more; they say nothing, or half of it, and never read.
     let slow: Vec<_> = (0..7).map(|_| TcpStream::connect(server.address()).unwrap()).collect();
     slow.iter().step_by(2).for_each(|mut slow| slow.write_all(b"GET /metr").unwrap());
     for round in 0..20 {
-        fake.write_all(1, (0..PAGES).skip(round * 100));
-        _ = vcpus[1].before_run().unwrap();
-        limit.tick();
+        vm.write(1, round * 100, u64::MAX);
+        _ = vm.vcpus[1].before_run().unwrap();
+        vm.limit.tick();
     }
     assert_eq!(ask(&server, "GET /metrics HTTP/1.1\r\n\r\n").0, 200);
     drop(server);
@@ -304,8 +310,8 @@ fn slow_clients_delay_nobody_for_long_and_the_limiter_not_at_all() {
 
 #[test]
 fn a_dropped_server_frees_its_port() {
-    let (_fake, limit, _vcpus) = vm();
-    let server = serve(&limit.metrics());
+    let vm = vm();
+    let server = serve(&metrics(&vm));
     let address = server.address();
     assert_eq!(ask(&server, "GET /metrics HTTP/1.1\r\n\r\n").0, 200);
     drop(server);
@@ -314,13 +320,13 @@ fn a_dropped_server_frees_its_port() {
 
 #[test]
 fn only_this_machine_is_served_unless_the_caller_binds() {
-    let (_fake, limit, _vcpus) = vm();
+    let vm = vm();
     let everybody = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    let error = limit.metrics().serve(everybody).unwrap_err();
-    assert_eq!(error.to_string(), "serving metrics: 0.0.0.0:0 is no loopback address (127.0.0.1 or ::1)");
+    let error = metrics(&vm).serve(everybody).unwrap_err();
+    assert_eq!(error.to_string(), "0.0.0.0:0 is no loopback address (127.0.0.1 or ::1)");
     let listener = TcpListener::bind(everybody).unwrap();
     let port = listener.local_addr().unwrap().port();
-    let _server = limit.metrics().serve_on(listener).unwrap();
+    let _server = metrics(&vm).serve_on(listener).unwrap();
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();

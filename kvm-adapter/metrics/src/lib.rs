@@ -1,10 +1,18 @@
-//! Counters for Prometheus: as a collector in the VMM's own registry, as text, in a file, or over HTTP.
+//! Metrics of a VM under [`dirtylimit_kvm`] for Prometheus: as a collector in the VMM's own registry, as text, in a file, or
+//! over HTTP.
 //!
+//! ```no_run
+//! # fn serve(limit: &dirtylimit_kvm::DirtyLimit) -> Result<(), Box<dyn std::error::Error>> {
+//! let metrics = dirtylimit_metrics::Metrics::new(limit);
+//! let server = metrics.serve("127.0.0.1:9100".parse()?)?; // GET /metrics, until it is dropped
+//! # drop(server); Ok(()) }
+//! ```
 //! Everything is read when somebody asks, from what the limiter keeps anyway; what is told is as of the last tick or
 //! [`DirtyLimit::meter`]. `docs/METRICS.md` lists all names.
 
+#![forbid(unsafe_code)]
+
 mod families;
-#[doc(hidden)]
 pub mod file;
 mod http;
 mod text;
@@ -12,31 +20,25 @@ mod text;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
-use std::sync::{Arc, Weak};
 
-use prometheus_client::registry::Registry;
-
+use dirtylimit_kvm::{DirtyLimit, WeakDirtyLimit};
 use file::Target;
 pub use http::MetricsServer;
-
-use crate::vm::Vm;
-use crate::{DirtyLimit, Error};
+use prometheus_client::registry::Registry;
 
 /// A VM's counters. Holds the VM weakly: when the VM is gone there are none.
 ///
 /// It is a [`Collector`](prometheus_client::collector::Collector), so that it can stand beside a VMM's own metrics:
-/// `registry.register_collector(Box::new(limit.metrics()))`.
+/// `registry.register_collector(Box::new(Metrics::new(&limit)))`.
 #[derive(Clone, Debug)]
-pub struct Metrics(Weak<Vm>);
-
-impl DirtyLimit {
-    /// This VM's counters.
-    pub fn metrics(&self) -> Metrics {
-        Metrics(Arc::downgrade(self.vm()))
-    }
-}
+pub struct Metrics(WeakDirtyLimit);
 
 impl Metrics {
+    /// The counters of `limit`'s VM.
+    pub fn new(limit: &DirtyLimit) -> Self {
+        Self(limit.downgrade())
+    }
+
     /// The counters now, in the OpenMetrics 1.0 text format.
     pub fn openmetrics(&self) -> String {
         let mut registry = Registry::default();
@@ -67,25 +69,21 @@ impl Metrics {
     /// that it returns is dropped. Port 0 is any free one.
     ///
     /// # Errors
-    /// An address that is not a loopback one, since there is neither encryption nor a password (who means it binds a
-    /// listener, for [`Metrics::serve_on`]); and what binding it, or starting a thread, may answer.
-    pub fn serve(&self, address: SocketAddr) -> Result<MetricsServer, Error> {
+    /// An address that is not a loopback one, since there is neither encryption nor a password ([`Metrics::serve_on`] takes a
+    /// listener that the VMM has bound to another); and what binding it, or starting a thread, may answer.
+    pub fn serve(&self, address: SocketAddr) -> io::Result<MetricsServer> {
         if !address.ip().is_loopback() {
             let why = format!("{address} is no loopback address (127.0.0.1 or ::1)");
-            return Err(cannot_serve(io::Error::new(io::ErrorKind::InvalidInput, why)));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
-        self.serve_on(TcpListener::bind(address).map_err(cannot_serve)?)
+        self.serve_on(TcpListener::bind(address)?)
     }
 
-    /// As [`Metrics::serve`], on a listener of the caller's, whoever can reach it.
+    /// As [`Metrics::serve`], on a listener of the caller's, on any address.
     ///
     /// # Errors
     /// What starting a thread may answer.
-    pub fn serve_on(&self, listener: TcpListener) -> Result<MetricsServer, Error> {
-        MetricsServer::start(listener, self.clone()).map_err(cannot_serve)
+    pub fn serve_on(&self, listener: TcpListener) -> io::Result<MetricsServer> {
+        MetricsServer::start(listener, self.clone())
     }
-}
-
-fn cannot_serve(source: io::Error) -> Error {
-    Error::System { call: "serving metrics", source }
 }

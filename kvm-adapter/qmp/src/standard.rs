@@ -2,13 +2,13 @@
 
 use std::time::Instant;
 
+use dirtylimit_kvm::{PageRate, Unenforced};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::Monitor;
-use super::arguments::{Arguments, missing};
-use super::error::Error;
-use crate::{PageRate, Unenforced};
+use crate::Monitor;
+use crate::arguments::{Arguments, missing};
+use crate::error::Error;
 
 /// QEMU's `DirtyLimitInfo`.
 #[derive(Serialize, Debug)]
@@ -30,7 +30,7 @@ pub(crate) fn set_limit(monitor: &mut Monitor, _: Instant, arguments: &mut Argum
     let vcpu = monitor.vcpu(arguments)?;
     let rate = arguments.unsigned("dirty-rate")?.ok_or_else(missing("dirty-rate"))?;
     arguments.end()?;
-    let limit = PageRate::from_bytes_per_sec(rate.saturating_mul(1 << 20), monitor.limit.page_size());
+    let limit = PageRate::from_bytes_per_sec(rate.saturating_mul(1 << 20), monitor.limit()?.page_size());
     monitor.set_limit(vcpu?, (rate > 0).then_some(limit))
 }
 
@@ -43,8 +43,9 @@ pub(crate) fn cancel_limit(monitor: &mut Monitor, _: Instant, arguments: &mut Ar
 /// Those that have a limit; without any, an empty list. One below 1 MiB/s, which QEMU does not know, is told as 1: 0 would
 /// be none.
 pub(crate) fn query_limit(monitor: &mut Monitor, _: Instant, _: &mut Arguments) -> Result<Value, Error> {
-    let whole = |rate: PageRate| (rate.bytes_per_sec(monitor.limit.page_size()) + (1 << 19)) >> 20;
-    let infos = monitor.statuses().filter_map(|(cpu_index, status)| {
+    let limit = monitor.limit()?;
+    let whole = |rate: PageRate| (rate.bytes_per_sec(limit.page_size()) + (1 << 19)) >> 20;
+    let infos = limit.snapshot().vcpus.into_iter().filter_map(|(cpu_index, status)| {
         Some(DirtyLimitInfo {
             cpu_index,
             limit_rate: whole(status.limit?).max(1),

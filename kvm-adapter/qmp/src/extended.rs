@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use dirtylimit_kvm::{PageRate, Shipped, Status, Stepped, Unenforced};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Monitor;
-use super::arguments::{Arguments, missing};
-use super::error::Error;
-use crate::{PageRate, Shipped, Status, Stepped, Unenforced};
+use crate::Monitor;
+use crate::arguments::{Arguments, missing};
+use crate::error::Error;
 
 /// The names of the policies.
 #[derive(Clone, Copy, Deserialize, Debug)]
@@ -74,7 +74,7 @@ pub(crate) fn set_limit(monitor: &mut Monitor, _: Instant, arguments: &mut Argum
 pub(crate) fn set_vm_limit(monitor: &mut Monitor, _: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
     let budget = rate(monitor, arguments)?;
     arguments.end()?;
-    monitor.limit.set_vm_limit(budget);
+    monitor.limit()?.set_vm_limit(budget);
     monitor.changed()
 }
 
@@ -85,14 +85,14 @@ pub(crate) fn set_weight(monitor: &mut Monitor, _: Instant, arguments: &mut Argu
     let weight = u32::try_from(weight).ok().filter(|weight| *weight > 0);
     let weight = weight.ok_or_else(|| Error::generic("weight is out of range [1, 4294967295]."))?;
     let vcpu = vcpu?.ok_or_else(missing("cpu-index"))?;
-    monitor.limit.set_weight(vcpu, weight).map_err(Error::generic)?;
+    monitor.limit()?.set_weight(vcpu, weight).map_err(Error::generic)?;
     monitor.changed()
 }
 
 pub(crate) fn set_policy(monitor: &mut Monitor, _: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
     let policy = arguments.choice("policy")?.ok_or_else(missing("policy"))?;
     arguments.end()?;
-    monitor.limit.set_policy(match policy {
+    monitor.limit()?.set_policy(match policy {
         PolicyName::Paced => Shipped::default(),
         PolicyName::Stepped => Shipped::Stepped(Stepped::default()),
     });
@@ -105,17 +105,18 @@ pub(crate) fn set_max_pause(monitor: &mut Monitor, _: Instant, arguments: &mut A
     if !(100..=1_000_000).contains(&pause) {
         return Err(Error::generic("max-pause-us is out of range [100, 1000000]."));
     }
-    monitor.limit.set_max_pause(Duration::from_micros(pause));
+    monitor.limit()?.set_max_pause(Duration::from_micros(pause));
     monitor.changed()
 }
 
 pub(crate) fn query(monitor: &mut Monitor, _: Instant, _: &mut Arguments) -> Result<Value, Error> {
-    let page_size = monitor.limit.page_size();
-    let vcpus: Vec<_> = monitor.statuses().map(|(id, status)| VcpuInfo::of(id, status, page_size)).collect();
-    let stats = monitor.limit.stats();
+    let limit = monitor.limit()?;
+    let (page_size, now) = (limit.page_size(), limit.snapshot());
+    let vcpus: Vec<_> = now.vcpus.iter().map(|(id, status)| VcpuInfo::of(*id, *status, page_size)).collect();
+    let stats = now.stats;
     Ok(json!({
         "page-size": page_size,
-        "max-pause-us": u64::try_from(monitor.limit.max_pause().as_micros()).unwrap_or(u64::MAX),
+        "max-pause-us": u64::try_from(now.max_pause.as_micros()).unwrap_or(u64::MAX),
         "resets": stats.resets,
         "reset-calls": stats.reset_calls,
         "suspect-resets": stats.suspect_resets,
@@ -132,7 +133,8 @@ fn rate(monitor: &Monitor, arguments: &mut Arguments) -> Result<Option<PageRate>
     if mib < 0.0 {
         return Err(Error::generic("dirty-rate is out of range: 0 (no limit) and up, in MiB/s"));
     }
+    let page_size = monitor.limit()?.page_size();
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates, as the rate does")]
     let bytes = (mib * f64::from(1 << 20)) as u64;
-    Ok((mib > 0.0).then(|| PageRate::from_bytes_per_sec(bytes, monitor.limit.page_size())))
+    Ok((mib > 0.0).then(|| PageRate::from_bytes_per_sec(bytes, page_size)))
 }

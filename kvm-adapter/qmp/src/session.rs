@@ -4,12 +4,12 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
-use super::Monitor;
-use super::arguments::Arguments;
-use super::command::Command;
-use super::error::{Error, line};
-use super::standard::version;
-use super::stream::Splitter;
+use crate::Monitor;
+use crate::arguments::Arguments;
+use crate::command::Command;
+use crate::error::{Error, line};
+use crate::standard::version;
+use crate::stream::Splitter;
 
 /// The protocol's state for one client: greeted, then negotiating, then commanding.
 #[derive(Debug, Default)]
