@@ -59,12 +59,12 @@ if ! (exec 3<>/dev/kvm) 2>/dev/null; then
     echo "c: ############ SKIPPED: /dev/kvm cannot be opened here, so the VMM WAS ONLY COMPILED ############"
     exit 0
 fi
-for kind in shared static asan; do
+for kind in shared asan; do
     echo "c: the VMM, $kind"
     "$work/vmm.$kind"
 done
 if has_valgrind; then
-    echo "c: the VMM under valgrind, which is slow, so that its limit may be more than it reaches"
+    echo "c: the VMM under valgrind, with the static library; it is slow, so that the limit may be more than the guest reaches"
     # It has no description of KVM_RESET_DIRTY_RINGS, which reads and writes no memory of the program.
     memcheck --sim-hints=lax-ioctls "$work/vmm.static"
 fi

@@ -7,6 +7,8 @@ prefix=${PREFIX:-/usr/local}
 libdir=${LIBDIR:-$prefix/lib}
 to=${DESTDIR:-}
 
+# Not with what this repository's .cargo/config.toml plants for its tests.
+export RUSTFLAGS=${RUSTFLAGS:-}
 # What a program needs beside the static library, as rustc says.
 said=$(cargo rustc --release --lib --manifest-path "$here/Cargo.toml" --crate-type staticlib,cdylib -- --print native-static-libs 2>&1) ||
     { printf '%s\n' "$said" >&2; exit 1; }

@@ -1,4 +1,5 @@
 //! What the C interface makes of its arguments, on a VM that is no KVM.
+#![cfg(dirtylimit_planted)]
 
 use std::ffi::{CStr, c_int, c_void};
 use std::fs::File;

@@ -24,7 +24,7 @@ pub(crate) use planted::Planted;
 pub use planted::PlantedBug;
 pub(crate) use sched::wake_promptly;
 pub(crate) use signals::SignalsBlocked;
-#[cfg(any(test, dirtylimit_planted))]
+#[cfg(dirtylimit_planted)]
 pub(crate) use signals::blocked_signals;
 
 use dirtylimit_core::Nanos;
