@@ -6,6 +6,7 @@ compile_error!(
 );
 
 mod changes;
+mod cloud;
 mod common;
 mod disturbed;
 mod drained;
