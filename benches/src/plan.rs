@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use dirtylimit_core::PageRate;
+use dirtylimit_core::{Paced, PageRate, Shipped, Stepped};
 use serde::Serialize;
 
 use crate::workload::Workload;
@@ -18,6 +18,15 @@ pub enum PolicyKind {
     Paced,
     /// The published two-strategy algorithm: a sleep that grows and shrinks.
     Stepped,
+}
+
+impl From<PolicyKind> for Shipped {
+    fn from(kind: PolicyKind) -> Self {
+        match kind {
+            PolicyKind::Paced => Self::Paced(Paced),
+            PolicyKind::Stepped => Self::Stepped(Stepped::default()),
+        }
+    }
 }
 
 /// Who ends the slices that the ring does not, as the library's `Kick` names them.

@@ -77,7 +77,7 @@ const _: () = assert!(size_of::<Entry>() == 16, "an entry must lie as the kernel
 pub use accept_penalty::{
     BATCH, Charge, Ended, MAX_DEBT, Machine, Metered, Pacer, RESET_GAP, Run, SLICE, Step, TIMERS, VcpuRing, ends_slices,
 };
-pub use calculate::{Claim, Paced, Policy, Shipped, Stepped, SteppedState, level, share};
+pub use calculate::*;
 pub use controller::{Full, Limiter, Status, Unenforced, VcpuIndex};
 pub use prepare::{Counters, Counts, RateEstimator, Sample, Totals};
 pub use rate::{EmissionInterval, Nanos, PageRate, SECOND};

@@ -51,6 +51,13 @@ fn steps(sleep_ms: u64, samples: &[(u32, u64)]) -> Vec<u64> {
 }
 
 #[test]
+fn a_policy_is_found_by_its_name_as_it_is_by_default() {
+    assert_eq!(Shipped::named("paced"), Some(Shipped::default()));
+    assert_eq!(Shipped::named("stepped"), Some(Shipped::Stepped(Stepped::default())));
+    assert_eq!(Shipped::named("Paced"), None);
+}
+
+#[test]
 fn stepped_looks_once_a_period_after_the_first_reading() {
     // 4000 pages/s: as much sleep as lacks, 3/4 of what a page takes at the limit.
     assert_eq!(steps(0, &[(9999, 250), (500, 125), (500, 125), (500, 125), (500, 125)]), [0, 0, 768, 768, 1024]);

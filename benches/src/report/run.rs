@@ -257,7 +257,7 @@ fn facts(recording: &Recording) -> Vec<(&'static str, String)> {
     };
     vec![
         ("Guest", guest(recording.guest).to_owned()),
-        ("Policy", policy(recording.policy).to_owned()),
+        ("Policy", policy(recording.policy)),
         ("Ring", format!("{} entries for each vCPU", recording.ring)),
         ("Longest pause", format!("{:?} asked for", recording.max_pause)),
         ("Limited for", format!("{limited:.1} s{interrupted}")),

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use clap::ValueEnum;
+
 use crate::measure::{Measures, StepMeasures, TOLERANCE_PCT, VmMeasures};
 use crate::plan::PolicyKind;
 use crate::record::{GuestKind, Recording};
@@ -109,11 +111,8 @@ pub(super) const fn guest(kind: GuestKind) -> &'static str {
     }
 }
 
-pub(super) const fn policy(kind: PolicyKind) -> &'static str {
-    match kind {
-        PolicyKind::Paced => "paced",
-        PolicyKind::Stepped => "stepped",
-    }
+pub(super) fn policy(kind: PolicyKind) -> String {
+    kind.to_possible_value().map_or_else(String::new, |name| name.get_name().to_owned())
 }
 
 /// One decimal, none from 1,000 on, so that it fits five columns; `-` where there is none.

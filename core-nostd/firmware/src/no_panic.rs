@@ -193,6 +193,7 @@ fn policies() {
     let (state, sample, current) = (&mut any(SteppedState::default()), &any(Sample::default()), any(Penalty::NONE));
     any(Policy::penalty(&Paced, &mut (), sample, rate(), current));
     any(Policy::penalty(&stepped(), state, sample, rate(), current));
+    any(Shipped::named(any("paced")));
     any(Policy::penalty(&any(Shipped::default()), any(state), sample, rate(), any(current)));
 }
 

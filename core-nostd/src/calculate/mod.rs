@@ -33,6 +33,17 @@ pub enum Shipped {
     Stepped(Stepped),
 }
 
+impl Shipped {
+    /// The one of that name, as it is by default: `paced`, `stepped`.
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "paced" => Some(Self::Paced(Paced)),
+            "stepped" => Some(Self::Stepped(Stepped::default())),
+            _ => None,
+        }
+    }
+}
+
 impl Default for Shipped {
     fn default() -> Self {
         Self::Paced(Paced)

@@ -49,9 +49,14 @@ impl Arguments {
 
     /// One of an enumeration's names.
     pub(crate) fn choice<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, Error> {
+        self.named(name, |text| serde_json::from_value(text.into()).ok())
+    }
+
+    /// One of those that `find` knows by their names.
+    pub(crate) fn named<T>(&mut self, name: &str, find: impl FnOnce(&str) -> Option<T>) -> Result<Option<T>, Error> {
         let choose = |text: String| {
-            let wrong = format!("Parameter '{name}' does not accept value '{text}'");
-            serde_json::from_value(Value::String(text)).map_err(|_| Error::generic(wrong))
+            let wrong = || Error::generic(format!("Parameter '{name}' does not accept value '{text}'"));
+            find(&text).ok_or_else(wrong)
         };
         self.take(name, "string", |value| value.as_str().map(str::to_owned))?.map(choose).transpose()
     }

@@ -2,21 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use dirtylimit_kvm::{PageRate, Shipped, Status, Stepped, Unenforced};
-use serde::{Deserialize, Serialize};
+use dirtylimit_kvm::{PageRate, Shipped, Status, Unenforced};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::Monitor;
 use crate::arguments::{Arguments, missing};
 use crate::error::Error;
-
-/// The names of the policies.
-#[derive(Clone, Copy, Deserialize, Debug)]
-#[serde(rename_all = "lowercase")]
-enum PolicyName {
-    Paced,
-    Stepped,
-}
 
 /// All of a vCPU's [`Status`].
 #[derive(Serialize, Debug)]
@@ -90,12 +82,9 @@ pub(crate) fn set_weight(monitor: &mut Monitor, _: Instant, arguments: &mut Argu
 }
 
 pub(crate) fn set_policy(monitor: &mut Monitor, _: Instant, arguments: &mut Arguments) -> Result<Value, Error> {
-    let policy = arguments.choice("policy")?.ok_or_else(missing("policy"))?;
+    let policy = arguments.named("policy", Shipped::named)?.ok_or_else(missing("policy"))?;
     arguments.end()?;
-    monitor.limit()?.set_policy(match policy {
-        PolicyName::Paced => Shipped::default(),
-        PolicyName::Stepped => Shipped::Stepped(Stepped::default()),
-    });
+    monitor.limit()?.set_policy(policy);
     monitor.changed()
 }
 

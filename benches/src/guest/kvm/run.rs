@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use dirtylimit_core::{PageRate, Status, Totals};
-use dirtylimit_kvm::{Config, DirtyLimit, Kick, Shipped, Stepped, ThrottleThread};
+use dirtylimit_kvm::{Config, DirtyLimit, Kick, ThrottleThread};
 
 use super::affinity::Placement;
 use super::control::Control;
@@ -14,7 +14,7 @@ use super::script::{Event, Mark, Script, Scripted};
 use super::threads::{Copier, Limited, Vcpus};
 use super::{GuestCpu, Load, Machine, SLOT};
 use crate::guest::{Phase, Progress, VcpuNow};
-use crate::plan::{KickKind, Plan, PolicyKind};
+use crate::plan::{KickKind, Plan};
 use crate::probe;
 use crate::record::{GuestKind, Recording, Sample, Stalls, VcpuRecording};
 use crate::workload::Workload;
@@ -49,17 +49,13 @@ pub fn run_scripted(plan: &Plan, script: &Script, progress: &mut dyn Progress) -
     let machine = Machine::new(&loads, image.as_deref().unwrap_or(payload::image()))?;
     check_memory(machine.memory().bytes() as u64)?;
 
-    let policy = match plan.policy {
-        PolicyKind::Paced => Shipped::default(),
-        PolicyKind::Stepped => Shipped::Stepped(Stepped::default()),
-    };
     let kick = match plan.kick {
         KickKind::Auto => Kick::Auto,
         KickKind::Off => Kick::Off,
         // SIGRTMIN itself is the machine's own kick.
         KickKind::Signal => Kick::Signal(libc::SIGRTMIN() + 1),
     };
-    let config = Config::new().ring_entries(plan.ring).max_pause(plan.max_pause).policy(policy);
+    let config = Config::new().ring_entries(plan.ring).max_pause(plan.max_pause).policy(plan.policy.into());
     let ours = |config: Config| config.kick(kick).prompt(true);
     let (config, tick) = if script.as_embedded { (config, EMBEDDED_TICK) } else { (ours(config), TICK) };
     let limit = DirtyLimit::enable(machine.vm(), &config).context("cannot enable the limiter")?;

@@ -26,10 +26,10 @@ mod vcpu;
 use std::time::Duration;
 
 use anyhow::Result;
-use dirtylimit_core::{BATCH, Policy, RESET_GAP, Shipped, Stepped};
+use dirtylimit_core::{BATCH, Policy, RESET_GAP, Shipped};
 
 use super::Progress;
-use crate::plan::{KickKind, Plan, PolicyKind};
+use crate::plan::{KickKind, Plan};
 use crate::record::Recording;
 
 /// The machine that is simulated.
@@ -69,11 +69,7 @@ impl Machine {
     /// # Errors
     /// A ring that no kernel takes; more memory or vCPUs than are simulated.
     pub fn run(&self, plan: &Plan, progress: &mut dyn Progress) -> Result<Recording> {
-        let policy = match plan.policy {
-            PolicyKind::Paced => Shipped::default(),
-            PolicyKind::Stepped => Shipped::Stepped(Stepped::default()),
-        };
-        self.run_under(policy, plan, progress)
+        self.run_under(Shipped::from(plan.policy), plan, progress)
     }
 
     /// As [`Machine::run`], under any policy instead of the plan's.
