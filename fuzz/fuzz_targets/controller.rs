@@ -245,6 +245,7 @@ impl Model {
                 (None, _) => assert_eq!(penalty, Penalty::NONE),
                 (Some(limit), Shipped::Paced(_)) => assert_eq!(penalty.terms(), Some(Terms::Pace(limit.interval()))),
                 (Some(_), Shipped::Stepped(_)) => assert!(!matches!(penalty.terms(), Some(Terms::Pace(_)))),
+                _ => {}
             }
             let pause = penalty.terms().map(|terms| match terms {
                 Terms::Pace(interval) | Terms::Sleep(interval) => interval.of(1).max(vcpu.needed_pause),

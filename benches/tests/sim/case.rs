@@ -248,7 +248,7 @@ impl Case {
                     // Known, and in the table: while it sees few pages, in a rest, it gives up its sleep.
                     PolicyKind::Stepped if bursts => continue,
                     PolicyKind::Paced => 1.0,
-                    PolicyKind::Stepped => 5.0,
+                    _ => 5.0,
                 };
                 // Nobody can be held up to a limit that it does not reach by itself: `burst` by its rests, `slow` by its
                 // work.

@@ -26,6 +26,7 @@ pub trait Policy {
 
 /// One of the policies that ship, chosen while running.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Shipped {
     /// [`Paced`].
     Paced(Paced),
