@@ -22,6 +22,16 @@ pub enum Terms {
     Sleep(EmissionInterval),
 }
 
+impl Terms {
+    /// What one page costs under them.
+    #[inline]
+    pub const fn interval(self) -> EmissionInterval {
+        match self {
+            Self::Pace(interval) | Self::Sleep(interval) => interval,
+        }
+    }
+}
+
 impl Penalty {
     /// The vCPU is not limited.
     pub const NONE: Self = Self(0);

@@ -247,9 +247,7 @@ impl Model {
                 (Some(_), Shipped::Stepped(_)) => assert!(!matches!(penalty.terms(), Some(Terms::Pace(_)))),
                 _ => {}
             }
-            let pause = penalty.terms().map(|terms| match terms {
-                Terms::Pace(interval) | Terms::Sleep(interval) => interval.of(1).max(vcpu.needed_pause),
-            });
+            let pause = penalty.terms().map(|terms| terms.interval().of(1).max(vcpu.needed_pause));
             assert_eq!(status.needs_pause, pause.filter(|pause| *pause > vm.vm().max_pause()));
         }
         if let Some(now) = self.ticked {

@@ -67,6 +67,7 @@ fn rates() {
 
 fn cells() {
     for terms in [Terms::Pace(interval()), Terms::Sleep(interval())] {
+        any(Terms::interval(terms));
         any(Penalty::new(any(terms)));
     }
     any(Penalty::terms(any(Penalty::NONE)));

@@ -11,7 +11,7 @@ use core::mem::replace;
 use super::pacer::{Charge, MAX_DEBT};
 use crate::rate::{Nanos, SECOND};
 use crate::ring::PML;
-use crate::set_penalty::{Penalty, Terms};
+use crate::set_penalty::Penalty;
 
 /// The shortest run before a kick, less than it takes to enter the guest on some hosts; and the longest.
 const SHORTEST: Nanos = 5_000;
@@ -178,9 +178,7 @@ pub(crate) fn is_to_pay_all(penalty: Penalty, charge: &Charge, now: Nanos, is_ti
 
 /// What so many pages cost; `None` where there is no penalty.
 fn cost_of(penalty: Penalty, pages: u32) -> Option<Nanos> {
-    match penalty.terms()? {
-        Terms::Pace(interval) | Terms::Sleep(interval) => Some(interval.of(pages)),
-    }
+    Some(penalty.terms()?.interval().of(pages))
 }
 
 /// Products above do not overflow: runs are at most `LONGEST`.
@@ -190,6 +188,7 @@ const _: () = assert!(LONGEST <= SECOND && LONGEST < Nanos::MAX / u32::MAX as Na
 mod tests {
     use super::*;
     use crate::rate::PageRate;
+    use crate::set_penalty::Terms;
 
     /// Runs a writer that needs `entry` to enter the guest and `page` for each page; what 200 runs had at the end.
     fn drive(entry: Nanos, page: Nanos, slice: u32) -> (RunTime, std::vec::Vec<u32>) {

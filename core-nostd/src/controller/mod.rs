@@ -83,7 +83,7 @@ impl<S: Default> Row<S> {
 
     fn needs_pause(&self, vm: &VmCell, counters: &Counters) -> Option<Nanos> {
         // Without a penalty, what the vCPU last needed is of no account: it may not have been charged since.
-        let needs = |(Terms::Pace(interval) | Terms::Sleep(interval))| interval.of(1).max(counters.needed_pause());
+        let needs = |terms: Terms| terms.interval().of(1).max(counters.needed_pause());
         self.penalty.terms().map(needs).filter(|pause| *pause > vm.max_pause())
     }
 
