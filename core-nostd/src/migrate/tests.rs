@@ -94,6 +94,13 @@ fn working_sets_saturate() {
 }
 
 #[test]
+fn a_first_look_may_take_longer_than_patience_lasts_and_no_second() {
+    let (mut migration, plan) = saturated(Goal { patience: 1, ..GOAL }, 224);
+    assert_eq!((plan.reason, plan.budget), (Reason::Looking, None), "1.1 s of 20");
+    assert_eq!(migration.finish_round(&round(224, 224)).reason, Reason::DirtiesTooMuch);
+}
+
+#[test]
 fn no_more_throttle_than_the_goal_needs() {
     for (set, margin) in [(70, 15), (100, 15), (224, 15), (900, 15)] {
         let (mut migration, plan) = saturated(GOAL, set);
