@@ -4,7 +4,7 @@
 # (of the adapter 580) takes seconds. Further arguments are cargo-mutants' own: mutants.sh --file core-nostd/src/ring/consumer.rs, or
 # mutants.sh adapter --shard 0/8.
 #
-# Who survives fails this, but for those that .cargo/mutants.toml explains. What was found is below target/mutants.out.
+# A survivor fails this, but for those that .cargo/mutants.toml explains. What was found is below target/mutants.out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,10 +26,10 @@ what=(-p dirtylimit-core --timeout 20) tests=(--lib --tests) slow=() again=()
 if [[ ${1:-} == adapter ]]; then
     shift
     what=(-p dirtylimit-kvm --features log --timeout 60) tests=(--lib)
-    for file in batch caps coalesce dirty_log events harvest kick limit shared slots told vcpu vm sys/guarded sys/interrupts sys/kick sys/signals; do
+    for file in batch caps coalesce dirty_log events harvest kick limit shared slots snapshot told vcpu vm sys/guarded sys/interrupts sys/kick sys/signals; do
         what+=(--file "kvm-adapter/src/$file.rs")
     done
-    # Those that take seconds are for who survives the others. And what is built for each is built quickly.
+    # Those that take seconds are for the survivors of the others. And what is built for each is built quickly.
     slow=(--)
     for test in vcpus_that_fill_their interrupted_at_random a_disturbed_reset_is lumps_are_paid pages_of_kvms_own \
         a_handler_never_finds a_ring_that_a_copier resets_of_a_third_party kvm_cannot_write_past no_signal_comes_between \
@@ -40,9 +40,9 @@ if [[ ${1:-} == adapter ]]; then
     sed -i 's/^dirtylimit-kvm = { opt-level = 1 }/dirtylimit-kvm = { opt-level = 0 }/' Cargo.toml
     export CARGO_PROFILE_DEV_DEBUG=0 CARGO_PROFILE_TEST_DEBUG=0 CARGO_INCREMENTAL=1
     # The library's own tests alone.
-    sed -i 's/^members = .*/members = ["core-nostd", "kvm-adapter", "kvm-adapter\/test-vm"]/' Cargo.toml
+    sed -i '/^members = \[/,/^\]/c members = ["core-nostd", "kvm-adapter", "kvm-adapter/test-vm"]' Cargo.toml
     sed -i '/^dirtylimit-kvm = /d; /^\[\[test\]\]/,/^test = /d' kvm-adapter/Cargo.toml
-    rm -r benches kvm-adapter/tests kvm-adapter/examples
+    rm -r benches kvm-adapter/{tests,examples,c,metrics,qmp}
 fi
 export CARGO_TARGET_DIR=$target/mutants PROPTEST_CASES=64
 mutants() { cargo mutants --in-place "${what[@]}" -o "$target" "$@"; }
