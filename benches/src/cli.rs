@@ -35,14 +35,21 @@ pub struct Cli {
 pub enum Command {
     /// Start a guest, let it run free, limit it, report
     ///
-    /// Sizes and rates take KiB, MiB, GiB; plain numbers are pages (per second). Rates also take MB/s (10^6 bytes) and Gbit/s
+    /// Sizes and rates take KiB, MiB, GiB, TiB; plain numbers are pages (per second). Rates also take MB/s (10^6 bytes) and Gbit/s
     /// (10^9 bits); what QEMU and libvirt call MB/s is MiB/s here. Ctrl-C ends the run and reports what there is.
     ///
     /// Exit status: 0 done, 1 the run failed or a report could not be written, 2 bad usage, 3 pages were lost.
     #[command(verbatim_doc_comment)]
     Run(Box<Run>),
     /// Print what this host's KVM offers
-    Probe,
+    ///
+    /// Exit status: 0 a KVM guest can be limited here, 1 it cannot, 2 bad usage.
+    #[command(verbatim_doc_comment)]
+    Probe {
+        /// Write what was found as JSON instead; `-` is standard output.
+        #[arg(long, value_name = "FILE|-")]
+        json: Option<PathBuf>,
+    },
     /// Measure the figures that the limiter must reach, on this host, under KVM
     ///
     /// Each case runs once and is judged against its bounds alone. A thread that only sleeps is beside it: where p99.9 of its
@@ -74,6 +81,16 @@ pub enum Command {
     Migrate(Box<Migrate>),
     /// Run a command of this program in an emulated machine with a KVM of its own, in virtual time
     Lab(Lab),
+    /// Print what a shell needs to complete this program's options
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print this program's manual page, or that of one of its commands
+    Man {
+        /// The command.
+        command: Option<String>,
+    },
 }
 
 /// The options of `run`.
@@ -299,9 +316,7 @@ mod tests {
         let line = ["dirtylimit-bench", "run"].into_iter().chain(line.split_whitespace());
         match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
             Command::Run(run) => run.plan(),
-            Command::Probe | Command::Scenario(_) | Command::Compare(_) | Command::Migrate(_) | Command::Lab(_) => {
-                unreachable!("`run` was given")
-            }
+            _ => unreachable!("`run` was given"),
         }
     }
 

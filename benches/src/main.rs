@@ -4,6 +4,7 @@
 
 use std::fmt::Display;
 use std::io::ErrorKind::BrokenPipe;
+use std::path::Path;
 use std::process::{self, ExitCode};
 use std::time::Duration;
 
@@ -58,12 +59,48 @@ fn main() -> ExitCode {
             Ok(()) => lab.execute(),
             Err(message) => bad_usage("lab", message),
         },
-        Command::Probe => print(probe::probe()).map(|()| ExitCode::SUCCESS),
+        Command::Probe { json } => probe(json.as_deref()),
+        Command::Completions { shell } => completions(shell),
+        Command::Man { command } => man(command.as_deref()),
     };
     done.unwrap_or_else(|error| {
         complain(&error);
         ExitCode::from(FAILED)
     })
+}
+
+fn probe(json: Option<&Path>) -> Result<ExitCode> {
+    let mut json = json.map(|path| Output::document("--json", path)).transpose()?;
+    let found = probe::probe();
+    let mut outcome = Outcome(if found.usable() { 0 } else { FAILED });
+    match &mut json {
+        Some(_) => outcome.document(&found, json.as_mut()),
+        None => outcome.note(print(&found)),
+    }
+    Ok(outcome.status())
+}
+
+fn completions(shell: clap_complete::Shell) -> Result<ExitCode> {
+    let mut text = Vec::new();
+    let mut cli = Cli::command();
+    let name = cli.get_name().to_owned();
+    clap_complete::generate(shell, &mut cli, name, &mut text);
+    print(String::from_utf8_lossy(&text)).map(|()| ExitCode::SUCCESS)
+}
+
+fn man(command: Option<&str>) -> Result<ExitCode> {
+    let mut cli = Cli::command();
+    cli.build();
+    let page = match command {
+        None => cli,
+        Some(name) => match cli.find_subcommand(name) {
+            Some(found) => found.clone(),
+            None => bad_usage("man", format!("there is no command {name}; --help lists them")),
+        },
+    };
+    let mut text = Vec::new();
+    clap_mangen::Man::new(page).render(&mut text)?;
+    print(String::from_utf8_lossy(&text)).map(|()| ExitCode::SUCCESS)
 }
 
 fn complain(error: &anyhow::Error) {

@@ -11,6 +11,8 @@ use kvm_bindings::{
     kvm_dirty_gfn,
 };
 use kvm_ioctls::Kvm;
+use serde::Serialize;
+use serde::ser::{SerializeStruct, Serializer};
 
 use crate::guest::kvm::raw_ring::{self, RawRing};
 use crate::guest::kvm::{self, Exit, Load, Machine, affinity};
@@ -31,7 +33,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const MEASURED: Duration = Duration::from_millis(300);
 
 /// How a finding bears on a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// As it should be.
     Good,
@@ -44,7 +47,7 @@ pub enum Verdict {
 }
 
 /// One thing that was looked at.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Finding {
     /// What.
     pub name: &'static str,
@@ -71,6 +74,16 @@ impl Report {
 
     fn add(&mut self, name: &'static str, value: impl fmt::Display, verdict: Verdict, meaning: impl Into<String>) {
         self.findings.push(Finding { name, value: value.to_string(), verdict, meaning: meaning.into() });
+    }
+}
+
+/// `usable`, and the findings.
+impl Serialize for Report {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut document = serializer.serialize_struct("Report", 2)?;
+        document.serialize_field("usable", &self.usable())?;
+        document.serialize_field("findings", &self.findings)?;
+        document.end()
     }
 }
 

@@ -28,11 +28,11 @@ pub fn mib_per_sec(rate: PageRate, page_size: u32) -> f64 {
 /// Not a number, an unknown unit, no whole pages, out of range.
 #[expect(clippy::cast_possible_truncation, reason = "in range and whole, checked first")]
 pub fn parse_size(text: &str) -> Result<u64, String> {
-    let allowed = "a size is pages (57344) or KiB, MiB, GiB (224MiB)";
+    let allowed = "a size is pages (57344) or KiB, MiB, GiB, TiB (224MiB)";
     let (number, unit) = split(text).ok_or_else(|| format!("`{text}` does not start with a number: {allowed}"))?;
     let bytes = number * scale(unit).ok_or_else(|| format!("unknown unit `{unit}`: {allowed}"))?;
     if bytes > MAX_SIZE {
-        return Err(format!("`{text}` is too large: at most 16384GiB"));
+        return Err(format!("`{text}` is too large: at most 16TiB"));
     }
     if bytes < f64::from(PAGE_SIZE) || bytes % f64::from(PAGE_SIZE) != 0.0 {
         return Err(format!("`{text}` is not a whole number of pages of 4 KiB, at least one"));
@@ -62,14 +62,14 @@ impl fmt::Display for Size {
 /// Not a number, an unknown unit, out of range.
 #[expect(clippy::cast_possible_truncation, reason = "in range, checked first")]
 pub fn parse_rate(text: &str) -> Result<PageRate, String> {
-    let allowed = "a rate is pages per second (25600), KiB/s, MiB/s, GiB/s (100MiB/s), or in powers of ten kB/s, MB/s, \
-                   GB/s, Mbit/s, Gbit/s (QEMU's MB/s are MiB/s)";
+    let allowed = "a rate is pages per second (25600), KiB/s, MiB/s, GiB/s, TiB/s (100MiB/s), or in powers of ten kB/s, \
+                   MB/s, GB/s, Mbit/s, Gbit/s (QEMU's MB/s are MiB/s)";
     let (number, unit) = split(text).ok_or_else(|| format!("`{text}` does not start with a number: {allowed}"))?;
     let plain = unit.strip_suffix("/s").unwrap_or(unit).trim_end();
     let scale = scale(plain).or_else(|| decimal(plain));
     let bytes = number * scale.ok_or_else(|| format!("unknown unit `{unit}`: {allowed}"))?;
     if bytes > mib_per_sec(PageRate::MAX, PAGE_SIZE) * MIB {
-        return Err(format!("`{text}` is too fast: at most 16384GiB/s"));
+        return Err(format!("`{text}` is too fast: at most 16TiB/s"));
     }
     if bytes < RATE_QUANTUM {
         return Err(format!("`{text}` is too slow: at least one page in 1024 s (0.001); `none` is no limit"));
@@ -163,6 +163,7 @@ fn scale(unit: &str) -> Option<f64> {
         "KiB" => Some(1024.0),
         "MiB" => Some(MIB),
         "GiB" => Some(1024.0 * MIB),
+        "TiB" => Some(1024.0 * 1024.0 * MIB),
         _ => None,
     }
 }
@@ -200,7 +201,7 @@ mod tests {
         assert_eq!(parse_size("1.5 GiB"), Ok(3 << 29));
         assert_eq!(parse_size("4KiB"), Ok(4096));
         assert_eq!(parse_size("7"), Ok(7 * 4096));
-        assert_eq!(parse_size("16384GiB"), Ok(1 << 44));
+        assert_eq!((parse_size("16384GiB"), parse_size("16TiB")), (Ok(1 << 44), Ok(1 << 44)));
         assert_eq!(Size(224 << 20).to_string(), "224MiB");
         assert_eq!(Size(3 << 30).to_string(), "3GiB");
         assert_eq!(Size(7 << 12).to_string(), "28KiB");
@@ -212,7 +213,7 @@ mod tests {
         assert_eq!(parse_rate("100MiB"), Ok(PageRate::from_pages_per_sec(25_600)));
         assert_eq!(parse_rate("25600"), Ok(PageRate::from_pages_per_sec(25_600)));
         assert_eq!(parse_rate("25600/s"), Ok(PageRate::from_pages_per_sec(25_600)));
-        assert_eq!(parse_rate("16384GiB/s"), Ok(PageRate::MAX));
+        assert_eq!((parse_rate("16384GiB/s"), parse_rate("16TiB/s")), (Ok(PageRate::MAX), Ok(PageRate::MAX)));
         assert_eq!(parse_rate("0.001"), Ok(PageRate::MIN_LIMIT));
         // By the powers of ten that they stand for, not by QEMU's habit.
         let bytes = |bytes| Ok(PageRate::from_bytes_per_sec(bytes, PAGE_SIZE));

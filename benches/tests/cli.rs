@@ -117,6 +117,32 @@ fn a_limit_in_pages_is_pointed_out_on_stderr() {
 }
 
 #[test]
+fn what_a_probe_found_is_a_document_and_its_status() {
+    let output = bench("probe --json -");
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let usable = document["usable"].as_bool().unwrap();
+    assert_eq!(output.status.code(), Some(i32::from(!usable)));
+    let findings = document["findings"].as_array().unwrap();
+    assert_eq!(findings[0]["name"], "kernel");
+    assert_eq!(usable, findings.iter().all(|finding| finding["verdict"] != "bad"));
+    assert_eq!(bench("probe").status.code(), output.status.code());
+}
+
+#[test]
+fn completions_and_manual_pages_are_of_all_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = bench(&format!("completions {shell}"));
+        assert!(output.status.success() && text(&output.stdout).contains("max-pause"), "{shell}");
+    }
+    let page = |line: &str| text(&bench(line).stdout).to_owned();
+    assert!(page("man").contains(".TH dirtylimit") && page("man").contains("migrate"));
+    let run = page("man run");
+    assert!(run.contains("\\-\\-max\\-pause") && run.contains("Exit status: 0 done"), "{run}");
+    let wrong = bench("man sleep");
+    assert!(wrong.status.code() == Some(2) && text(&wrong.stderr).contains("there is no command sleep"));
+}
+
+#[test]
 fn what_the_simulated_guest_has_not_measured_is_null() {
     let output = bench("run --guest sim --free-seconds 0.2 --seconds 0.5 --workload steady:64MiB --json -");
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
