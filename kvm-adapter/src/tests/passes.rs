@@ -9,7 +9,7 @@ use crate::batch::Batch;
 use crate::dirty_log::PIECE;
 use crate::fake::{Fake, PAGES, SLOT, pages};
 use crate::slots::{Slot, Slots};
-use crate::{DirtyLimit, Error, PageRate, Vcpu};
+use crate::{Config, DirtyLimit, Error, Kick, PageRate, Vcpu};
 
 /// A VM whose vCPU, with 960 entries to its soft limit, has written `pages` and does not know of its limit of a page in
 /// 10 ms: the host may stand still for seconds before the ring is what ends a pass.
@@ -62,6 +62,33 @@ fn a_pass_takes_what_a_slice_frees_and_no_more() {
     limit.vm().lock().rows.get_mut(&0).unwrap().vcpu.assign(Some(10), true, false);
     let pass = limit.round().unwrap();
     assert_eq!((pass.published(), pass.held_back()), (10, 950));
+}
+
+#[test]
+fn a_drained_ring_is_left_empty_by_a_round_that_of_a_later_vcpu_too_and_only_where_there_are_kicks() {
+    for kick in [Kick::Auto, Kick::Off] {
+        let limit = Fake::new().limit(&Config::new().kick(kick)).unwrap();
+        assert!(matches!(limit.set_draining(true), Err(Error::NoKick)));
+        limit.set_draining(false).unwrap();
+    }
+    let fake = Fake::new();
+    let limit = fake.limit(&Config::new().ring_entries(1024).kick(Kick::Vmm)).unwrap();
+    limit.add_slot(SLOT, PAGES).unwrap();
+    let round = |id: u32| {
+        fake.write_all(id as usize, 0..PAGES);
+        limit.vm().lock().rows.get_mut(&id).unwrap().vcpu.assign(Some(10), true, false);
+        let round = limit.round().unwrap();
+        (round.published(), round.held_back())
+    };
+    let [first, second] = [(); 2].map(|()| fake.vcpu(1024));
+    let _first = limit.add_vcpu(0, &first).unwrap();
+    assert_eq!(round(0), (10, 950));
+    limit.set_draining(true).unwrap();
+    assert_eq!(round(0), (960, 0));
+    let _second = limit.add_vcpu(1, &second).unwrap();
+    assert_eq!(round(1), (960, 0));
+    limit.set_draining(false).unwrap();
+    assert_eq!(round(1), (10, 950));
 }
 
 #[test]
