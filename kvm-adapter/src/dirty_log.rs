@@ -168,7 +168,8 @@ impl DirtyLimit {
     }
 
     /// Makes pages dirty that no vCPU wrote: what the VMM, its devices or vhost write into guest memory, which KVM does not
-    /// log. They are in the next round, and nobody is charged for them. From any thread.
+    /// log. They are in the next round, and nobody is charged for them. Call it after the write: a page that is marked before
+    /// may be taken by a round that comes between. From any thread.
     ///
     /// # Errors
     /// [`Error::NoSlot`]; [`Error::PagesBeyond`] where the range ends beyond the slot: then none of it is marked.

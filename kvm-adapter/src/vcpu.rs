@@ -22,7 +22,8 @@ pub enum Decision {
         kick_after: Option<Duration>,
     },
     /// A signal, the [`Interrupter`] or `stop` ended a pause: the VMM wants its thread for something else. See to that first,
-    /// and call [`Vcpu::before_run`] again: what is owed stays owed, and the ring may be full.
+    /// and call [`Vcpu::before_run`] again: what is owed stays owed, and the ring may be full. A VMM that saves the vCPU's state
+    /// now calls KVM_RUN once before, with `immediate_exit` set: that completes an I/O exit which it has answered.
     Return,
 }
 

@@ -41,7 +41,8 @@ typedef enum {
     // Call KVM_RUN.
     DIRTYLIMIT_ENTER = 0,
     // A signal, an interrupter or stop() ended a pause: the VMM wants its thread for something else. See to that first, and
-    // call dirtylimit_before_run() again: what is owed stays owed, and the ring may be full.
+    // call dirtylimit_before_run() again: what is owed stays owed, and the ring may be full. A VMM that saves the vCPU's state
+    // now calls KVM_RUN once before, with immediate_exit set: that completes an I/O exit which it has answered.
     DIRTYLIMIT_RETURN = 1,
 } dirtylimit_decision;
 
@@ -338,7 +339,8 @@ uint64_t dirtylimit_round_held_back(dirtylimit_round_t *round);
 void dirtylimit_round_free(dirtylimit_round_t *round);
 
 // Makes pages of a slot dirty that no vCPU wrote: what the VMM, its devices or vhost write into guest memory, which KVM does not
-// log. They are in the next round, and no vCPU is charged for them. Any thread.
+// log. They are in the next round, and no vCPU is charged for them. Call it after the write: a page that is
+// marked before may be taken by a round that comes between. Any thread.
 //
 // -ENOENT: no such slot. -EINVAL: the pages end beyond it, and none is marked.
 int dirtylimit_mark_dirty(dirtylimit_t *limit, uint32_t slot, uint64_t first_page, uint64_t pages);

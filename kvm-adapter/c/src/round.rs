@@ -162,7 +162,8 @@ pub unsafe extern "C" fn dirtylimit_round_free(round: *mut Round) {
 }
 
 /// Makes pages of a slot dirty that no vCPU wrote: what the VMM, its devices or vhost write into guest memory, which KVM does not
-/// log. They are in the next round, and no vCPU is charged for them. Any thread.
+/// log. They are in the next round, and no vCPU is charged for them. Call it after the write: a page that is
+/// marked before may be taken by a round that comes between. Any thread.
 ///
 /// -ENOENT: no such slot. -EINVAL: the pages end beyond it, and none is marked.
 #[unsafe(no_mangle)]

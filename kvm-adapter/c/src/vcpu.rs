@@ -18,7 +18,8 @@ pub enum Decision {
     /// Call KVM_RUN.
     DIRTYLIMIT_ENTER = 0,
     /// A signal, an interrupter or stop() ended a pause: the VMM wants its thread for something else. See to that first, and
-    /// call dirtylimit_before_run() again: what is owed stays owed, and the ring may be full.
+    /// call dirtylimit_before_run() again: what is owed stays owed, and the ring may be full. A VMM that saves the vCPU's state
+    /// now calls KVM_RUN once before, with immediate_exit set: that completes an I/O exit which it has answered.
     DIRTYLIMIT_RETURN = 1,
 }
 
