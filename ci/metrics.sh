@@ -26,6 +26,7 @@ run=
 trap '[[ -z $run ]] || kill "$run" 2>/dev/null || true; rm -rf "$work"' EXIT
 bench=("$target/debug/dirtylimit-bench" run --guest kvm
     --workload write:32MiB,idle --limit 10MiB/s,none --vm-limit 40MiB/s)
+: >"$work/log" # read at once
 "${bench[@]}" --free-seconds 0.2 --seconds 60 --metrics 127.0.0.1:0 2>"$work/log" >/dev/null &
 run=$!
 for _ in {1..100}; do

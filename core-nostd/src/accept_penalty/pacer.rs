@@ -11,7 +11,7 @@ use crate::set_penalty::{PenaltyCell, Terms, VmCell};
 /// what was not used before, up to the tolerance.
 ///
 /// A rate is judged over 100 ms, in which one slice more or less is 3 %; and a reset serves all slices that end within
-/// [`RESET_GAP`](crate::RESET_GAP), so a slice outlasts it.
+/// [`RESET_GAP`](super::RESET_GAP), so a slice outlasts it.
 pub const SLICE: Nanos = 3_000_000;
 /// Few pages that cost less are one more: a slice that is over sooner would wait for its reset.
 const SHORTEST: Nanos = RESET_GAP + RESET_GAP / 7;
