@@ -1,7 +1,7 @@
 //! Rates and emission intervals against exact arithmetic: no input overflows or panics, and every result is as exact as documented.
 #![no_main]
 
-use dirtylimit_core::{PageRate, EmissionInterval, SECOND};
+use dirtylimit_core::{EmissionInterval, PageRate, SECOND};
 use libfuzzer_sys::{
     arbitrary::{self, Arbitrary},
     fuzz_target,

@@ -9,10 +9,10 @@ use core::hint::black_box as any;
 
 use dirtylimit_core::migrate::{Goal, Migration, Reason, Round, Verdict};
 use dirtylimit_core::{
-    BadRingSize, Charge, Claim, Counters, Counts, Ended, Entry, Full, Limiter, Machine, Metered, Nanos, Paced, Pacer,
-    Page, PageRate, Penalty, PenaltyCell, Policy, EmissionInterval, RateEstimator, Request, Ring, Run, Sample, Shipped, Status,
-    Step, Stepped, SteppedState, Terms, Totals, Unenforced, VcpuCell, VcpuIndex, VcpuRing, VmCell, ends_slices, level,
-    share,
+    BadRingSize, Charge, Claim, Counters, Counts, EmissionInterval, Ended, Entry, Full, Limiter, Machine, Metered,
+    Nanos, Paced, Pacer, Page, PageRate, Penalty, PenaltyCell, Policy, RateEstimator, Request, Ring, Run, Sample,
+    Shipped, Status, Step, Stepped, SteppedState, Terms, Totals, Unenforced, VcpuCell, VcpuIndex, VcpuRing, VmCell,
+    ends_slices, level, share,
 };
 
 #[panic_handler]
