@@ -50,7 +50,7 @@ pub struct Migrate {
     #[arg(long)]
     pub carry_on: bool,
 
-    /// Try again so many times where it fails; the guest runs on meanwhile
+    /// The number of further attempts where one fails; the guest runs on meanwhile
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub retry: u32,
 

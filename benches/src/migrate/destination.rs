@@ -17,7 +17,7 @@ use crate::guest::kvm::MAX_VCPUS;
 use crate::report::progress::Interrupt;
 use crate::units::PAGE_SIZE;
 
-/// A source that says nothing for so long is gone.
+/// A source that says nothing for this long is gone.
 const SILENCE: Duration = Duration::from_secs(10);
 /// How often a waiting read looks whether the user wants an end.
 const LOOK: Duration = Duration::from_millis(50);

@@ -16,7 +16,7 @@ use super::wire::{Hello, MAX_DATA, Message, Report};
 /// How long the destination may take nothing while the guest runs, and while it stands still.
 pub(super) const SILENCE: Duration = Duration::from_secs(5);
 const SILENCE_AT_SWITCH: Duration = Duration::from_secs(1);
-/// The switch may take so many times the downtime allowed, and at least so long, before the guest goes on at the source.
+/// The switch may take this multiple of the downtime allowed, and at least this long, before the guest goes on at the source.
 const SWITCH_PATIENCE: u32 = 10;
 const SWITCH_PATIENCE_LEAST: Duration = Duration::from_secs(2);
 /// How long the destination may take to make room for the guest.

@@ -104,7 +104,7 @@ impl Pacer {
         let run = now.saturating_sub(replace(&mut self.turned, now));
         let (interval, credit, most) = match terms {
             Terms::Pace(interval) => (interval, TOLERANCE, MAX_DEBT),
-            // Whoever steers the interval sees what a lump did to the rate: it is not to be paid for twice.
+            // What steers the interval sees what a lump did to the rate: it is not to be paid for twice.
             Terms::Sleep(interval) => (interval, 0, max_pause),
         };
         let was_limited = replace(&mut self.limited, true);

@@ -120,7 +120,7 @@ pub unsafe extern "C" fn dirtylimit_merge(
         if !words.is_aligned() {
             return Err(Failure::Caller(libc::EINVAL, "the bitmap is not aligned to 8 bytes"));
         }
-        // SAFETY: aligned, and the caller's own for so many bytes; every bit pattern is a word.
+        // SAFETY: aligned, and the caller's own, of that many bytes; every bit pattern is a word.
         let words = unsafe { slice::from_raw_parts_mut(words, bytes / size_of::<u64>()) };
         let merged = round.merge(slot, words)?;
         // SAFETY: NULL, or the caller's place for the count.
