@@ -1,4 +1,4 @@
-//! The adapter's words outside its lock: pauses, interrupts, kicks, and who a shared state belongs to. No time passes, so that a
+//! The adapter's words outside its lock: pauses, interrupts, kicks, and which handle a vCPU belongs to. No time passes, so that a
 //! wake-up that is lost is a deadlock.
 #![expect(
     clippy::arc_with_non_send_sync,
@@ -140,8 +140,8 @@ fn owners() {
 }
 
 #[test]
-fn a_seat_has_one_owner() {
-    holds("a_seat_has_one_owner", ALL, 100, owners);
+fn a_vcpu_has_one_owner() {
+    holds("a_vcpu_has_one_owner", ALL, 100, owners);
 }
 
 #[test]

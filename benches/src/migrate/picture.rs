@@ -3,11 +3,11 @@
 use std::fmt::Write as _;
 
 use anyhow::Result;
-use plotters::prelude::*;
 
 use super::result::{Migrated, Sample};
-use crate::report::ink::{self, PAPER};
+use crate::report::ink::PAPER;
 use crate::report::plot::{self, Axis, Chart, Look, Series, font, plain, px};
+use crate::report::svg::{at, legend, themed};
 use crate::units::significant;
 
 const WIDTH: u32 = 960;
@@ -32,24 +32,12 @@ pub fn draw(migrated: &Migrated) -> Result<String> {
         header.draw_text(&title, &font(17), at(16, 10)).map_err(plain)?;
         for (chart, panel) in charts.iter().zip(panels.split_evenly((2, 1))) {
             panel.draw_text(&chart.title, &font(13), at(16, 8)).map_err(plain)?;
-            let mut x = 16;
-            for series in &chart.series {
-                let swatch = series.look.ink().light.filled();
-                panel.draw(&Rectangle::new([at(x, 29), at(x + 18, 37)], swatch)).map_err(plain)?;
-                panel.draw_text(&series.name, &font(12), at(x + 24, 27)).map_err(plain)?;
-                x += 56 + 7 * u32::try_from(series.name.len())?;
-            }
+            legend(&panel, 27, chart)?;
             chart.draw(&panel.margin(px(CAPTION), 0, 0, 0))?;
         }
         Ok(())
     })?;
-    let (head, body) = svg.split_once('\n').unwrap_or((&svg, ""));
-    Ok(format!("{head}\n<style>{}</style>\n{body}", ink::style()))
-}
-
-#[expect(clippy::cast_possible_wrap, reason = "places in a drawing")]
-fn at(x: u32, y: u32) -> (i32, i32) {
-    (px(x) as i32, px(y) as i32)
+    Ok(themed(&svg))
 }
 
 fn title(migrated: &Migrated) -> String {
@@ -96,6 +84,7 @@ fn rates(migrated: &Migrated) -> Chart {
     let wire = migrated.bandwidth_mib_s.unwrap_or(0.0);
     let sent = rate(|sample| sample.sent_bytes as f64 / MIB);
     let top = 2.0 * sent.iter().map(|&(_, rate)| rate).fold(wire, f64::max);
+    let beyond = top > 0.0 && dirtied.iter().any(|&(_, rate)| rate > top);
     let series = vec![
         Series::new("budget", Look::Allowed, samples.iter().map(budget).collect()),
         Series::new("dirtied", Look::Line(1), dirtied),
@@ -103,7 +92,8 @@ fn rates(migrated: &Migrated) -> Chart {
     ];
     let y = Axis::linear("rate (MiB/s)");
     let y = if top > 0.0 { y.over(0.0..top) } else { y };
-    Chart { title: "Sent and dirtied, and the budget".to_owned(), x: axis(migrated), y, right: None, series }
+    let beyond = if beyond { "; what a free guest dirties is beyond the scale" } else { "" };
+    Chart { title: format!("Sent and dirtied, and the budget{beyond}"), x: axis(migrated), y, right: None, series }
 }
 
 fn axis(migrated: &Migrated) -> Axis {

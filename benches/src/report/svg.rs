@@ -34,29 +34,36 @@ pub fn draw(recording: &Recording) -> Result<String> {
         area.fill(&PAPER.light).map_err(plain)?;
         let (header, panels) = area.split_vertically(px(HEADER));
         header.draw_text(&title, &font(17), at(16, 10)).map_err(plain)?;
-        legend(&header, charts.first())?;
+        if let Some(chart) = charts.first() {
+            legend(&header, 41, chart)?;
+        }
         for (chart, panel) in charts.iter().zip(panels.split_evenly((charts.len().max(1), 1))) {
             panel.draw_text(&chart.title, &font(13), at(16, 8)).map_err(plain)?;
             chart.draw(&panel.margin(px(CAPTION), 0, 0, 0))?;
         }
         Ok(())
     })?;
-    // The colours that the viewer prefers, where it knows of such preferences.
-    let (head, body) = svg.split_once('\n').unwrap_or((&svg, ""));
-    Ok(format!("{head}\n<style>{}</style>\n{body}", ink::style()))
+    Ok(themed(&svg))
+}
+
+/// A drawing in the colours that the viewer prefers, where it knows of such preferences.
+pub(crate) fn themed(svg: &str) -> String {
+    let (head, body) = svg.split_once('\n').unwrap_or((svg, ""));
+    format!("{head}\n<style>{}</style>\n{body}", ink::style())
 }
 
 #[expect(clippy::cast_possible_wrap, reason = "places in a drawing")]
-fn at(x: u32, y: u32) -> (i32, i32) {
+pub(crate) fn at(x: u32, y: u32) -> (i32, i32) {
     (px(x) as i32, px(y) as i32)
 }
 
-/// What the lines are, side by side.
-fn legend(area: &Area<'_>, chart: Option<&Chart>) -> Result<()> {
+/// What the lines are, side by side, with their names at height `y`.
+pub(crate) fn legend(area: &Area<'_>, y: u32, chart: &Chart) -> Result<()> {
     let mut x = 16;
-    for series in chart.iter().flat_map(|chart| &chart.series) {
-        area.draw(&Rectangle::new([at(x, 43), at(x + 18, 51)], series.look.ink().light.filled())).map_err(plain)?;
-        area.draw_text(&series.name, &font(12), at(x + 24, 41)).map_err(plain)?;
+    for series in &chart.series {
+        let swatch = Rectangle::new([at(x, y + 2), at(x + 18, y + 10)], series.look.ink().light.filled());
+        area.draw(&swatch).map_err(plain)?;
+        area.draw_text(&series.name, &font(12), at(x + 24, y)).map_err(plain)?;
         x += 56 + 7 * u32::try_from(series.name.len())?;
     }
     Ok(())
