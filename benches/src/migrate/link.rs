@@ -213,8 +213,12 @@ impl Link {
         if self.cancellable && self.interrupt.requested() {
             return Err(End::Cancelled);
         }
+        // What came after an early reply, an end too, waits until that was seen.
+        if self.early.is_some() {
+            return Ok(());
+        }
         match self.replies.try_recv() {
-            Ok(Ok(reply)) if self.early.is_none() && !matches!(reply, Message::Refused(_)) => {
+            Ok(Ok(reply)) if !matches!(reply, Message::Refused(_)) => {
                 self.early = Some(reply);
                 Ok(())
             }

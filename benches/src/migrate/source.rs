@@ -260,9 +260,12 @@ impl<'a> Source<'a> {
             self.steering.sample(self.taken - self.cleared, pages::count(&self.dirty) + held_back);
         }
         let newly = work.net.saturating_sub(self.net_taken);
+        // Some of what is newly dirty may be waiting already.
+        let left = pages::count(&sweep.pending) + pages::count(&self.dirty) + newly;
+        let all = self.guest.memory().pages() as u64;
         let sample = Sample {
             at_s: now - self.begun,
-            left_pages: pages::count(&sweep.pending) + pages::count(&self.dirty) + newly,
+            left_pages: left.min(all),
             sent_bytes: self.link.sent,
             dirtied_pages: work.net.saturating_sub(self.first.net),
             budget_mib_s: mib_s(self.next.budget),
