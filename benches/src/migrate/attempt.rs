@@ -9,7 +9,7 @@ use super::cli::Plan;
 use super::guest::Guest;
 use super::link::{End, Link};
 use super::modes::{Mode, Steering, mib_s};
-use super::result::{Migrated, VcpuRecord, Verdict};
+use super::result::{Migrated, VcpuRecord, Verdict, kept};
 use super::source::{SILENCE, Source, Switched, Watcher};
 use crate::report::progress::Interrupt;
 use crate::workload::Workload;
@@ -70,7 +70,9 @@ impl Subject<'_> {
         migrated.memory_equal = source.unequal.map(|pages| pages == 0);
         migrated.unequal_pages = source.unequal;
         migrated.longest_stall_ms = migrated.longest_stall_ms.max(self.guest.longest_gap());
-        self.note_work(&mut migrated, source.accesses_before(), &before, time);
+        let (shares, lost) = kept(self.free, source.accesses_before(), &before, time);
+        migrated.vcpus.iter_mut().zip(shares).for_each(|(vcpu, share)| vcpu.work_kept_pct = share);
+        migrated.lost_guest_s = lost;
         (migrated.rounds, migrated.samples) = (source.rounds, source.samples);
         migrated
     }
@@ -105,20 +107,22 @@ impl Subject<'_> {
             counters_go_on: None,
             source_resumed_ms: None,
             source_work_pct: None,
+            source_paused_ms: None,
             attempt,
             ring: plan.ring,
             samples: Vec::new(),
         }
     }
 
-    /// Lets the guest run for a while, and returns what it does, in percent of the free guest's work.
-    pub(super) fn run_on(&self) -> Option<f64> {
-        let (before, begin) = (self.guest.accesses(), Instant::now());
+    /// Lets the guest run for a while, and notes what it does, and how much of that the limiter keeps it paused.
+    pub(super) fn run_on(&self, migrated: &mut Migrated) {
+        let (before, begin) = (self.guest.work(), Instant::now());
         thread::sleep(RUN_ON);
-        let (after, time) = (self.guest.accesses(), begin.elapsed().as_secs_f64());
-        let shares = after.iter().zip(&before).zip(self.free).filter(|&(_, &free)| free > 0.0);
-        let shares: Vec<_> = shares.map(|((after, before), free)| (after - before) as f64 / time / free).collect();
-        (!shares.is_empty()).then(|| 100.0 * shares.iter().sum::<f64>() / shares.len() as f64)
+        let (after, time) = (self.guest.work(), begin.elapsed());
+        let (shares, _) = kept(self.free, &before.accesses, &after.accesses, time);
+        let shares: Vec<_> = shares.into_iter().flatten().collect();
+        migrated.source_work_pct = (!shares.is_empty()).then(|| shares.iter().sum::<f64>() / shares.len() as f64);
+        migrated.source_paused_ms = Some(after.paused.saturating_sub(before.paused));
     }
 
     /// Runs `run`, and beside it keeps all vCPUs out of the guest for that share of the time, where the mode does so.
@@ -175,22 +179,6 @@ impl Subject<'_> {
                 migrated.reason += &format!("; and the guest cannot go on at the source: {error:#}");
                 None
             }
-        }
-    }
-
-    fn note_work(&self, migrated: &mut Migrated, first: &[u64], last: &[u64], time: Duration) {
-        let mut kept = Vec::new();
-        for ((vcpu, &free), (first, last)) in migrated.vcpus.iter_mut().zip(self.free).zip(first.iter().zip(last)) {
-            if free > 0.0 && !time.is_zero() {
-                let share = last.saturating_sub(*first) as f64 / time.as_secs_f64() / free;
-                vcpu.work_kept_pct = Some(100.0 * share);
-                // A reader that runs faster while a writer is throttled makes up for nothing that the writer lost.
-                kept.push(share.min(1.0));
-            }
-        }
-        if !kept.is_empty() {
-            let mean = kept.iter().sum::<f64>() / kept.len() as f64;
-            migrated.lost_guest_s = Some(time.as_secs_f64() * (1.0 - mean));
         }
     }
 }

@@ -14,6 +14,9 @@ use crate::guest::kvm::{Load, MAX_VCPUS};
 use crate::units::{parse_duration, parse_seconds, parse_size};
 use crate::workload::Workload;
 
+/// Entries of each vCPU's ring, unless told.
+pub(crate) const DEFAULT_RING: u32 = 1024;
+
 /// The options of `migrate`.
 #[derive(Clone, Debug, Args)]
 pub struct Migrate {
@@ -55,7 +58,7 @@ pub struct Migrate {
     pub retry: u32,
 
     /// Entries of each vCPU's dirty ring: a power of two, 256 to 65536
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_RING)]
     pub ring: u32,
 
     /// The longest single pause, 100us to 1s
@@ -130,25 +133,10 @@ impl Migrate {
         }
         let workloads = crate::cli::per_vcpu("--workload", &self.workload, count)?;
         let workloads: Vec<_> = workloads.into_iter().map(Workload::maskable).collect();
-        let loads: Vec<Load> = workloads.iter().map(|&workload| workload.into()).collect();
-        Layout::new(&loads)
-            .and_then(|layout| layout.with_ram(self.memory))
-            .map_err(|error| format!("--memory: {error:#}"))?;
-        if !self.ring.is_power_of_two() || !RING.contains(&self.ring) {
-            let (least, most) = (RING.start(), RING.end());
-            return Err(format!("--ring {}: a ring has a power of two of entries, {least} to {most}", self.ring));
-        }
-        let (us, ms, s) = (Duration::from_micros, Duration::from_millis, Duration::from_secs);
-        within("--max-pause", self.max_pause, us(100), s(1))?;
-        within("--downtime", self.downtime, ms(20), s(60))?;
-        within("--free-seconds", self.free_seconds, ms(0), s(3600))?;
-        if let Some(deadline) = self.deadline {
-            within("--deadline", deadline, ms(100), s(86_400))?;
-        }
         if self.connect == Some(Address::Inherited) {
             return Err("--connect: an address is unix:PATH or HOST:PORT".to_owned());
         }
-        Ok(Plan {
+        let plan = Plan {
             workloads,
             memory: self.memory,
             bandwidth: self.bandwidth.0,
@@ -162,6 +150,32 @@ impl Migrate {
             free: self.free_seconds,
             payload: self.payload.clone(),
             connect: self.connect.clone(),
-        })
+        };
+        plan.check().map(|()| plan)
+    }
+}
+
+impl Plan {
+    /// Whether the figures are in range.
+    ///
+    /// # Errors
+    /// One that is not; the message names its option and what is allowed.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let loads: Vec<Load> = self.workloads.iter().map(|&workload| workload.into()).collect();
+        Layout::new(&loads)
+            .and_then(|layout| layout.with_ram(self.memory))
+            .map_err(|error| format!("--memory: {error:#}"))?;
+        if !self.ring.is_power_of_two() || !RING.contains(&self.ring) {
+            let (least, most) = (RING.start(), RING.end());
+            return Err(format!("--ring {}: a ring has a power of two of entries, {least} to {most}", self.ring));
+        }
+        let (us, ms, s) = (Duration::from_micros, Duration::from_millis, Duration::from_secs);
+        within("--max-pause", self.max_pause, us(100), s(1))?;
+        within("--downtime", self.downtime, ms(20), s(60))?;
+        within("--free-seconds", self.free, ms(0), s(3600))?;
+        if let Some(deadline) = self.deadline {
+            within("--deadline", deadline, ms(100), s(86_400))?;
+        }
+        Ok(())
     }
 }

@@ -36,6 +36,8 @@ pub(super) struct Work {
     pub(super) net: u64,
     /// Ring entries.
     pub(super) gross: u64,
+    /// How long the limiter kept vCPUs paused, all together.
+    pub(super) paused: Duration,
 }
 
 impl Guest {
@@ -178,6 +180,7 @@ impl Guest {
             if let Ok(status) = self.limit.query(id(index)) {
                 work.net += status.totals.net_pages;
                 work.gross += status.totals.gross_pages;
+                work.paused += Duration::from_micros(status.totals.paused_us);
             }
         }
         work

@@ -77,7 +77,7 @@ pub fn migrate(plan: &Plan, interrupt: &Interrupt) -> Result<Migrated> {
         };
         drop(destination);
         if migrated.verdict != Verdict::Done {
-            migrated.source_work_pct = subject.run_on();
+            subject.run_on(&mut migrated);
             guest.check()?;
         }
         let again = migrated.verdict == Verdict::Failed && migrated.memory_equal != Some(false);

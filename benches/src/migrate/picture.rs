@@ -131,6 +131,7 @@ mod tests {
             counters_go_on: Some(true),
             source_resumed_ms: None,
             source_work_pct: None,
+            source_paused_ms: None,
             attempt: 1,
             ring: 1024,
             samples,

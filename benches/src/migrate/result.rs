@@ -95,6 +95,9 @@ pub struct Migrated {
     /// What the vCPUs that work did in the half second after that, at the source, in percent of the free guest's.
     #[serde(serialize_with = "opt_thousandths")]
     pub source_work_pct: Option<f64>,
+    /// How long the limiter kept its vCPUs paused in that half second, all together.
+    #[serde(serialize_with = "opt_millis")]
+    pub source_paused_ms: Option<Duration>,
     /// Which attempt it was.
     pub attempt: u32,
     /// Entries of each vCPU's ring.
@@ -168,6 +171,20 @@ impl Migrated {
     pub fn status(&self) -> u8 {
         if self.memory_equal == Some(false) || self.counters_go_on == Some(false) { 3 } else { self.verdict.status() }
     }
+}
+
+/// The work that each vCPU kept, in percent of its `free` accesses per second (`None` where it has none), and the lost guest
+/// time in seconds, from their accesses before and after `time`.
+pub(crate) fn kept(free: &[f64], before: &[u64], after: &[u64], time: Duration) -> (Vec<Option<f64>>, Option<f64>) {
+    let seconds = time.as_secs_f64();
+    let share = |((&free, before), after): ((&f64, &u64), &u64)| {
+        (free > 0.0 && seconds > 0.0).then(|| after.saturating_sub(*before) as f64 / seconds / free)
+    };
+    let shares: Vec<_> = free.iter().zip(before).zip(after).map(share).collect();
+    // A reader that runs faster while a writer is throttled makes up for nothing that the writer lost.
+    let lost: Vec<_> = shares.iter().flatten().map(|share| 1.0 - share.min(1.0)).collect();
+    let mean = (!lost.is_empty()).then(|| seconds * lost.iter().sum::<f64>() / lost.len() as f64);
+    (shares.into_iter().map(|share| share.map(|share| 100.0 * share)).collect(), mean)
 }
 
 fn seconds<S: Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {

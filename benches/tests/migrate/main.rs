@@ -48,9 +48,9 @@ fn migrate(arguments: &str) -> (i32, Value, String) {
 fn assert_runs_on(document: &Value, told: &str) {
     let resumed = document["source_resumed_ms"].as_f64();
     assert!(resumed.is_some_and(|ms| ms < 100.0), "{}: {told}", document["source_resumed_ms"]);
-    // Under the budgets of these tests it does less than a hundredth.
-    let work = document["source_work_pct"].as_f64();
-    assert!(work.is_some_and(|percent| percent > 10.0), "{}: {told}", document["source_work_pct"]);
+    // Nearly all of the half second, where a budget is still in force. How fast it is says how busy the host is, too.
+    let (work, paused) = (document["source_work_pct"].as_f64(), document["source_paused_ms"].as_f64());
+    assert!(work > Some(0.0) && paused.is_some_and(|ms| ms < 100.0), "{work:?}, {paused:?}: {told}");
 }
 
 #[test]
@@ -164,7 +164,7 @@ fn a_destination_that_dies_or_falls_silent_does_not_take_the_guest_along() {
                 let _ = stream.read_to_end(&mut Vec::new());
             }
         });
-        let (status, document, told) = migrate(&format!("{SMALL} --connect {address}"));
+        let (status, document, told) = migrate(&format!("{SMALL} --mode fixed=1MiB/s --connect {address}"));
         assert!(status == 1 && document["verdict"] == "failed", "{case}: {document}: {told}");
         let told_reason = document["reason"].as_str().unwrap();
         assert!(told_reason.contains(reason) || told_reason.contains("failed"), "{case}: {document}");
