@@ -55,9 +55,7 @@ impl<S> Round<'_, S> {
     /// # Errors
     /// [`Error::NoSlot`]; [`Error::BitmapSize`] where `bitmap` has fewer words than the slot: then nothing is forgotten.
     pub fn merge(&self, slot: u32, bitmap: &mut [u64]) -> Result<u64, Error> {
-        let found = self.limit.0.lock().slots.find(slot)?;
-        let given = bitmap.len();
-        let words = bitmap.get_mut(..found.words).ok_or(Error::BitmapSize { slot, given, needed: found.words })?;
+        let (found, words) = self.limit.room(slot, bitmap)?;
         self.limit.take(found, words)
     }
 
@@ -132,6 +130,20 @@ impl DirtyLimit {
         Ok(round)
     }
 
+    /// Ors the pages of a slot into `bitmap` that are dirty by now, as [`Round::merge`] does, but forgets none: nothing is reset, and
+    /// no page costs the guest another fault. A migration leaves out of the round that goes on what it would send again. A hint:
+    /// what KVM has not pushed yet (PML), and what is only in the backup bitmap (arm64), is missing. Allocates nothing, and holds
+    /// the VM's lock as `merge` does. From any thread.
+    ///
+    /// # Errors
+    /// [`Error::NoSlot`], [`Error::BitmapSize`].
+    pub fn peek(&self, slot: u32, bitmap: &mut [u64]) -> Result<(), Error> {
+        let (found, words) = self.room(slot, bitmap)?;
+        self.meter_each(|_, _| {});
+        let mut pieces = (0..).step_by(PIECE).zip(words.chunks_mut(PIECE));
+        pieces.try_for_each(|(first, piece)| self.0.lock().slots.peek(found, first, piece))
+    }
+
     /// For the last rounds of a migration: from now on the rings of limited vCPUs are kept empty, and kicks end their slices, so
     /// that a round leaves a slice of each in place of a ring ([`Round::held_back`]); or no longer. Costs the guest more exits
     /// and resets. From any thread; the running vCPUs are kicked at once, but with [`crate::Kick::Vmm`], where the VMM kicks them
@@ -197,6 +209,14 @@ impl DirtyLimit {
         let trusted = self.0.lock().slots.trust(slot)?;
         drop(trusted); // not under the lock
         Ok(())
+    }
+
+    /// A slot, and its words of the caller's bitmap.
+    fn room<'a>(&self, slot: u32, bitmap: &'a mut [u64]) -> Result<(Found, &'a mut [u64]), Error> {
+        let found = self.0.lock().slots.find(slot)?;
+        let given = bitmap.len();
+        let words = bitmap.get_mut(..found.words).ok_or(Error::BitmapSize { slot, given, needed: found.words })?;
+        Ok((found, words))
     }
 
     /// Ors the published pages of a slot into `taken`; returns how many they are.

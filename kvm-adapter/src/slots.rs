@@ -160,6 +160,16 @@ impl Slots {
         put(&mut slot.logged, page.offset, false) && was_dirty
     }
 
+    /// A slot and `count` of its words from `first` on, with the suspect pages among them dirty.
+    fn soiled(&mut self, found: Found, first: usize, count: usize) -> Result<(&mut Slot, Range<usize>), Error> {
+        let slot = self.again(found)?;
+        let words = slot.words(first, count);
+        for page in slot.suspect.range(words.start as u64 * BITS..words.end as u64 * BITS) {
+            put(&mut slot.dirty, *page, true);
+        }
+        Ok((slot, words))
+    }
+
     /// Ors the published pages of a slot into `taken`, from word `first` on; from now on they count as clean, but for the
     /// suspect ones. How many they are.
     pub(crate) fn take(&mut self, found: Found, first: usize, taken: &mut [u64]) -> Result<u64, Error> {
@@ -167,11 +177,7 @@ impl Slots {
         {
             self.pieces += 1;
         }
-        let slot = self.again(found)?;
-        let words = slot.words(first, taken.len());
-        for page in slot.suspect.range(words.start as u64 * BITS..words.end as u64 * BITS) {
-            put(&mut slot.dirty, *page, true);
-        }
+        let (slot, words) = self.soiled(found, first, taken.len())?;
         let mut pages = 0;
         for (dirty, taken) in slot.dirty[words].iter_mut().zip(taken) {
             // Memory that was never written is not touched.
@@ -181,6 +187,14 @@ impl Slots {
             }
         }
         Ok(pages)
+    }
+
+    /// Ors the pages of a slot into `seen`, from word `first` on, that a take finds once all rings were collected.
+    pub(crate) fn peek(&mut self, found: Found, first: usize, seen: &mut [u64]) -> Result<(), Error> {
+        let (slot, words) = self.soiled(found, first, seen.len())?;
+        let log = slot.logged[words.clone()].iter().zip(&slot.dirty[words]);
+        seen.iter_mut().zip(log).for_each(|(seen, (logged, dirty))| *seen |= logged | dirty);
+        Ok(())
     }
 
     /// Makes pages dirty whose bits are set in `words`, from word `first` on.

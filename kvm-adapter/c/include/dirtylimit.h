@@ -327,6 +327,13 @@ int dirtylimit_last_round(dirtylimit_t *limit, dirtylimit_round_t **round);
 // -ENOENT: no such slot. -EINVAL: the bitmap is too short, or not aligned, and nothing is forgotten.
 int dirtylimit_merge(dirtylimit_round_t *round, uint32_t slot, void *bitmap, size_t bytes, uint64_t *pages);
 
+// Ors the pages of a slot into bitmap that are dirty by now, as dirtylimit_merge does, but forgets none: nothing is reset, and no
+// page costs the guest another fault. A migration leaves out of the round that goes on what it would send again. A hint: what
+// KVM has not pushed yet (PML), and what is only in the backup bitmap (arm64), is missing. Any thread.
+//
+// -ENOENT: no such slot. -EINVAL: the bitmap is too short, or not aligned.
+int dirtylimit_peek(dirtylimit_t *limit, uint32_t slot, void *bitmap, size_t bytes);
+
 // Ring entries that the round itself has collected, reset and published; what vCPUs have published since the last merge comes
 // on top. 0 for NULL. The round's thread.
 uint64_t dirtylimit_round_published(dirtylimit_round_t *round);

@@ -113,15 +113,8 @@ pub unsafe extern "C" fn dirtylimit_merge(
     done(|| {
         // SAFETY: the header's rule for handles.
         let round = unsafe { get(round, "round") }?;
-        let words = bitmap.cast::<u64>();
-        if words.is_null() {
-            return Err(Failure::Null("bitmap"));
-        }
-        if !words.is_aligned() {
-            return Err(Failure::Caller(libc::EINVAL, "the bitmap is not aligned to 8 bytes"));
-        }
-        // SAFETY: aligned, and the caller's own, of that many bytes; every bit pattern is a word.
-        let words = unsafe { slice::from_raw_parts_mut(words, bytes / size_of::<u64>()) };
+        // SAFETY: the caller's own bitmap of that many bytes.
+        let words = unsafe { words(bitmap, bytes) }?;
         let merged = round.merge(slot, words)?;
         // SAFETY: NULL, or the caller's place for the count.
         if let Some(pages) = unsafe { pages.as_mut() } {
@@ -129,6 +122,37 @@ pub unsafe extern "C" fn dirtylimit_merge(
         }
         Ok(())
     })
+}
+
+/// Ors the pages of a slot into bitmap that are dirty by now, as dirtylimit_merge does, but forgets none: nothing is reset, and no
+/// page costs the guest another fault. A migration leaves out of the round that goes on what it would send again. A hint: what
+/// KVM has not pushed yet (PML), and what is only in the backup bitmap (arm64), is missing. Any thread.
+///
+/// -ENOENT: no such slot. -EINVAL: the bitmap is too short, or not aligned.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dirtylimit_peek(limit: *mut Limit, slot: u32, bitmap: *mut c_void, bytes: usize) -> c_int {
+    done(|| {
+        // SAFETY: the header's rule for handles; the caller's own bitmap of that many bytes.
+        let (limit, words) = unsafe { (get(limit, "limit")?, words(bitmap, bytes)?) };
+        limit.0.peek(slot, words)?;
+        Ok(())
+    })
+}
+
+/// The words of a bitmap.
+///
+/// # Safety
+/// NULL, or `bytes` bytes that nobody else uses while the words live.
+unsafe fn words<'a>(bitmap: *mut c_void, bytes: usize) -> Result<&'a mut [u64], Failure> {
+    let words = bitmap.cast::<u64>();
+    if words.is_null() {
+        return Err(Failure::Null("bitmap"));
+    }
+    if !words.is_aligned() {
+        return Err(Failure::Caller(libc::EINVAL, "the bitmap is not aligned to 8 bytes"));
+    }
+    // SAFETY: aligned, and the caller's own, of that many bytes; every bit pattern is a word.
+    Ok(unsafe { slice::from_raw_parts_mut(words, bytes / size_of::<u64>()) })
 }
 
 /// Ring entries that the round itself has collected, reset and published; what vCPUs have published since the last merge comes

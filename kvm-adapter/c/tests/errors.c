@@ -96,6 +96,7 @@ int main(void)
 	FAILS(dirtylimit_set_draining(NULL, 1), EINVAL, "limit is NULL");
 	FAILS(dirtylimit_last_round(NULL, &round), EINVAL, "limit is NULL");
 	FAILS(dirtylimit_merge(NULL, 0, &word, sizeof word, &pages), EINVAL, "round is NULL");
+	FAILS(dirtylimit_peek(NULL, 0, &word, sizeof word), EINVAL, "limit is NULL");
 	FAILS(dirtylimit_mark_dirty(NULL, 0, 0, 1), EINVAL, "limit is NULL");
 	FAILS(dirtylimit_trust_slot(NULL, 0), EINVAL, "limit is NULL");
 	FAILS(dirtylimit_set_limit(NULL, 0, 1), EINVAL, "limit is NULL");

@@ -83,6 +83,13 @@ fn a_merge_ors_and_nothing_is_forgotten_before_it_is_handed_over_whole() {
     assert_eq!(merge(round, SLOT, null_mut(), BYTES), (-libc::EINVAL, 0));
     assert_eq!(merge(round, SLOT + 1, bitmap, BYTES), (-libc::ENOENT, 0));
     assert_eq!(words[1], 0x30);
+    let mut seen = vec![8u64; BYTES / 8];
+    let mut peek = |slot, bytes| {
+        // SAFETY: a handle, and a bitmap of at least that size.
+        unsafe { dirtylimit_peek(vm.limit, slot, seen.as_mut_ptr().cast(), bytes) }
+    };
+    assert_eq!((peek(SLOT, BYTES - 1), peek(SLOT + 1, BYTES)), (-libc::EINVAL, -libc::ENOENT));
+    assert_eq!((peek(SLOT, BYTES), seen[0], seen[1]), (0, 8, 8 | 7));
     assert_eq!(merge(round, SLOT, words.as_mut_ptr().cast(), BYTES + 7), (0, 3));
     assert_eq!(words[1], 0x37);
     assert_eq!(merge(round, SLOT, words.as_mut_ptr().cast(), BYTES), (0, 0));

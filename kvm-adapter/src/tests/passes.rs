@@ -129,6 +129,35 @@ fn a_round_is_ored_into_the_callers_words_and_forgotten_once_it_was_handed_over_
 }
 
 #[test]
+fn what_is_dirty_is_seen_without_being_taken() {
+    let (fake, limit, _, _vcpu) = super::vm();
+    let words = usize::try_from(PAGES.div_ceil(64)).unwrap();
+    let peek = |bitmap: &mut [u64]| limit.peek(SLOT, bitmap);
+    let seen = || {
+        let mut bitmap = vec![0; words];
+        peek(&mut bitmap).unwrap();
+        pages(&bitmap)
+    };
+    let resets = || fake.resets();
+    fake.write_all(0, [3, 64]);
+    limit.mark_dirty(SLOT, 9_999..10_000).unwrap();
+    let before = resets();
+    assert_eq!(seen(), [3, 64, 9_999], "in a ring, and published");
+    assert_eq!((seen(), resets()), (vec![3, 64, 9_999], before), "again, and nothing is reset");
+    // Published and not taken; written again since; taken.
+    let round = limit.round().unwrap();
+    fake.write_all(0, [4]);
+    assert_eq!(seen(), [3, 4, 64, 9_999]);
+    assert_eq!(pages(&round.take(SLOT).unwrap()), [3, 64, 9_999], "each is still there");
+    assert_eq!(seen(), [4]);
+    let mut bitmap = vec![1 << 9; words + 1];
+    peek(&mut bitmap).unwrap();
+    assert_eq!((bitmap[0], bitmap[1], bitmap[words]), (1 << 9 | 1 << 4, 1 << 9, 1 << 9), "what was set stays");
+    assert!(matches!(peek(&mut vec![0; words - 1]), Err(Error::BitmapSize { .. })));
+    assert!(matches!(limit.peek(7, &mut bitmap), Err(Error::NoSlot(7))));
+}
+
+#[test]
 fn what_the_vmm_writes_itself_is_in_the_next_round_and_charged_to_nobody() {
     let (fake, limit, _, _vcpu) = super::vm();
     fake.write_all(0, [5]);
