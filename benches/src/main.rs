@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 use dirtylimit_bench::cli::{self, Cli, Command, Run};
-use dirtylimit_bench::compare::{self, Case, Compare};
+use dirtylimit_bench::compare::{self, Case, Compare, Migrating};
 use dirtylimit_bench::guest::{self, Progress};
 use dirtylimit_bench::late;
 use dirtylimit_bench::migrate::{self, cli::Migrate};
@@ -47,6 +47,10 @@ fn main() -> ExitCode {
             Err(message) => bad_usage("run", message),
         },
         Command::Scenario(scenarios) => scenario(&scenarios),
+        Command::Compare(asked) if asked.migration.migrate => match asked.migrating() {
+            Ok(migrating) => migrations(&asked, &migrating),
+            Err(message) => bad_usage("compare", message),
+        },
         Command::Compare(asked) => match asked.cases() {
             Ok(cases) => side_by_side(&asked, &cases),
             Err(message) => bad_usage("compare", message),
@@ -237,12 +241,25 @@ fn side_by_side(asked: &Compare, cases: &[Case]) -> Result<ExitCode> {
     let mut page = asked.report.as_deref().map(page::prepare).transpose()?;
     distinct(&[json.as_ref(), page.as_ref()])?;
     kvm().context("a comparison needs the real thing")?;
-    let peer = asked.find_peer()?;
-    let comparison = asked.run(cases, &peer, &Interrupt::install()?)?;
+    let peers = asked.find_peers()?;
+    let comparison = asked.run(cases, &peers[0], &Interrupt::install()?)?;
     let mut outcome = Outcome(if comparison.lost_pages > 0 { LOST } else { 0 });
     outcome.show(&comparison, json.as_ref());
     outcome.document(&comparison, json.as_mut());
     outcome.page(|| compare::page(&comparison), page.as_mut());
+    Ok(outcome.status())
+}
+
+fn migrations(asked: &Compare, migrating: &Migrating) -> Result<ExitCode> {
+    let mut json = asked.json.as_deref().map(|path| Output::document("--json", path)).transpose()?;
+    let mut page = asked.report.as_deref().map(page::prepare).transpose()?;
+    distinct(&[json.as_ref(), page.as_ref()])?;
+    kvm().context("a comparison needs the real thing")?;
+    let migrations = migrating.run(&asked.find_peers()?, &Interrupt::install()?)?;
+    let mut outcome = Outcome(if migrations.lost() { LOST } else { 0 });
+    outcome.show(&migrations, json.as_ref());
+    outcome.document(&migrations, json.as_mut());
+    outcome.page(|| compare::migrations_page(&migrations), page.as_mut());
     Ok(outcome.status())
 }
 

@@ -71,6 +71,13 @@ fn bad_usage_exits_2_and_says_what_is_allowed() {
         ("--seconds 0", "1 to 3600"),
         ("--workload random:4MiB", "write, slow, burst, read and idle"),
         ("--peer xen", "[possible values: qemu, stepped]"),
+        ("--qemu a --qemu b", "one QEMU at a time"),
+        ("--memory 64MiB", "--migrate"),
+        ("--migrate --ring 1024", "cannot be used with"),
+        ("--migrate --deadline 10ms", "1s to 3600s is allowed"),
+        ("--migrate --bandwidth none", "whole MiB/s"),
+        ("--migrate --memory 64MiB", "240 to"),
+        ("--migrate --limit 100", "whole MiB/s"),
     ] {
         let output = compare(arguments);
         assert_eq!(output.status.code(), Some(2), "`{arguments}`: {output:?}");
@@ -189,4 +196,59 @@ fn the_rom_is_written_with_the_command_that_starts_it() {
     let command = text(&output.stdout);
     assert!(command.starts_with("qemu-system-x86_64 -accel "), "{command}");
     assert!(command.contains(&file.display().to_string()), "{command}");
+}
+
+/// A guest that is small, and converges by itself.
+const MIGRATED: &str = "--migrate --workload write:16MiB,idle --memory 64MiB --bandwidth 100MiB/s --rounds 1 --deadline 10s \
+                        --free-seconds 1 --json -";
+
+fn migrations(output: &Output) -> Vec<Value> {
+    assert!(output.status.success(), "{output:?}");
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&document["memory_mib"], &document["downtime_allowed_ms"]), (&64.into(), &300.0.into()));
+    document["sides"].as_array().unwrap().clone()
+}
+
+#[test]
+fn without_qemu_our_modes_are_migrated_alone() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let output = program(MIGRATED).env("PATH", "/").output().unwrap();
+    assert!(text(&output.stderr).contains("our own modes alone"), "{output:?}");
+    let sides = migrations(&output);
+    let who: Vec<_> = sides.iter().map(|side| side["who"].as_str().unwrap()).collect();
+    assert_eq!(who, ["goal", "half", "ramp", "uniform"].map(|mode| format!("dirtylimit, {mode}")));
+    for side in &sides {
+        let round = &side["rounds"][0];
+        assert!(round["verdict"] == "done" && round["memory_equal"] == true && side["command"].is_null(), "{side}");
+    }
+}
+
+#[test]
+fn a_real_qemu_migrates_the_same_guest() {
+    if !kvm_or_skip() || !qemu_or_skip() {
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("dirtylimit-migrations-{}", std::process::id()));
+    let output = program(MIGRATED).args(["--limit", "20MiB/s", "--report"]).arg(&folder).output().unwrap();
+    let sides = migrations(&output);
+    let page = fs::read_to_string(folder.join("index.html")).unwrap();
+    fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(sides.len(), 7);
+    for (side, with) in sides.iter().zip([", none", ", auto-converge", ", dirty-limit 20"]) {
+        let (who, command) = (side["who"].as_str().unwrap(), side["command"].as_str().unwrap());
+        assert!(who.starts_with("QEMU ") && who.ends_with(with) && page.contains(who), "{who}");
+        assert_eq!(command.contains("dirty-ring-size=4096"), with.contains("dirty-limit"), "{command}");
+        let round = &side["rounds"][0];
+        let number = |name: &str| round[name].as_f64().unwrap_or_else(|| panic!("{who} has no {name}: {round}"));
+        // Whether it comes about is for the host to say; if it does, what was written once was sent once.
+        assert!(round["verdict"] == "done" || round["verdict"] == "unreachable", "{side}");
+        if round["verdict"] == "done" {
+            assert!(number("sent_mib") > 16.0 && number("total_s") > 0.1 && number("total_s") < 12.0, "{side}");
+            assert!(number("downtime_ms") > 0.0 && number("downtime_ms") < 1e3 * number("total_s"), "{side}");
+            assert!(number("lost_guest_s") <= number("total_s"), "{side}");
+        }
+        assert!(round["work_kept_pct"][0].as_f64() > Some(0.0) && round["memory_equal"].is_null(), "{side}");
+    }
 }

@@ -10,7 +10,7 @@ use crate::workload::Workload;
 
 const MIB: u64 = 1 << 20;
 /// The working set of a writer that is alone.
-const SET: Workload = Workload::Write(224 * MIB);
+pub(super) const SET: Workload = Workload::Write(224 * MIB);
 
 /// One case: the same guest, limit and ring for both.
 #[derive(Clone, Debug, PartialEq)]
@@ -93,7 +93,7 @@ fn or<T>(values: Vec<T>, usual: T) -> Vec<T> {
     if values.is_empty() { vec![usual] } else { values }
 }
 
-fn whole(limit: PageRate) -> Result<u32, String> {
+pub(super) fn whole(limit: PageRate) -> Result<u32, String> {
     let mib_s = mib_per_sec(limit, PAGE_SIZE);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "whole and in range, checked first")]
     match mib_s {

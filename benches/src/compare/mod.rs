@@ -5,6 +5,7 @@
 //! rounds, so that a spell of noise on the host does not fall on one side alone, and of each measure the median is told.
 
 mod cases;
+mod migration;
 mod page;
 mod qemu;
 mod result;
@@ -28,7 +29,9 @@ use crate::report::progress::Interrupt;
 use crate::units::{parse_duration, parse_rate, parse_seconds};
 use crate::workload::Workload;
 pub use cases::Case;
+pub use migration::{Migrating, Migration, Migrations, page as migrations_page};
 pub use page::page;
+use qemu::Board;
 use result::Compared;
 pub use result::Comparison;
 use trial::Trial;
@@ -74,9 +77,9 @@ pub struct Compare {
     #[arg(long, value_enum, value_name = "PEER")]
     pub peer: Option<PeerKind>,
 
-    /// The QEMU to use [default: qemu-system-x86_64 of the PATH]
+    /// The QEMU to use [default: qemu-system-x86_64 of the PATH]; with --migrate there may be several
     #[arg(long, value_name = "PATH")]
-    pub qemu: Option<PathBuf>,
+    pub qemu: Vec<PathBuf>,
 
     /// Write the result as JSON; `-` is standard output, and nothing else goes there then
     #[arg(long, value_name = "FILE|-")]
@@ -85,6 +88,10 @@ pub struct Compare {
     /// Write a page with pictures into this directory
     #[arg(long, value_name = "DIR")]
     pub report: Option<PathBuf>,
+
+    /// Migrations in the place of limits.
+    #[command(flatten)]
+    pub migration: Migration,
 
     /// Compare nothing: write the ROM that runs the first case's guest under QEMU, and say how to start it
     #[arg(long, value_name = "FILE")]
@@ -135,30 +142,34 @@ impl Compare {
         if !(Duration::from_micros(100)..=Duration::from_secs(1)).contains(&self.max_pause) {
             return Err(format!("--max-pause {:?}: 100µs to 1s is allowed", self.max_pause));
         }
+        if self.qemu.len() > 1 {
+            return Err("--qemu: limits are compared with one QEMU at a time".to_owned());
+        }
         if self.limit.is_empty() && self.ring.is_empty() && self.workload.is_empty() {
             return Ok(cases::usual());
         }
         cases::asked(&self.limit, &self.ring, &self.workload)
     }
 
-    /// Finds whom to compare with, and says so on stderr where it is not QEMU.
+    /// Finds whom to compare with, and says so on stderr where it is not QEMU. Never none.
     ///
     /// # Errors
     /// A QEMU that was asked for and is not there, or one that does not start.
-    pub fn find_peer(&self) -> Result<Peer> {
+    pub fn find_peers(&self) -> Result<Vec<Peer>> {
         if self.peer == Some(PeerKind::Stepped) {
-            return Ok(Peer::Stepped);
+            return Ok(vec![Peer::Stepped]);
         }
-        let path = self.qemu.clone().unwrap_or_else(|| QEMU.into());
-        match qemu::version(&path) {
-            Ok(version) => Ok(Peer::Qemu(path, version)),
-            Err(error) if self.peer.is_none() && self.qemu.is_none() && is_missing(&error) => {
-                tell(format_args!("There is no {QEMU} here ({HOW}): compared with the policy `stepped` instead."));
+        let found = |path: &PathBuf| match qemu::version(path) {
+            Ok(version) => Ok(Peer::Qemu(path.clone(), version)),
+            Err(error) if self.peer.is_none() && self.qemu.is_empty() && is_missing(&error) => {
+                let instead = if self.migration.migrate { "our own modes alone" } else { "the policy `stepped`" };
+                tell(format_args!("There is no {QEMU} here ({HOW}): compared with {instead} instead."));
                 Ok(Peer::Stepped)
             }
             Err(error) if is_missing(&error) => Err(error.context(HOW)),
             Err(error) => Err(error),
-        }
+        };
+        if self.qemu.is_empty() { Ok(vec![found(&QEMU.into())?]) } else { self.qemu.iter().map(found).collect() }
     }
 
     /// Compares, and says on stderr what it is at. If the user interrupts it, what there is is told.
@@ -203,15 +214,15 @@ impl Compare {
     /// # Errors
     /// A guest for which the ROM has no room.
     pub fn rom(&self, case: &Case, file: &Path) -> Result<(Vec<u8>, String)> {
-        let (rom, ram) = trial::rom_of(&self.plan(case, PolicyKind::Paced))?;
-        let program = self.qemu.clone().unwrap_or_else(|| QEMU.into());
-        Ok((rom, command(&program, file, case, ram)))
+        let (rom, ram) = trial::rom_of(&case.workloads, None)?;
+        let program = self.qemu.first().map_or(Path::new(QEMU), PathBuf::as_path);
+        Ok((rom, command(program, file, &board(case, ram))))
     }
 
     fn peer_command(&self, case: &Case, peer: &Peer) -> Option<String> {
         let Peer::Qemu(program, _) = peer else { return None };
-        let (_, ram) = trial::rom_of(&self.plan(case, PolicyKind::Paced)).ok()?;
-        Some(command(program, Path::new("ROM"), case, ram))
+        let (_, ram) = trial::rom_of(&case.workloads, None).ok()?;
+        Some(command(program, Path::new("ROM"), &board(case, ram)))
     }
 
     fn plan(&self, case: &Case, policy: PolicyKind) -> crate::plan::Plan {
@@ -230,9 +241,12 @@ impl Compare {
     }
 }
 
-fn command(program: &Path, rom: &Path, case: &Case, ram: u64) -> String {
-    let rom = rom.to_string_lossy();
-    let arguments = qemu::arguments(&rom, case.ring, case.workloads.len(), ram);
+fn board(case: &Case, ram: u64) -> Board {
+    Board { ring: Some(case.ring), vcpus: case.workloads.len(), ram }
+}
+
+fn command(program: &Path, rom: &Path, board: &Board) -> String {
+    let arguments = board.arguments(&rom.to_string_lossy());
     let words = std::iter::once(program.to_string_lossy()).chain(arguments.iter().map(|word| word.into()));
     let words: Vec<_> = words.collect();
     shlex::try_join(words.iter().map(AsRef::as_ref)).unwrap_or_else(|_| words.join(" "))

@@ -11,7 +11,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
-use qapi::qmp::{self, DirtyRateMeasureMode};
+use qapi::qmp::{self, DirtyRateMeasureMode, Event};
 use qapi::{ExecuteError, Qmp, Stream};
 
 use crate::guest::kvm::layout::STATS;
@@ -28,14 +28,28 @@ pub(super) type Counters = [u64; WORDS];
 
 type Link = Qmp<Stream<BufReader<UnixStream>, BufWriter<UnixStream>>>;
 
-/// The arguments of a QEMU with that ROM, without how it is driven.
-pub(super) fn arguments(rom: &str, ring: u32, vcpus: usize, ram: u64) -> Vec<String> {
-    let line = format!(
-        "-accel kvm,dirty-ring-size={ring} -machine pc -cpu qemu64 -smp {vcpus},sockets={vcpus} -m {}M -nodefaults \
-         -no-user-config -no-reboot -display none -bios",
-        ram >> 20
-    );
-    line.split(' ').chain([rom]).map(str::to_owned).collect()
+/// A machine that is to be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Board {
+    /// Entries of each vCPU's dirty ring; `None`: pages are logged in KVM's bitmap.
+    pub(super) ring: Option<u32>,
+    pub(super) vcpus: usize,
+    /// Bytes of memory.
+    pub(super) ram: u64,
+}
+
+impl Board {
+    /// The arguments of a QEMU with that ROM, without how it is driven.
+    pub(super) fn arguments(&self, rom: &str) -> Vec<String> {
+        let Self { ring, vcpus, ram } = self;
+        let ring = ring.map_or(String::new(), |ring| format!(",dirty-ring-size={ring}"));
+        let line = format!(
+            "-accel kvm{ring} -machine pc -cpu qemu64 -smp {vcpus},sockets={vcpus} -m {}M -nodefaults -no-user-config \
+             -no-reboot -display none -bios",
+            ram >> 20
+        );
+        line.split(' ').chain([rom]).map(str::to_owned).collect()
+    }
 }
 
 /// What a QEMU calls itself.
@@ -62,18 +76,18 @@ pub(super) struct Qemu {
 }
 
 impl Qemu {
-    /// Starts it. The guest may not have begun yet.
+    /// Starts it, with `more` arguments. The guest may not have begun yet.
     ///
     /// # Errors
     /// It cannot be started, ends at once (no KVM, no dirty ring, bad options), or does not speak QMP.
-    pub(super) fn start(program: &Path, rom: &[u8], ring: u32, vcpus: usize, ram: u64) -> Result<Self> {
+    pub(super) fn start(program: &Path, rom: &[u8], board: Board, more: &[&str]) -> Result<Self> {
         let (image, saved, errors) = (nameless(c"rom")?, nameless(c"stats")?, nameless(c"errors")?);
         image.write_all_at(rom, 0)?;
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(PATIENCE))?;
         ours.set_write_timeout(Some(PATIENCE))?;
         let mut command = Command::new(program);
-        command.args(arguments(&path(&image), ring, vcpus, ram)).args(["-qmp", "stdio"]);
+        command.args(board.arguments(&path(&image))).args(more).args(["-qmp", "stdio"]);
         command.stdin(OwnedFd::from(theirs.try_clone()?)).stdout(OwnedFd::from(theirs)).stderr(errors.try_clone()?);
         // In a group of its own, Ctrl-C on the terminal is for us alone.
         command.process_group(0);
@@ -89,7 +103,7 @@ impl Qemu {
         // `command` holds the other end of the link: without it, a QEMU that ends is noticed.
         drop(command);
         let link = Qmp::new(Stream::new(BufReader::new(ours.try_clone()?), BufWriter::new(ours)));
-        let mut qemu = Self { child, link, vcpus, saved, errors };
+        let mut qemu = Self { child, link, vcpus: board.vcpus, saved, errors };
         // The greeting is waited for here: the handshake takes its absence for a bug.
         loop {
             match qemu.link.inner_mut().fill_buf() {
@@ -194,8 +208,21 @@ impl Qemu {
         self.child.id()
     }
 
-    fn execute<C: qapi::Command>(&mut self, command: C) -> Result<C::Ok> {
+    /// Executes a command.
+    ///
+    /// # Errors
+    /// QEMU fails or refuses.
+    pub(super) fn execute<C: qapi::Command>(&mut self, command: C) -> Result<C::Ok> {
         self.link.execute(&command).map_err(|error| self.failed(C::NAME, error))
+    }
+
+    /// What has happened since it was last asked.
+    ///
+    /// # Errors
+    /// QEMU fails.
+    pub(super) fn events(&mut self) -> Result<Vec<Event>> {
+        self.execute(qmp::query_version {})?;
+        Ok(self.link.events().collect())
     }
 
     fn failed(&mut self, command: &str, error: ExecuteError) -> Error {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::qemu::{Counters, Qemu};
+use super::qemu::{Board, Counters, Qemu};
 use super::rom;
 use crate::guest::kvm::affinity::{allowed_cpus, pin_thread};
 use crate::guest::kvm::layout::Layout;
@@ -18,6 +18,7 @@ use crate::probe;
 use crate::record::{GuestKind, Recording, Sample, Stalls, VcpuRecording};
 use crate::report::progress::Interrupt;
 use crate::units::{PAGE_SIZE, mib_per_sec};
+use crate::workload::Workload;
 use dirtylimit_test_vm::host_tsc_hz;
 use dirtylimit_test_vm::payload::{self, Parameters, stats};
 
@@ -120,13 +121,17 @@ fn sample(at: Duration, count: u64) -> Sample {
     Sample { at, net: count, gross: count, paused: Duration::ZERO }
 }
 
-/// The ROM for the plan's vCPUs, and the memory of its machine.
+/// The ROM for vCPUs with these workloads, and the memory of its machine: `ram` bytes, or as much as they need.
 ///
 /// # Errors
 /// A guest for which there is no room.
-pub(super) fn rom_of(plan: &Plan) -> Result<(Vec<u8>, u64)> {
-    let loads: Vec<_> = plan.vcpus.iter().map(|vcpu| vcpu.workload.into()).collect();
+pub(super) fn rom_of(workloads: &[Workload], ram: Option<u64>) -> Result<(Vec<u8>, u64)> {
+    let loads: Vec<_> = workloads.iter().map(|&workload| workload.into()).collect();
     let layout = Layout::new(&loads)?;
+    let layout = match ram {
+        Some(ram) => layout.with_ram(ram)?,
+        None => layout,
+    };
     // No doorbell: QEMU has no device there, and each store would cost it a lookup under its big lock.
     let blocks: Vec<Parameters> = (0..loads.len()).map(|index| layout.parameters(index, host_tsc_hz(), 0)).collect();
     Ok((rom::image(&blocks, layout.ram(), payload::image())?, layout.ram()))
@@ -137,10 +142,12 @@ pub(super) fn rom_of(plan: &Plan) -> Result<(Vec<u8>, u64)> {
 /// # Errors
 /// QEMU cannot be started, fails or hangs; its guest does not begin.
 pub(super) fn qemu(plan: &Plan, program: &Path, interrupt: &Interrupt) -> Result<Trial> {
-    let (rom, ram) = rom_of(plan)?;
-    let mut qemu = Qemu::start(program, &rom, plan.ring, plan.vcpus.len(), ram)?;
+    let workloads: Vec<_> = plan.vcpus.iter().map(|vcpu| vcpu.workload).collect();
+    let (rom, ram) = rom_of(&workloads, None)?;
+    let board = Board { ring: Some(plan.ring), vcpus: workloads.len(), ram };
+    let mut qemu = Qemu::start(program, &rom, board, &[])?;
     qemu.boot()?;
-    place(&mut qemu, plan)?;
+    place(&mut qemu, workloads.len())?;
     let first = qemu.counters()?;
     let recorded = plan.vcpus.iter().enumerate().map(|(index, vcpu)| VcpuRecording {
         index,
@@ -166,9 +173,9 @@ pub(super) fn qemu(plan: &Plan, program: &Path, interrupt: &Interrupt) -> Result
 }
 
 /// Where there are as many vCPUs as CPUs, each gets its own, as under ours.
-fn place(qemu: &mut Qemu, plan: &Plan) -> Result<()> {
+pub(super) fn place(qemu: &mut Qemu, vcpus: usize) -> Result<()> {
     let cpus = allowed_cpus().unwrap_or_default();
-    if cpus.len() == plan.vcpus.len() {
+    if cpus.len() == vcpus {
         for (thread, cpu) in qemu.threads()?.into_iter().zip(cpus) {
             // Only fairness hangs on it, so a system that does not let us pin is no error.
             let _ = pin_thread(thread, &[cpu]);
@@ -281,7 +288,7 @@ impl QemuRun<'_> {
 ///
 /// The longest is exact if it is the longest since the guest began; else it is the upper end of the highest step of the
 /// histograms in which one was counted, and so at most 50 µs too long, or from 20 ms on at most twice as long.
-fn stalls_between(before: &Counters, after: &Counters, units: &Stalls) -> Stalls {
+pub(super) fn stalls_between(before: &Counters, after: &Counters, units: &Stalls) -> Stalls {
     let grown = |word: usize| after[word] - before[word];
     let shift = stats::fine_shift(units.tsc_hz);
     let histogram: [u64; stats::HISTOGRAM_WORDS] = std::array::from_fn(|bit| grown(stats::HISTOGRAM + bit));

@@ -32,7 +32,7 @@ pub(super) struct Guest {
 pub(super) struct Work {
     /// Accesses of each vCPU, as the guest counts them.
     pub(super) accesses: Vec<u64>,
-    /// Pages newly dirtied since the log was last taken.
+    /// Pages newly dirtied since each was last taken.
     pub(super) net: u64,
     /// Ring entries.
     pub(super) gross: u64,
@@ -149,6 +149,11 @@ impl Guest {
         let round: Round<'_, Running> = self.limit.round().context("a round of the dirty log")?;
         round.merge(SLOT, bitmap).context("a round of the dirty log")?;
         Ok(round.held_back())
+    }
+
+    /// Adds the pages to `bitmap` that are dirty by now; they stay in the log.
+    pub(super) fn peek(&self, bitmap: &mut [u64]) -> Result<()> {
+        self.limit.peek(SLOT, bitmap).context("a look at the dirty log")
     }
 
     /// The last round, with the guest stopped.

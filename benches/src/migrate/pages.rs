@@ -32,6 +32,11 @@ pub(super) fn count(bitmap: &[u64]) -> u64 {
     bitmap.iter().map(|word| u64::from(word.count_ones())).sum()
 }
 
+/// How many pages are in one of two.
+pub(super) fn count_either(one: &[u64], other: &[u64]) -> u64 {
+    one.iter().zip(other).map(|(one, other)| u64::from((one | other).count_ones())).sum()
+}
+
 pub(super) fn has(bitmap: &[u64], page: usize) -> bool {
     bitmap.get(page / 64).is_some_and(|word| word >> (page % 64) & 1 != 0)
 }

@@ -21,10 +21,13 @@ const SWITCH_PATIENCE: u32 = 10;
 const SWITCH_PATIENCE_LEAST: Duration = Duration::from_secs(2);
 /// How long the destination may take to make room for the guest.
 const WELCOME: Duration = Duration::from_secs(60);
-/// Distance between two looks at the counters, and between two looks at the log within a round of a free guest.
+/// Distance between two looks at the counters and the log within a round.
 const LOOK: Duration = Duration::from_millis(20);
-/// Distance between two rates that the steering is told of.
+/// How long a free guest is watched once all its pages are protected, for the rate that the steering is told of.
 const WATCH: Duration = Duration::from_millis(250);
+/// When all are protected again within a round, for the first time; then whenever the round is twice as long. Each time costs
+/// the guest a fault for each of its pages, and without it nothing tells a guest that rests from one whose pages are all dirty.
+const PROTECT: Duration = Duration::from_millis(500);
 
 /// What the switch brought.
 #[derive(Debug)]
@@ -47,6 +50,17 @@ pub(super) trait Watcher {
     fn round(&mut self, number: usize, record: &RoundRecord, next: &Next);
 }
 
+/// What a free guest dirties, for a while, from when all its pages were protected.
+#[derive(Debug)]
+struct Watch {
+    since: Instant,
+    /// Ring entries until then.
+    gross: u64,
+    told: bool,
+    /// How long into the round they are protected again.
+    again: Duration,
+}
+
 /// A migration under way.
 pub(super) struct Source<'a> {
     guest: &'a Guest,
@@ -56,17 +70,16 @@ pub(super) struct Source<'a> {
     /// Percent of the time that all vCPUs are kept out of the guest, for the thread that does so.
     held_percent: &'a AtomicU32,
     watcher: &'a mut dyn Watcher,
-    /// Dirty, and to be sent in the next round.
+    /// Taken, and to be sent in the next round.
     dirty: Bitmap,
+    /// Dirty again in the round that goes on, and still in the log.
+    again: Bitmap,
     next: Next,
     pub(super) begun: Instant,
-    /// When the log was last cleared for a round, and when it was last taken.
-    cleared: Instant,
+    /// When the log was last taken for a round.
     taken: Instant,
-    /// Pages newly dirtied, as of then.
-    net_taken: u64,
     looked: Instant,
-    watched: (Instant, u64),
+    watch: Watch,
     first: Work,
     pub(super) rounds: Vec<RoundRecord>,
     pub(super) samples: Vec<Sample>,
@@ -94,13 +107,12 @@ impl<'a> Source<'a> {
             held_percent,
             watcher,
             dirty: pages::all(guest.memory().pages()),
+            again: Bitmap::new(),
             next: Next::default(),
             begun: now,
-            cleared: now,
             taken: now,
-            net_taken: 0,
             looked: now,
-            watched: (now, 0),
+            watch: Watch { since: now, gross: 0, told: true, again: PROTECT },
             first: Work::default(),
             rounds: Vec::new(),
             samples: Vec::new(),
@@ -125,9 +137,9 @@ impl<'a> Source<'a> {
         self.guest.measure_gaps();
         self.first = self.guest.work();
         let now = Instant::now();
-        (self.begun, self.cleared, self.taken, self.looked) = (now, now, now, now);
-        (self.net_taken, self.watched) = (self.first.net, (now, self.first.gross));
+        (self.begun, self.taken, self.looked) = (now, now, now);
         self.guest.log(true)?;
+        self.watch = Watch { since: now, gross: self.first.gross, told: false, again: PROTECT };
         self.apply(first)?;
         loop {
             self.round()?;
@@ -171,20 +183,19 @@ impl<'a> Source<'a> {
     /// Sends what is dirty, looks what is dirty then, and puts in force what follows.
     fn round(&mut self) -> Result<(), End> {
         let mut record = RoundRecord::default();
-        let words = self.dirty.len();
-        let mut sweep = Sweep::new(std::mem::replace(&mut self.dirty, vec![0; words]));
+        let mut sweep = self.sweep();
         let sent_before = self.link.sent;
         self.send(&mut sweep, &mut record)?;
         self.guest.check()?;
-        let held_back = self.take()?;
-        self.net_taken = self.guest.work().net;
-        let (now, cleared) = (Instant::now(), self.cleared);
-        self.cleared = now;
+        let held_back = self.guest.round(&mut self.dirty)?;
+        let (now, before) = (Instant::now(), self.taken);
+        self.taken = now;
+        self.watch = Watch { since: now, gross: self.guest.work().gross, told: false, again: PROTECT };
         let left = pages::count(&self.dirty) + held_back;
         let round = Round {
             sent: self.link.sent - sent_before,
             sending: nanos(record.send_s),
-            length: nanos(now - cleared),
+            length: nanos(now - before),
             left,
             redirtied: left,
             held_back,
@@ -192,7 +203,7 @@ impl<'a> Source<'a> {
             ..Round::default()
         };
         let next = self.steering.finish_round(&round);
-        record.length_s = now - cleared;
+        record.length_s = now - before;
         (record.left_pages, record.held_back_pages) = (left, held_back);
         (record.budget_mib_s, record.held_percent) = (mib_s(next.budget), next.held_percent);
         (record.verdict, record.reason) = (next.verdict.clone(), next.reason.clone());
@@ -207,15 +218,21 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
-    /// Sends the pages of `sweep`, but those that are known to be dirty again: under a budget nobody looks, for a page that
-    /// was taken is charged again.
+    /// What is dirty, to be sent; nothing is dirty again yet.
+    fn sweep(&mut self) -> Sweep {
+        let none = vec![0; self.dirty.len()];
+        self.again.clone_from(&none);
+        Sweep::new(std::mem::replace(&mut self.dirty, none))
+    }
+
+    /// Sends the pages of `sweep`, but those that are known to be dirty again.
     fn send(&mut self, sweep: &mut Sweep, record: &mut RoundRecord) -> Result<(), End> {
         let mut batch = Batch::default();
         let memory = self.guest.memory();
         self.link.resume();
         loop {
             let start = Instant::now();
-            if !sweep.next(memory, &self.dirty, &mut batch) {
+            if !sweep.next(memory, &self.again, &mut batch) {
                 return Ok(());
             }
             record.sent_pages += batch.pages;
@@ -237,41 +254,40 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Takes the log into `dirty`; returns how many pages are held back.
-    fn take(&mut self) -> Result<u64, End> {
-        let held_back = self.guest.round(&mut self.dirty)?;
-        self.taken = Instant::now();
-        Ok(held_back)
-    }
-
-    /// Looks at the counters within a round, and, where the guest is free, at the log.
+    /// Looks at the counters within a round, and at what is dirty again.
     fn look(&mut self, sweep: &Sweep) -> Result<(), End> {
         let work = self.guest.work();
         let now = Instant::now();
         self.looked = now;
-        let (since, gross) = self.watched;
-        if now - since >= WATCH {
-            self.steering.watch(now - since, work.gross.saturating_sub(gross));
-            self.watched = (now, work.gross);
-        }
+        self.guest.peek(&mut self.again)?;
         if self.next.budget.is_none() {
-            let held_back = self.take()?;
-            self.net_taken = work.net;
-            self.steering.sample(self.taken - self.cleared, pages::count(&self.dirty) + held_back);
+            self.steering.sample(now - self.taken, pages::count(&self.again));
+            self.watch(now, work.gross)?;
         }
-        let newly = work.net.saturating_sub(self.net_taken);
-        // Some of what is newly dirty may be waiting already.
-        let left = pages::count(&sweep.pending) + pages::count(&self.dirty) + newly;
-        let all = self.guest.memory().pages() as u64;
         let sample = Sample {
             at_s: now - self.begun,
-            left_pages: left.min(all),
+            left_pages: pages::count_either(&sweep.pending, &self.again),
             sent_bytes: self.link.sent,
             dirtied_pages: work.net.saturating_sub(self.first.net),
             budget_mib_s: mib_s(self.next.budget),
         };
         self.samples.push(sample);
         self.watcher.sample(self.rounds.len() + 1, sample, &self.next);
+        Ok(())
+    }
+
+    /// Tells how fast a guest without a throttle dirties pages that are protected.
+    fn watch(&mut self, now: Instant, gross: u64) -> Result<(), End> {
+        let watch = &mut self.watch;
+        if !watch.told && now - watch.since >= WATCH {
+            self.steering.watch(now - watch.since, gross.saturating_sub(watch.gross));
+            watch.told = true;
+        }
+        if now - self.taken >= watch.again {
+            self.guest.round(&mut self.dirty)?;
+            let again = 2 * watch.again;
+            *watch = Watch { since: Instant::now(), gross: self.guest.work().gross, told: false, again };
+        }
         Ok(())
     }
 
@@ -286,8 +302,7 @@ impl<'a> Source<'a> {
         let mut record =
             RoundRecord { verdict: "switched".into(), reason: "the last round".into(), ..RoundRecord::default() };
         self.guest.last_round(&mut self.dirty)?;
-        let words = self.dirty.len();
-        let mut sweep = Sweep::new(std::mem::replace(&mut self.dirty, vec![0; words]));
+        let mut sweep = self.sweep();
         // There is no guest to look at.
         self.looked = Instant::now() + patience;
         self.send(&mut sweep, &mut record)?;
