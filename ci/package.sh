@@ -10,6 +10,11 @@ tested=(dirtylimit-core dirtylimit-kvm dirtylimit-c)
 # A person may have uncommitted work; CI may not.
 allow=()
 [[ ${CI:-} == true ]] || allow=(--allow-dirty)
+# A VMM takes all of it in: a line more is a decision.
+most=20
+lines=$(cargo tree --locked -p dirtylimit-kvm -e normal | wc -l)
+echo "package: the dependency tree of dirtylimit-kvm has $lines lines"
+((lines <= most)) || { echo "package: more than $most" >&2; exit 1; }
 # cargo keeps the packaged core unpacked, and never looks whether one of the same version has changed since.
 rm -rf "${CARGO_HOME:-$HOME/.cargo}"/registry/{src,cache}/-*/dirtylimit-*
 echo "package: ${packages[*]}"

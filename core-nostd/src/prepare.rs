@@ -3,7 +3,7 @@
 use core::mem::take;
 
 use crate::rate::{Nanos, PageRate};
-use crate::sync::{Atomic, Ordering, const_fn};
+use crate::sync::{Ordering, Word, const_fn};
 
 /// What is known of one vCPU's dirtying: free-running counters that wrap, behind the controller's cache line.
 ///
@@ -12,19 +12,19 @@ use crate::sync::{Atomic, Ordering, const_fn};
 #[derive(Debug)]
 pub struct Counters {
     /// Pages newly dirty since each was last published. Written by whoever owns the ring.
-    net: Atomic<u32>,
+    net: Word,
     /// The guest's ring entries. Written by the ring's owner.
-    gross: Atomic<u32>,
+    gross: Word,
     /// Exits with a full ring. Written by the vCPU's thread.
-    full_exits: Atomic<u32>,
+    full_exits: Word,
     /// Microseconds paused. Written by the vCPU's thread.
-    paused: Atomic<u32>,
+    paused: Word,
     /// Not a counter: microseconds of pause that a turn needs while the vCPU falls behind. Written by the vCPU's thread.
-    needed_pause: Atomic<u32>,
+    needed_pause: Word,
     /// How often the vCPU's thread has settled. Written by it.
-    charges: Atomic<u32>,
+    charges: Word,
     /// How often it has paused for longer than the longest pause. Written by it.
-    overlong: Atomic<u32>,
+    overlong: Word,
 }
 
 /// [`Counters`] as read, one after the other.
@@ -52,7 +52,7 @@ impl Counts {
     }
 }
 
-fn add(word: &Atomic<u32>, count: u32) {
+fn add(word: &Word, count: u32) {
     // Relaxed: one writer at a time, which the ring's lock or being the vCPU's thread provides; a count carries nothing
     // else with it.
     word.store(word.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
@@ -63,13 +63,13 @@ impl Counters {
         /// Nothing counted.
         pub fn new() -> Self {
             Self {
-                net: Atomic::new(0),
-                gross: Atomic::new(0),
-                full_exits: Atomic::new(0),
-                paused: Atomic::new(0),
-                needed_pause: Atomic::new(0),
-                charges: Atomic::new(0),
-                overlong: Atomic::new(0),
+                net: Word::new(0),
+                gross: Word::new(0),
+                full_exits: Word::new(0),
+                paused: Word::new(0),
+                needed_pause: Word::new(0),
+                charges: Word::new(0),
+                overlong: Word::new(0),
             }
         }
     }
@@ -150,7 +150,7 @@ impl Counters {
     /// All counters.
     pub fn counts(&self) -> Counts {
         // Relaxed: as `net`.
-        let load = |word: &Atomic<u32>| word.load(Ordering::Relaxed);
+        let load = |word: &Word| word.load(Ordering::Relaxed);
         Counts {
             net: self.net(),
             gross: load(&self.gross),

@@ -1,7 +1,5 @@
 //! Rates and emission intervals as types: how fast a vCPU may dirty pages, and what one page costs.
 
-use bytemuck::{Pod, Zeroable};
-
 /// Nanoseconds of a monotonic clock that the embedder reads; the core never reads one.
 ///
 /// Every call on one limiter must take its times from the same clock. A clock that stops while the host is suspended
@@ -102,8 +100,7 @@ impl core::fmt::Debug for PageRate {
 ///
 /// The mantissa has 26 bits, so an interval from a rate is exact to 2⁻¹⁴ at 2³² pages/s and to 2⁻²⁵ below 6 million: one
 /// 32-bit word carries every limit from one page in 20 minutes to 16 TiB/s. 0 is free.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug, Pod, Zeroable)]
-#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
 pub struct EmissionInterval(u32);
 
 impl EmissionInterval {

@@ -1,17 +1,11 @@
 //! SET PENALTY and the wait-free half of ACCEPT PENALTY: what the controller tells a vCPU, and what the vCPU tells back.
 
-use bytemuck::{Pod, Zeroable};
-
 use crate::rate::{EmissionInterval, Nanos};
-use crate::sync::{Atomic, Ordering, const_fn};
+use crate::sync::{Ordering, Word, const_fn};
 
 /// What a vCPU owes for each page that it dirties, in one 32-bit word.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
-#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct Penalty(u32);
-
-// One store sets it: `sync` demands lock-free atomics of this size.
-const _: () = assert!(size_of::<Penalty>() == size_of::<u32>());
 
 /// What the interval of a page buys.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,13 +61,13 @@ impl core::fmt::Debug for Penalty {
 /// The controller's word to one vCPU, on a cache line of its own. Wait-free on both sides: one store, one load.
 #[derive(Debug)]
 #[repr(align(64))]
-pub struct PenaltyCell(Atomic<Penalty>);
+pub struct PenaltyCell(Word);
 
 impl PenaltyCell {
     const_fn! {
         /// No penalty.
         pub fn new() -> Self {
-            Self(Atomic::new(Penalty::NONE))
+            Self(Word::new(Penalty::NONE.0))
         }
     }
 
@@ -82,7 +76,7 @@ impl PenaltyCell {
     /// Wait-free: at most 3 instructions.
     pub fn set(&self, penalty: Penalty) {
         // Release: pairs with the acquire in `accept`, so that whoever sees the penalty sees the lease renewed before it.
-        self.0.store(penalty, Ordering::Release);
+        self.0.store(penalty.0, Ordering::Release);
     }
 
     /// ACCEPT PENALTY: one load, from any thread; never older than one already seen.
@@ -91,7 +85,7 @@ impl PenaltyCell {
     #[inline]
     pub fn accept(&self) -> Penalty {
         // Acquire: pairs with the release in `set`.
-        self.0.load(Ordering::Acquire)
+        Penalty(self.0.load(Ordering::Acquire))
     }
 }
 
@@ -106,11 +100,11 @@ impl Default for PenaltyCell {
 #[repr(align(64))]
 pub struct VmCell {
     /// Time of the last tick, in units of 2²⁶ ns (67 ms; wraps in nine years). Written by `tick` alone.
-    renewed: Atomic<u32>,
+    renewed: Word,
     /// The longest pause, in µs; 1 and up. Written by the control plane.
-    max_pause: Atomic<u32>,
+    max_pause: Word,
     /// When the dirty log was last taken, in the unit of `renewed`; 0: never. Written by the thread that takes it.
-    taken: Atomic<u32>,
+    taken: Word,
 }
 
 impl VmCell {
@@ -126,7 +120,7 @@ impl VmCell {
     const_fn! {
         /// No lease yet; pauses of at most 10 ms.
         pub fn new() -> Self {
-            Self { renewed: Atomic::new(0), max_pause: Atomic::new(Self::DEFAULT_MAX_PAUSE), taken: Atomic::new(0) }
+            Self { renewed: Word::new(0), max_pause: Word::new(Self::DEFAULT_MAX_PAUSE), taken: Word::new(0) }
         }
     }
 

@@ -4,7 +4,8 @@
 //! everything concurrent from here, and build their `const` constructors with [`const_fn`] and [`array_of`], which loom's
 //! cannot be.
 
-pub(crate) use atomic::{Atomic, Ordering};
+/// An atomic word of 32 bits, which any machine that runs a hypervisor has.
+pub(crate) use core::sync::atomic::{AtomicU32 as Word, Ordering};
 pub(crate) use spin::Mutex;
 
 /// A `const fn` here, a plain `fn` in the models.
@@ -26,6 +27,3 @@ pub(crate) use array_of;
 /// Entries that the kernel keeps free above the soft limit (`KVM_DIRTY_RING_RSVD_ENTRIES`). Less in the models, so that a
 /// ring has few entries.
 pub const RESERVED: u32 = 64;
-
-// The `atomic` crate falls back to a lock where the machine has no atomic of the size: never on our hot paths.
-const _: () = assert!(Atomic::<u32>::is_lock_free(), "dirtylimit needs lock-free 32-bit atomics");

@@ -2,7 +2,7 @@
 
 use crate::prepare::Counters;
 use crate::set_penalty::PenaltyCell;
-use crate::sync::{Atomic, Ordering, const_fn};
+use crate::sync::{Ordering, Word, const_fn};
 
 /// The words between the controller and one vCPU: two cache lines, each written from one side.
 #[derive(Debug, Default)]
@@ -27,13 +27,13 @@ impl VcpuCell {
 /// A request of a vCPU's for a slice, which stands until a reset has freed that. How many pages is with the ring, under the
 /// lock; this word is for the vCPU's thread, which looks without it.
 #[derive(Debug)]
-pub struct Request(Atomic<u32>);
+pub struct Request(Word);
 
 impl Request {
     const_fn! {
         /// None stands.
         pub fn new() -> Self {
-            Self(Atomic::new(0))
+            Self(Word::new(0))
         }
     }
 

@@ -1,9 +1,7 @@
 //! What the `sync` of the core and that of the adapter offer, made of loom's types.
 
-use std::marker::PhantomData;
 use std::panic::Location;
 
-use bytemuck::Pod;
 use loom::sync::atomic;
 
 pub(crate) use loom::sync::MutexGuard;
@@ -11,30 +9,6 @@ pub(crate) use loom::thread;
 pub(crate) use std::sync::atomic::Ordering;
 
 use crate::weaken;
-
-/// A typed atomic of 32 bits.
-#[derive(Debug)]
-pub(crate) struct Atomic<T> {
-    word: atomic::AtomicU32,
-    value: PhantomData<T>,
-}
-
-impl<T: Pod> Atomic<T> {
-    pub(crate) fn new(value: T) -> Self {
-        const { assert!(size_of::<T>() == 4, "every atomic of the core has 32 bits") };
-        Self { word: atomic::AtomicU32::new(bytemuck::cast(value)), value: PhantomData }
-    }
-
-    #[track_caller]
-    pub(crate) fn load(&self, order: Ordering) -> T {
-        bytemuck::cast(self.word.load(weaken::order(order, Location::caller())))
-    }
-
-    #[track_caller]
-    pub(crate) fn store(&self, value: T, order: Ordering) {
-        self.word.store(bytemuck::cast(value), weaken::order(order, Location::caller()));
-    }
-}
 
 /// The adapter's atomics, as the standard library's.
 macro_rules! atomics {
@@ -57,6 +31,26 @@ macro_rules! atomics {
 atomics! {
     AtomicBool: bool;
     AtomicI32: i32;
+}
+
+/// A word of the core.
+#[derive(Debug)]
+pub(crate) struct Word(atomic::AtomicU32);
+
+impl Word {
+    pub(crate) fn new(value: u32) -> Self {
+        Self(atomic::AtomicU32::new(value))
+    }
+
+    #[track_caller]
+    pub(crate) fn load(&self, order: Ordering) -> u32 {
+        self.0.load(weaken::order(order, Location::caller()))
+    }
+
+    #[track_caller]
+    pub(crate) fn store(&self, value: u32, order: Ordering) {
+        self.0.store(value, weaken::order(order, Location::caller()));
+    }
 }
 
 impl AtomicBool {

@@ -15,7 +15,7 @@ use core::mem::take;
 
 use super::soft_limit::SoftLimit;
 pub use crate::sync::RESERVED;
-use crate::sync::{Atomic, Ordering, const_fn};
+use crate::sync::{Ordering, Word, const_fn};
 
 /// A page of guest memory, as the ring names it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -30,11 +30,11 @@ pub struct Page {
 #[derive(Debug)]
 #[repr(C, align(8))]
 pub struct Entry {
-    flags: Atomic<u32>,
-    slot: Atomic<u32>,
+    flags: Word,
+    slot: Word,
     /// The offset's two words: 32-bit machines have no lock-free 64-bit atomic.
-    first: Atomic<u32>,
-    second: Atomic<u32>,
+    first: Word,
+    second: Word,
 }
 
 const EMPTY: u32 = 0;
@@ -45,13 +45,13 @@ impl Entry {
     const_fn! {
         /// An empty entry, for rings that are not the kernel's.
         pub fn new() -> Self {
-            Self { flags: Atomic::new(EMPTY), slot: Atomic::new(0), first: Atomic::new(0), second: Atomic::new(0) }
+            Self { flags: Word::new(EMPTY), slot: Word::new(0), first: Word::new(0), second: Word::new(0) }
         }
     }
 
     /// The low and the high word of the offset.
     #[inline]
-    fn offset(&self) -> (&Atomic<u32>, &Atomic<u32>) {
+    fn offset(&self) -> (&Word, &Word) {
         if cfg!(target_endian = "little") { (&self.first, &self.second) } else { (&self.second, &self.first) }
     }
 
@@ -59,7 +59,7 @@ impl Entry {
     fn page(&self) -> Page {
         let (low, high) = self.offset();
         // Relaxed: ordered by the acquire in `peek`; the kernel leaves a dirty entry alone until it is reset.
-        let load = |word: &Atomic<u32>| word.load(Ordering::Relaxed);
+        let load = |word: &Word| word.load(Ordering::Relaxed);
         Page { slot: load(&self.slot), offset: u64::from(load(high)) << 32 | u64::from(load(low)) }
     }
 
@@ -97,7 +97,7 @@ impl Entry {
         #[expect(clippy::cast_possible_truncation, reason = "the two halves")]
         let (low, high) = (page.offset as u32, (page.offset >> 32) as u32);
         // Relaxed: ordered by the release below.
-        let store = |word: &Atomic<u32>, value| word.store(value, Ordering::Relaxed);
+        let store = |word: &Word, value| word.store(value, Ordering::Relaxed);
         store(&self.slot, page.slot);
         store(self.offset().0, low);
         store(self.offset().1, high);
