@@ -19,7 +19,7 @@ const TIMESLICE: Duration = Duration::from_millis(10);
 /// How long the guest is watched at the source, after a migration that did not come about.
 const RUN_ON: Duration = Duration::from_millis(500);
 /// How long the guest may take at the source until it is seen to go on.
-const RESUME: Duration = Duration::from_millis(500);
+const RESUME: Duration = Duration::from_secs(2);
 
 /// A guest that runs at the source.
 #[derive(Debug)]

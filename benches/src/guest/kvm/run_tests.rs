@@ -82,7 +82,10 @@ fn every_workload_is_recorded_and_no_page_is_lost() {
         let recording = recording.unwrap();
         assert_eq!(recording.lost_pages, Some(0));
         assert!(recording.limited_at < recording.end && !recording.interrupted);
-        assert!(recording.host.soft_limit.is_some_and(|soft| soft < 1024), "{:?}", recording.host.soft_limit);
+        // It is learned where a ring was full, which on a busy host none may have been.
+        let was_full = recording.vcpus.iter().any(|vcpu| vcpu.full_exits > 0);
+        let soft = recording.host.soft_limit;
+        assert!(soft.is_some() == was_full && soft.is_none_or(|soft| soft < 1024), "{soft:?}, {was_full}");
         assert_eq!(seen.last(), Some(&Phase::Checking));
         for vcpu in &recording.vcpus {
             assert!(vcpu.samples.windows(2).all(|pair| {
