@@ -14,12 +14,13 @@
 //! | at exit 31 | nothing: the next [`Vcpu::before_run`] sees it, from the first instruction on, limit or not |
 //! | instead of `KVM_GET_DIRTY_LOG` | [`DirtyLimit::round`] while it runs, [`DirtyLimit::last_round`] at the end, and [`Round::merge`] for each slot |
 //! | before the last rounds, where kicks end slices | [`DirtyLimit::set_draining`]: fewer pages are left for the downtime |
+//! | within a round, to leave out what is dirty again | [`DirtyLimit::peek`] |
 //! | where the VMM or a device writes guest memory | [`DirtyLimit::mark_dirty`] |
 //! | where vCPUs are kicked | [`Interrupter::interrupt`], if the kick is not a signal to the thread |
 //! | control plane | [`DirtyLimit::set_limit`], [`DirtyLimit::cancel`], [`DirtyLimit::set_vm_limit`], [`DirtyLimit::query`]; `dirtylimit-qmp` and `dirtylimit-metrics` serve them |
 //! | event loop, or once | [`DirtyLimit::tick`], or [`DirtyLimit::throttle_thread`] |
 //!
-//! `examples/unikernel.rs` is a whole VMM with it, in under 200 lines.
+//! `examples/unikernel.rs` is a whole VMM with it, in under 200 lines; `examples/snapshots.rs` uses the dirty log alone.
 //!
 //! # How it keeps its promises
 //! - **No dirty page is lost.** An entry leaves a ring by one path, under one lock: *collect → reset → publish*
