@@ -9,6 +9,10 @@ use crate::migrate::result::Verdict;
 use crate::report::page::{Cell, Page, Table, Tone};
 use crate::report::plot::{Axis, Chart, Look, Series};
 
+/// The hues of both.
+const OURS: usize = 0;
+const PEER: usize = 1;
+
 /// The page of migrations.
 ///
 /// # Errors
@@ -25,8 +29,8 @@ pub fn page(migrations: &Migrations) -> Result<Page> {
     );
     let mut page = Page::new("Migrations beside one another", lede);
     page.section("Time and downtime").picture(
-        "Each round that came about is a dot; further left is sooner over, further down a shorter downtime.",
-        &[chart(migrations)],
+        "Each migration that came about is a dot: further left is sooner over, further down a shorter downtime.",
+        &charts(migrations),
     )?;
     page.section("All measures").table(&table(migrations));
     let made = page.section("How it was made");
@@ -42,31 +46,29 @@ pub fn page(migrations: &Migrations) -> Result<Page> {
     Ok(page)
 }
 
-fn chart(migrations: &Migrations) -> Chart {
-    let mut series: Vec<_> = migrations
-        .sides
-        .iter()
-        .enumerate()
-        .map(|(hue, side)| {
-            let points = side.rounds.iter().map(|round| round.measured);
-            let points = points.filter_map(|of| Some((of.total_s?, of.downtime_ms?)));
-            Series::new(&side.who, Look::Dots(hue), points.collect())
-        })
-        .filter(|series: &Series| !series.points.is_empty())
-        .collect();
-    let (least, most) = series
-        .iter()
-        .flat_map(|series| &series.points)
-        .fold((f64::INFINITY, 0.0), |(least, most): (f64, f64), &(total, _)| (least.min(total), most.max(total)));
-    let allowed = migrations.downtime_allowed_ms;
-    series.insert(0, Series::new("downtime allowed", Look::Allowed, vec![(least, allowed), (most, allowed)]));
-    Chart {
-        title: "Downtime over total time".into(),
-        x: Axis::log("total time (s)"),
-        y: Axis::linear("downtime (ms)"),
-        right: None,
-        series,
-    }
+/// A chart for each side, all to one scale.
+fn charts(migrations: &Migrations) -> Vec<Chart> {
+    let points = |side: &Tried| -> Vec<(f64, f64)> {
+        let rounds = side.rounds.iter().map(|round| round.measured);
+        rounds.filter_map(|of| Some((of.total_s?, of.downtime_ms?))).collect()
+    };
+    let all: Vec<_> = migrations.sides.iter().flat_map(points).collect();
+    let most = |of: fn(&(f64, f64)) -> f64, least: f64| all.iter().map(of).fold(least, f64::max);
+    let (latest, allowed) = (1.1 * most(|point| point.0, 1.0), migrations.downtime_allowed_ms);
+    let longest = 1.1 * most(|point| point.1, allowed);
+    let chart = |side: &Tried| {
+        let hue = if side.command.is_some() { PEER } else { OURS };
+        let dots = Series::new("a migration", Look::Dots(hue), points(side));
+        let allowed = Series::new("downtime allowed", Look::Allowed, vec![(0.0, allowed), (latest, allowed)]);
+        Chart {
+            title: format!("{}: {} of {} done", side.who, side.done, side.rounds.len()),
+            x: Axis::linear("total time (s)").over(0.0..latest),
+            y: Axis::linear("downtime (ms)").over(0.0..longest),
+            right: None,
+            series: vec![allowed, dots],
+        }
+    };
+    migrations.sides.iter().map(chart).collect()
 }
 
 fn table(migrations: &Migrations) -> Table {
