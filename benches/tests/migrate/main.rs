@@ -51,7 +51,9 @@ fn assert_runs_on(document: &Value, told: &str) -> f64 {
     assert!(resumed.is_some(), "{told}");
     // Nearly all of the half second, where a budget is still in force. How fast it is says how busy the host is, too.
     let (work, paused) = (document["source_work_pct"].as_f64(), document["source_paused_ms"].as_f64());
-    assert!(work > Some(0.0) && paused.is_some_and(|ms| ms < 100.0), "{work:?}, {paused:?}: {told}");
+    // There is no speed to compare with where the host let the free guest do nothing.
+    let works = work.is_none_or(|percent| percent > 0.0);
+    assert!(works && paused.is_some_and(|ms| ms < 100.0), "{work:?}, {paused:?}: {told}");
     resumed.unwrap_or(f64::INFINITY)
 }
 
