@@ -14,8 +14,8 @@ use crate::guest::kvm::{Load, MAX_VCPUS};
 use crate::units::{parse_duration, parse_seconds, parse_size};
 use crate::workload::Workload;
 
-/// Entries of each vCPU's ring, unless told.
-pub(crate) const DEFAULT_RING: u32 = 1024;
+/// Entries of each vCPU's ring, unless told: a free guest that does not fill it has a fault for each page and round, and no more.
+pub(crate) const DEFAULT_RING: u32 = 65_536;
 
 /// The options of `migrate`.
 #[derive(Clone, Debug, Args)]

@@ -152,6 +152,11 @@ impl Steering {
         self.migration.sample(nanos(into_round), redirtied);
     }
 
+    /// Whether it matters that a guest rests.
+    pub(super) fn wants_rests(&self) -> bool {
+        self.mode == Mode::Goal
+    }
+
     /// Ring entries of the last `time`.
     pub(super) fn watch(&mut self, time: Duration, entries: u64) {
         self.migration.watch(nanos(time), entries);

@@ -23,10 +23,11 @@ const SWITCH_PATIENCE_LEAST: Duration = Duration::from_secs(2);
 const WELCOME: Duration = Duration::from_secs(60);
 /// Distance between two looks at the counters and the log within a round.
 const LOOK: Duration = Duration::from_millis(20);
-/// How long a free guest is watched once all its pages are protected, for the rate that the steering is told of.
+/// Distance between two rates that the steering is told of.
 const WATCH: Duration = Duration::from_millis(250);
-/// When all are protected again within a round, for the first time; then whenever the round is twice as long. Each time costs
-/// the guest a fault for each of its pages, and without it nothing tells a guest that rests from one whose pages are all dirty.
+/// When a guest that no longer dirties new pages has all of them protected again, for the first time; then whenever the round is
+/// twice as long. Each time costs it a fault for each page, and without it nothing tells a guest that rests from one whose pages
+/// are all dirty.
 const PROTECT: Duration = Duration::from_millis(500);
 
 /// What the switch brought.
@@ -50,15 +51,25 @@ pub(super) trait Watcher {
     fn round(&mut self, number: usize, record: &RoundRecord, next: &Next);
 }
 
-/// What a free guest dirties, for a while, from when all its pages were protected.
+/// How fast a free guest dirties pages.
 #[derive(Debug)]
 struct Watch {
     since: Instant,
     /// Ring entries until then.
     gross: u64,
-    told: bool,
-    /// How long into the round they are protected again.
+    /// All its pages were protected then.
+    fresh: bool,
+    /// The most entries of a time that was watched.
+    most: u64,
+    /// How long into the round its pages are protected again.
     again: Duration,
+}
+
+impl Watch {
+    /// From the beginning of a round on.
+    fn begin(since: Instant, gross: u64) -> Self {
+        Self { since, gross, fresh: true, most: 0, again: PROTECT }
+    }
 }
 
 /// A migration under way.
@@ -112,7 +123,7 @@ impl<'a> Source<'a> {
             begun: now,
             taken: now,
             looked: now,
-            watch: Watch { since: now, gross: 0, told: true, again: PROTECT },
+            watch: Watch::begin(now, 0),
             first: Work::default(),
             rounds: Vec::new(),
             samples: Vec::new(),
@@ -139,7 +150,7 @@ impl<'a> Source<'a> {
         let now = Instant::now();
         (self.begun, self.taken, self.looked) = (now, now, now);
         self.guest.log(true)?;
-        self.watch = Watch { since: now, gross: self.first.gross, told: false, again: PROTECT };
+        self.watch = Watch::begin(now, self.first.gross);
         self.apply(first)?;
         loop {
             self.round()?;
@@ -190,7 +201,7 @@ impl<'a> Source<'a> {
         let held_back = self.guest.round(&mut self.dirty)?;
         let (now, before) = (Instant::now(), self.taken);
         self.taken = now;
-        self.watch = Watch { since: now, gross: self.guest.work().gross, told: false, again: PROTECT };
+        self.watch = Watch::begin(now, self.guest.work().gross);
         let left = pages::count(&self.dirty) + held_back;
         let round = Round {
             sent: self.link.sent - sent_before,
@@ -276,17 +287,24 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
-    /// Tells how fast a guest without a throttle dirties pages that are protected.
+    /// Tells how fast a guest without a throttle dirties pages, as long as that can be seen.
     fn watch(&mut self, now: Instant, gross: u64) -> Result<(), End> {
         let watch = &mut self.watch;
-        if !watch.told && now - watch.since >= WATCH {
-            self.steering.watch(now - watch.since, gross.saturating_sub(watch.gross));
-            watch.told = true;
+        let time = now - watch.since;
+        if time < WATCH {
+            return Ok(());
         }
-        if now - self.taken >= watch.again {
+        let entries = gross.saturating_sub(watch.gross);
+        let is_seen = watch.fresh || entries > watch.most / 8;
+        if is_seen {
+            self.steering.watch(time, entries);
+        }
+        (watch.since, watch.gross, watch.fresh) = (now, gross, false);
+        watch.most = watch.most.max(entries);
+        if !is_seen && self.steering.wants_rests() && now - self.taken >= watch.again {
             self.guest.round(&mut self.dirty)?;
-            let again = 2 * watch.again;
-            *watch = Watch { since: Instant::now(), gross: self.guest.work().gross, told: false, again };
+            watch.again = 2 * (now - self.taken);
+            (watch.since, watch.gross, watch.fresh) = (Instant::now(), self.guest.work().gross, true);
         }
         Ok(())
     }
