@@ -244,8 +244,9 @@ fn a_real_qemu_migrates_the_same_guest() {
         let number = |name: &str| round[name].as_f64().unwrap_or_else(|| panic!("{who} has no {name}: {round}"));
         // Whether it comes about is for the host to say; if it does, what was written once was sent once.
         assert!(round["verdict"] == "done" || round["verdict"] == "unreachable", "{side}");
+        assert!(number("sent_mib") > 16.0, "{side}");
         if round["verdict"] == "done" {
-            assert!(number("sent_mib") > 16.0 && number("total_s") > 0.1 && number("total_s") < 12.0, "{side}");
+            assert!(number("total_s") > 0.1 && number("total_s") < 12.0, "{side}");
             assert!(number("downtime_ms") > 0.0 && number("downtime_ms") < 1e3 * number("total_s"), "{side}");
             assert!(number("lost_guest_s") <= number("total_s"), "{side}");
         }

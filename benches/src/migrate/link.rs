@@ -19,6 +19,8 @@ use crate::units::PAGE_SIZE;
 const LOOK: Duration = Duration::from_millis(20);
 /// Time that a sender which was late may make up for.
 const BURST: Duration = Duration::from_millis(20);
+/// What takes less time says nothing of the bandwidth: some of it went in a burst, and some of its time is the host's.
+const TELLING: Duration = Duration::from_millis(50);
 /// How long the other side has, after it closed its connection, to have said why.
 const LAST_WORDS: Duration = Duration::from_millis(40);
 
@@ -155,6 +157,14 @@ impl Link {
     /// What comes now counts from now: the time since the last frame went was spent otherwise.
     pub(super) fn resume(&mut self) {
         self.bucket.since = Instant::now();
+    }
+
+    /// How long a wire is busy with `bytes` that took so long: not less than at the bandwidth that is allowed, and just as
+    /// long where they are so few that they say nothing of it.
+    pub(super) fn sending(&self, bytes: u64, measured: Duration) -> Duration {
+        let Some(rate) = self.bucket.rate else { return measured };
+        let allowed = Duration::from_secs_f64(bytes as f64 / rate);
+        if allowed < TELLING { allowed } else { measured.max(allowed) }
     }
 
     /// From now on as fast as it goes.

@@ -12,6 +12,7 @@ use super::modes::{Next, Steering, mib_s, nanos};
 use super::pages::{self, Batch, Bitmap, Sweep};
 use super::result::{RoundRecord, Sample};
 use super::wire::{Hello, MAX_DATA, Message, Report};
+use crate::units::PAGE_SIZE;
 
 /// How long the destination may take nothing while the guest runs, and while it stands still.
 pub(super) const SILENCE: Duration = Duration::from_secs(5);
@@ -197,6 +198,7 @@ impl<'a> Source<'a> {
         let mut sweep = self.sweep();
         let sent_before = self.link.sent;
         self.send(&mut sweep, &mut record)?;
+        record.send_s = self.link.sending(self.link.sent - sent_before, record.send_s);
         self.guest.check()?;
         let held_back = self.guest.round(&mut self.dirty)?;
         let (now, before) = (Instant::now(), self.taken);
@@ -255,8 +257,13 @@ impl<'a> Source<'a> {
                     self.link.send(&Message::Pages(std::mem::take(&mut batch.runs)), &[])?;
                 }
             } else {
+                // Of the time for looking, what the pages that go over took.
+                let going = batch.bytes().len() / PAGE_SIZE as usize;
+                let looked_at = batch.pages + batch.skipped;
+                let looking = start.elapsed().mul_f64(going as f64 / looked_at.max(1) as f64);
+                let start = Instant::now();
                 self.link.send(&Message::Pages(std::mem::take(&mut batch.runs)), batch.bytes())?;
-                record.send_s += start.elapsed();
+                record.send_s += looking + start.elapsed();
             }
             if self.looked.elapsed() >= LOOK {
                 self.look(sweep)?;

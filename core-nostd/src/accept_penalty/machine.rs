@@ -255,14 +255,17 @@ impl Machine {
         let kicked_slice = charge.slice.filter(|slice| self.kicks && !vcpu.ends(*slice));
         let given = self.kicked_slice.or(replace(&mut self.timed_slice, charge.slice.filter(|_| is_timed)));
         let penalty = cell.penalty.accept();
-        if self.learn(given.unwrap_or(slice), gross) {
-            if kicked_slice.is_some() && !vcpu.is_draining() && self.run_time.is_to_fill(penalty, vcpu.ring.room()) {
+        let was_to_be_kicked = self.learn(given.unwrap_or(slice), gross);
+        if was_to_be_kicked && kicked_slice.is_some() && !vcpu.is_draining() {
+            if self.run_time.is_to_fill(penalty, vcpu.ring.room()) {
                 self.pacer.forgive();
                 charge.until = now;
             }
-            if !run_time::is_to_pause(penalty, gross.wrapping_sub(self.rested), vm.max_pause()) {
-                charge.until = charge.until.min(now);
-            }
+        }
+        // Others kick too: a limit that is news, a round that has emptied the ring, the VMM.
+        let may_be_barren = was_to_be_kicked || self.kicks && !self.full;
+        if may_be_barren && !run_time::is_to_pause(penalty, gross.wrapping_sub(self.rested), vm.max_pause()) {
+            charge.until = charge.until.min(now);
         }
         if in_lumps && run_time::is_to_pay_all(penalty, &charge, now, is_timed) {
             cell.counters.add_overlong_pause();

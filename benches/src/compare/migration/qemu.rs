@@ -76,8 +76,9 @@ pub(super) fn migrate(
 
     let before = source.counters()?;
     let begun = now();
-    let mut moving = Moving { source: &mut source, destination: &mut destination, deadline, interrupt };
+    let mut moving = Moving { source: &mut source, destination: &mut destination, deadline, interrupt, sent: 0 };
     let ended = moving.run(socket.uri());
+    let sent = moving.sent;
     let (verdict, reason, moved) = match ended {
         Ok(End::Moved(moved)) => (Verdict::Done, "the guest runs at the destination".to_owned(), Some(moved)),
         Ok(End::GaveUp) => (Verdict::Unreachable, format!("it was not over after {deadline:?}"), None),
@@ -91,7 +92,7 @@ pub(super) fn migrate(
     let measured = Measured {
         total_s: Some(total.as_secs_f64()),
         downtime_ms: moved.as_ref().map(|moved| 1e3 * moved.downtime.as_secs_f64()),
-        sent_mib: sent(&mut source).map(|bytes| bytes as f64 / f64::from(1 << 20)),
+        sent_mib: Some(sent as f64 / f64::from(1 << 20)),
         lost_guest_s: lost,
         longest_stall_ms: Some(longest(&before, &after)),
         ..Measured::default()
@@ -211,6 +212,8 @@ struct Moving<'a> {
     destination: &'a mut Qemu,
     deadline: Duration,
     interrupt: &'a Interrupt,
+    /// Bytes of memory and its frames, when they were last asked for; QEMU does not count what its devices have.
+    sent: i64,
 }
 
 impl Moving<'_> {
@@ -220,6 +223,7 @@ impl Moving<'_> {
         let told = loop {
             thread::sleep(LOOK);
             let told = self.source.execute(qmp::query_migrate {})?;
+            self.sent = told.ram.as_ref().map_or(self.sent, |ram| ram.transferred);
             match told.status {
                 Some(MigrationStatus::completed) => break told,
                 Some(MigrationStatus::failed) => {
@@ -265,10 +269,4 @@ fn time_of(event: &Event) -> Result<Duration> {
     let told = serde_json::to_value(event.timestamp())?;
     let number = |name: &str| told[name].as_u64().with_context(|| format!("an event of QEMU's without its {name}"));
     Ok(Duration::from_secs(number("seconds")?) + Duration::from_micros(number("microseconds")?))
-}
-
-/// Bytes of memory and its frames; what the devices have is not counted, by QEMU.
-fn sent(source: &mut Qemu) -> Option<i64> {
-    let told = source.execute(qmp::query_migrate {}).ok()?;
-    told.ram.map(|ram| ram.transferred)
 }

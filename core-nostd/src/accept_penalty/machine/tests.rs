@@ -196,6 +196,26 @@ fn where_the_ring_cannot_end_a_slice_a_kick_does_and_its_time_is_learned() {
 }
 
 #[test]
+fn a_kick_before_the_guest_did_anything_is_followed_by_no_second_pause() {
+    let mut guest = Guest::new(true, false);
+    guest.limit(1000);
+    guest.write(u32::MAX);
+    assert!(is_enter(guest.exit()), "its ring ends the slice");
+    guest.limit(50);
+    assert!(guest.write(u32::MAX) > 1 && is_enter(guest.exit()));
+    assert_eq!(guest.longest, MAX_PAUSE, "it owes more");
+    // A limit that is news, a round, or the VMM's own signal.
+    for _ in 0..3 {
+        let before = guest.now;
+        assert!(is_enter(guest.before_run()));
+        assert_eq!(guest.now, before);
+    }
+    let (before, wrote) = (guest.now, guest.write(u32::MAX));
+    assert!(wrote > 0 && is_enter(guest.exit()));
+    assert_eq!(guest.now, before + MAX_PAUSE, "it owes still");
+}
+
+#[test]
 fn lumps_are_ended_by_timers_and_paid_for_at_once_where_nothing_ends_them() {
     for timers in [true, false] {
         let mut guest = Guest::new(false, timers);
