@@ -81,7 +81,7 @@ fn start() -> Result<Option<Vm>> {
 }
 
 impl Vm {
-    /// Lets the guest run until it leaves KVM after so long: here each full ring brings it out.
+    /// Lets the guest run until it leaves KVM after `time` or more: here each full ring brings it out.
     fn run(&mut self, time: Duration) -> Result<()> {
         let start = Instant::now();
         while start.elapsed() < time {

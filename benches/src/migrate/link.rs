@@ -159,8 +159,8 @@ impl Link {
         self.bucket.since = Instant::now();
     }
 
-    /// How long a wire is busy with `bytes` that took so long: not less than at the bandwidth that is allowed, and just as
-    /// long where they are so few that they say nothing of it.
+    /// How long a wire is busy with `bytes` whose sending took `measured`: at least what the bandwidth allows, and exactly that
+    /// where they are too few to tell.
     pub(super) fn sending(&self, bytes: u64, measured: Duration) -> Duration {
         let Some(rate) = self.bucket.rate else { return measured };
         let allowed = Duration::from_secs_f64(bytes as f64 / rate);
