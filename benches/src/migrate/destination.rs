@@ -130,8 +130,8 @@ impl<'a> Destination<'a> {
         let unequal = self.compare()?;
         self.say(&Message::Compared { unequal })?;
         ensure!(unequal == 0, "{unequal} pages are not the source's");
-        let (Message::Go { stopped }, _) = self.frames.read()? else { bail!("the source did not hand the guest over") };
-        self.go(Duration::from_nanos(stopped))
+        let (Message::Go { passed }, _) = self.frames.read()? else { bail!("the source did not hand the guest over") };
+        self.go(Duration::from_nanos(passed))
     }
 
     /// Takes in memory and vCPUs.
@@ -175,11 +175,11 @@ impl<'a> Destination<'a> {
     }
 
     /// The guest is ours: lets it run, and watches its counters.
-    fn go(mut self, stopped: Duration) -> Result<Report> {
+    fn go(mut self, passed: Duration) -> Result<Report> {
         let came = (self.guest.accesses(), self.guest.clocks());
         self.guest.measure_gaps();
         for (index, state) in self.states.iter().flatten().enumerate() {
-            self.guest.restore_clock(index, state, stopped)?;
+            self.guest.restore_clock(index, state, passed)?;
         }
         self.guest.start()?;
         self.guest.wait_for_work(&came.0, false, FIRST_WORK);

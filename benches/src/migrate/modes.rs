@@ -111,6 +111,8 @@ pub(super) struct Steering {
     period: (u64, u64, Duration),
     dirtied_much: u32,
     held_percent: u32,
+    /// The mode `goal` has asked for empty rings.
+    draining: bool,
 }
 
 impl Steering {
@@ -134,6 +136,7 @@ impl Steering {
             period: (0, 0, Duration::ZERO),
             dirtied_much: 0,
             held_percent: 0,
+            draining: false,
         }
     }
 
@@ -174,11 +177,13 @@ impl Steering {
 
     fn goal(&mut self, round: &Round) -> Next {
         let plan = self.migration.finish_round(round);
+        // A ring that is larger than what the guest writes holds nothing back, and draining it would cost the guest for nothing.
+        self.draining = plan.drain && (self.draining || round.held_back > 0);
         let mut next = Next {
             verdict: plan.verdict.name().to_owned(),
             reason: plan.reason.to_string(),
             budget: plan.budget,
-            drain: plan.drain,
+            drain: self.draining,
             switch: plan.verdict == Verdict::SwitchNow,
             ..Next::default()
         };

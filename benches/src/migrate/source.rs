@@ -331,6 +331,8 @@ impl<'a> Source<'a> {
         // There is no guest to look at.
         self.looked = Instant::now() + patience;
         self.send(&mut sweep, &mut record)?;
+        // The clocks run on while the vCPUs stand still: what passes from here on is not in the state.
+        let saved = Instant::now();
         for (index, state) in (0..).zip(self.guest.save().context("cannot save the vCPUs")?) {
             let state = postcard::to_stdvec(&state).context("cannot encode a vCPU's state")?;
             self.link.send(&Message::Vcpu(index), &state)?;
@@ -348,8 +350,8 @@ impl<'a> Source<'a> {
         // From here on it may run there.
         self.handed_over = true;
         self.link.cancellable = false;
-        let stopped = nanos(stop.elapsed());
-        self.link.send(&Message::Go { stopped }, &[]).map_err(handed_over)?;
+        let passed = nanos(saved.elapsed());
+        self.link.send(&Message::Go { passed }, &[]).map_err(handed_over)?;
         let running = self.link.reply("the guest runs", SILENCE).map_err(handed_over)?;
         if running != Message::Running {
             return Err(handed_over(out_of_turn(&running)));

@@ -49,8 +49,8 @@ pub enum Message {
     },
     /// The guest is the destination's.
     Go {
-        /// How long the guest has stood still, in ns.
-        stopped: u64,
+        /// How long ago the vCPUs' state was read, in ns: their clocks run while they stand still.
+        passed: u64,
     },
     /// The destination waits for the guest.
     Welcome,
@@ -284,7 +284,7 @@ mod tests {
             (Message::Hello(hello), vec![]),
             (Message::Pages(runs), vec![3; 2 * 4096]),
             (Message::Vcpu(1), vec![1, 2, 3]),
-            (Message::Go { stopped: u64::MAX }, vec![]),
+            (Message::Go { passed: u64::MAX }, vec![]),
             (Message::Refused("no room".into()), vec![]),
             (Message::Report(Report { accesses: vec![(1, 2)], steps_back: 0, gap: 3, longest: 9 }), vec![]),
         ]
