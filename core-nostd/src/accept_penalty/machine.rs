@@ -256,11 +256,10 @@ impl Machine {
         let given = self.kicked_slice.or(replace(&mut self.timed_slice, charge.slice.filter(|_| is_timed)));
         let penalty = cell.penalty.accept();
         let was_to_be_kicked = self.learn(given.unwrap_or(slice), gross);
-        if was_to_be_kicked && kicked_slice.is_some() && !vcpu.is_draining() {
-            if self.run_time.is_to_fill(penalty, vcpu.ring.room()) {
-                self.pacer.forgive();
-                charge.until = now;
-            }
+        let may_fill = was_to_be_kicked && kicked_slice.is_some() && !vcpu.is_draining();
+        if may_fill && self.run_time.is_to_fill(penalty, vcpu.ring.room()) {
+            self.pacer.forgive();
+            charge.until = now;
         }
         // Others kick too: a limit that is news, a round that has emptied the ring, the VMM.
         let may_be_barren = was_to_be_kicked || self.kicks && !self.full;
