@@ -25,6 +25,8 @@ cargo package --locked "${allow[@]}" "${packages[@]/#/-p}"
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 version=$(sed -n '/^\[workspace.package\]/,/^$/s/^version = "\(.*\)"$/\1/p' Cargo.toml)
 unpacked=$(mktemp -d)
+# Its sources lie elsewhere in each run, which cargo does not see.
+rm -rf "$target/unpacked"
 trap 'rm -rf "$unpacked"' EXIT
 patches=()
 for package in "${tested[@]}"; do

@@ -67,7 +67,8 @@ fn main() -> Result<()> {
 
 /// A guest that writes 32 of its 64 MiB, over and over; `None`, said, where there is no KVM.
 fn start() -> Result<Option<Vm>> {
-    if !dirtylimit_test_vm::kvm_or_skip() {
+    if let Err(error) = dirtylimit_test_vm::open() {
+        eprintln!("SKIPPED: this example needs a host with KVM: {error:#}");
         return Ok(None);
     }
     let load = Load::new(Mode::Write, 32 * MIB);
