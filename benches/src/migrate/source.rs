@@ -55,6 +55,7 @@ pub(super) trait Watcher {
 /// How fast a free guest dirties pages.
 #[derive(Debug)]
 struct Watch {
+    /// From when on entries are counted.
     since: Instant,
     /// Ring entries until then.
     gross: u64,
