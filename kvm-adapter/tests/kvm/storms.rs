@@ -20,6 +20,10 @@ use crate::stopped::{Freezer, Halt, Halted, PAGE, alone};
 
 /// How the child is told what to do: which guest, what is wrong with it, for how many seconds, how many resets must be cut.
 const ROLE: &str = "DIRTYLIMIT_TEST_STORM";
+/// What the child says just before it resets.
+const RESETS: &str = "resets";
+/// The blows then, one upon the other: a reset is short, and between two of them the child gets not far.
+const BLOWS: u32 = 10;
 /// How much longer a storm blows, if it has not done by then what it is for.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -139,6 +143,7 @@ fn be_stormed(role: &str) -> Result<()> {
     while start.elapsed() < least || (limit.stats().suspect_resets < cut && start.elapsed() < most) {
         run_a_while(&mut vcpu)?;
         limit.meter(); // so that little but resets is left to do
+        println!("{RESETS}");
         copy.take(&limit.last_round().and_then(|round| round.take(SLOT))?)?;
         takes += 1;
         if copy.lost() > 0 {
@@ -169,8 +174,15 @@ struct End {
     left: u64,
 }
 
-/// Starts a child and throws `storm` at it until it says how it went.
-fn weather(guest: &str, kind: &str, cut: u64, storm: &mut dyn FnMut(&Halted) -> Result<()>) -> Result<End> {
+/// What is thrown at a child.
+struct Storm<'a> {
+    /// Up to so long after the one before, on a fast machine.
+    apart: Duration,
+    blow: &'a mut dyn FnMut(&Halted) -> Result<()>,
+}
+
+/// Starts a child and throws `storm` at it until it says how it went: at random times, and each time that it resets.
+fn weather(guest: &str, kind: &str, cut: u64, storm: &mut Storm<'_>) -> Result<End> {
     let seconds = seconds();
     let (child, says) = Halted::start((ROLE, &format!("{guest} {kind} {seconds} {cut}")))?;
     let (said, heard) = mpsc::channel();
@@ -179,13 +191,15 @@ fn weather(guest: &str, kind: &str, cut: u64, storm: &mut dyn FnMut(&Halted) -> 
     while heard.recv().context("the child ended at once")? != "ready" {}
     let mut blows = 0;
     let end = loop {
-        match heard.try_recv() {
+        let now = match heard.recv_timeout(up_to(here(storm.apart))) {
             Ok(line) if line.starts_with("ended ") => break line,
-            Ok(_) => {}
-            Err(mpsc::TryRecvError::Disconnected) => bail!("the child ended without a word, after {blows} blows"),
-            // It may have ended meanwhile.
-            Err(mpsc::TryRecvError::Empty) => blows += u32::from(storm(&child).is_ok()),
-        }
+            Ok(line) if line == RESETS => BLOWS,
+            Ok(_) => 0,
+            Err(mpsc::RecvTimeoutError::Timeout) => 1,
+            Err(mpsc::RecvTimeoutError::Disconnected) => bail!("the child ended without a word, after {blows} blows"),
+        };
+        // It may have ended meanwhile.
+        blows += (0..now).filter(|_| (storm.blow)(&child).is_ok()).count();
     };
     let numbers: Vec<u64> = end.split(' ').skip(1).map(str::parse).collect::<Result<_, _>>()?;
     let [lost, resets, suspect, left, takes] = numbers[..] else { bail!("{end}") };
@@ -195,10 +209,10 @@ fn weather(guest: &str, kind: &str, cut: u64, storm: &mut dyn FnMut(&Halted) -> 
 }
 
 /// A storm that may not do harm, and must cut that number of resets.
-fn storm(kind: &str, cut: u64, storm: &mut dyn FnMut(&Halted) -> Result<()>) {
+fn storm(kind: &str, cut: u64, mut storm: Storm<'_>) {
     let _alone = alone();
     for guest in ["write", "random"] {
-        let end = weather(guest, kind, cut, storm).unwrap_or_else(|error| panic!("{guest}: {error:#}"));
+        let end = weather(guest, kind, cut, &mut storm).unwrap_or_else(|error| panic!("{guest}: {error:#}"));
         assert_eq!(end.lost, 0, "{guest}: {end:?}");
         assert_eq!(end.left, 0, "{guest}: dirty of a guest that stands still, its slot armed again: {end:?}");
         assert!(end.resets >= cut, "{guest}: none cut a reset, so this test shows nothing: {end:?}");
@@ -207,10 +221,10 @@ fn storm(kind: &str, cut: u64, storm: &mut dyn FnMut(&Halted) -> Result<()>) {
 }
 
 /// A storm that halts the process: it does no harm, but to one that trusts what it left.
-fn halt(halt: &mut dyn FnMut(&Halted) -> Result<()>) {
-    storm("honest", 1, halt);
+fn halt(apart: Duration, blow: &mut dyn FnMut(&Halted) -> Result<()>) {
+    storm("honest", 1, Storm { apart, blow });
     let _alone = alone();
-    let end = weather("write", "trusting", u64::MAX, halt).unwrap();
+    let end = weather("random", "trusting", u64::MAX, &mut Storm { apart, blow }).unwrap();
     assert!(end.lost > 0, "the storm does no harm, so this test shows nothing: {end:?}");
 }
 
@@ -222,9 +236,9 @@ fn is_child() -> bool {
     })
 }
 
-/// A random time until the next blow, up to `most` µs of a fast machine: it gets as far meanwhile as that one does.
-fn before(most: u64) -> Duration {
-    here(Duration::from_micros(fastrand::u64(..most)))
+/// A random time.
+fn up_to(most: Duration) -> Duration {
+    most.mul_f64(fastrand::f64())
 }
 
 /// Short of what a sleep can measure.
@@ -239,40 +253,31 @@ fn spin(time: Duration) {
 fn a_storm_of_all_signals() {
     if kvm_or_skip() && !is_child() {
         // None of them reaches a reset.
-        storm("signalled", 0, &mut |_| {
-            thread::sleep(Duration::from_millis(50));
-            Ok(())
-        });
+        storm("signalled", 0, Storm { apart: Duration::from_secs(1), blow: &mut |_| Ok(()) });
     }
 }
 
 #[test]
 fn being_stopped_in_resets() {
     if kvm_or_skip() && !is_child() {
-        halt(&mut |child| {
-            thread::sleep(before(3000));
-            child.halt(&Halt::Stop, Duration::from_micros(fastrand::u64(..2000)))
-        });
+        let apart = Duration::from_micros(3000);
+        halt(apart, &mut |child| child.halt(&Halt::Stop, up_to(Duration::from_micros(2000))));
     }
 }
 
 #[test]
 fn being_stopped_for_microseconds_in_resets() {
     if kvm_or_skip() && !is_child() {
-        halt(&mut |child| {
-            spin(before(200));
-            child.stop_and_continue(|| spin(Duration::from_micros(fastrand::u64(..20))))
-        });
+        let apart = Duration::from_micros(300);
+        halt(apart, &mut |child| child.stop_and_continue(|| spin(up_to(Duration::from_micros(20)))));
     }
 }
 
 #[test]
 fn being_traced_in_resets() {
     if kvm_or_skip() && !is_child() {
-        halt(&mut |child| {
-            thread::sleep(before(2000));
-            child.halt(&Halt::Trace, Duration::from_micros(fastrand::u64(..500)))
-        });
+        let apart = Duration::from_micros(2000);
+        halt(apart, &mut |child| child.halt(&Halt::Trace, up_to(Duration::from_micros(500))));
     }
 }
 
@@ -281,13 +286,12 @@ fn being_frozen_in_resets() {
     if kvm_or_skip() && !is_child() {
         for freezer in Freezer::all().unwrap() {
             let (freeze, mut inside) = (Halt::Freeze(freezer.clone()), None);
-            halt(&mut |child| {
+            halt(Duration::from_micros(3000), &mut |child| {
                 if inside != Some(child.id()) {
                     child.prepare(&freeze)?;
                     inside = Some(child.id());
                 }
-                thread::sleep(before(3000));
-                child.halt(&freeze, Duration::from_micros(fastrand::u64(..2000)))
+                child.halt(&freeze, up_to(Duration::from_micros(2000)))
             });
             freezer.remove().unwrap();
         }
