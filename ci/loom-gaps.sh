@@ -6,26 +6,14 @@ cd "$(dirname "$0")/.."
 
 table=loom-tests/README.md
 
-# The public functions of file $1's types (a regular expression).
+# The public functions of crate $1's types (a regular expression).
 functions() {
     ci/public-functions.sh "$1" | grep -E "^($2)::"
 }
 
-core=core-nostd/src adapter=kvm-adapter/src
 wanted=$(
-    functions $core/set_penalty.rs 'PenaltyCell|VmCell'
-    functions $core/prepare.rs 'Counters|RateEstimator'
-    functions $core/ring/consumer.rs 'Entry|Ring'
-    functions $core/accept_penalty/pacer.rs 'Pacer'
-    functions $core/vcpu_cell.rs 'VcpuCell|Request'
-    functions $core/accept_penalty/vcpu_ring.rs 'VcpuRing'
-    functions $core/accept_penalty/machine.rs 'Machine'
-    functions $core/controller/mod.rs 'Limiter'
-    functions $adapter/shared.rs 'Interrupter'
-    functions $adapter/vcpu.rs 'Vcpu'
-    functions $adapter/limit.rs 'DirtyLimit|WeakDirtyLimit'
-    functions $adapter/snapshot.rs 'DirtyLimit'
-    functions $adapter/dirty_log.rs 'DirtyLimit|Round'
+    functions core 'PenaltyCell|VmCell|Counters|RateEstimator|Entry|Ring|Pacer|VcpuCell|Request|VcpuRing|Machine|Limiter'
+    functions kvm 'Interrupter|Vcpu|DirtyLimit|WeakDirtyLimit|Round'
 )
 rows=$(sed -nE 's/^\| `([A-Za-z]+::[a-z_]+)`.*/\1/p' "$table")
 bad=0

@@ -44,4 +44,5 @@ wait "$run" || { cat "$work/log" >&2; exit 1; }
 "$venv/bin/python" ci/metrics.py "$work/vm.prom"
 if command -v promtool >/dev/null; then
     promtool check metrics <"$work/vm.prom"
+    promtool check rules docs/prometheus-rules.yml
 fi

@@ -5,11 +5,13 @@
 # minimum version is fetched by debian-cargo.sh.
 set -euo pipefail
 
-# A C compiler links everything; libFuzzer is built from C++; git is for cargo package; QEMU runs the firmware.
+# A C compiler links everything; libFuzzer is built from C++; git is for cargo package; Python reads JSON and TOML; QEMU runs the
+# firmware.
 packages=()
 command -v cc >/dev/null || packages+=(gcc libc6-dev)
 command -v c++ >/dev/null || packages+=(g++)
 command -v git >/dev/null || packages+=(git)
+command -v python3 >/dev/null || packages+=(python3)
 command -v qemu-system-arm >/dev/null || packages+=(qemu-system-arm)
 
 if [[ $EUID -ne 0 ]]; then

@@ -36,6 +36,10 @@ pub struct Stats {
     pub suspect_resets: u64,
     /// Pages that are therefore handed out as dirty by every take, now.
     pub suspect_pages: u64,
+    /// Resets that failed, or gave nothing back: what was collected waits for a later one.
+    pub failed_resets: u64,
+    /// Full exits that ended in [`Error::Wedged`]: the pages of that vCPU are unknown.
+    pub wedged: u64,
     /// Collected entries that named no slot, or a page beyond its end.
     pub dropped: u64,
     /// The soft limit of the rings as far as learned, the lowest of them; 0 before the first vCPU.
@@ -154,6 +158,12 @@ impl Harvest {
 
     fn soft_limit(&self) -> u32 {
         self.rows.values().map(|row| row.ring().soft_limit()).min().unwrap_or(0)
+    }
+
+    /// The ring of `id` was found wedged.
+    pub(crate) fn found_wedged(&mut self, id: u32) {
+        self.stats.wedged += 1;
+        self.news.wedged = Some(id);
     }
 
     /// What the log may be told.
@@ -278,6 +288,7 @@ impl Harvest {
         self.first = crowded.unwrap_or(self.first);
         let reset = self.reset(kernel);
         self.news.reset_error = reset.as_ref().err().map(Error::errno);
+        self.stats.failed_resets += u64::from(reset.is_err());
         reset?;
         let Self { rows, batch, slots, .. } = self;
         let published = batch.len();

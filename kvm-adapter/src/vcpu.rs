@@ -171,7 +171,7 @@ impl Vcpu {
         let has_timers = in_lumps && kicker.has_timers();
         let step = machine.harvested(now, vm.limiter.vm(), cell, &mut row.vcpu, has_timers);
         if let Step::Wedged(_) = step {
-            harvest.news.wedged = Some(shared.id);
+            harvest.found_wedged(shared.id);
         }
         Ok(step)
     }

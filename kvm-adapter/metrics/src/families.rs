@@ -43,6 +43,8 @@ const VM: &[Family<Snapshot>] = &[
     Family("reset_entries", Counter, "Ring entries given back by resets", Count(|vm| vm.stats.resets)),
     Family("suspect_resets", Counter, "Resets that were short or disturbed", Count(|vm| vm.stats.suspect_resets)),
     Family("suspect", Gauge, "Pages dirty in every take since such a reset", Pages(|vm| vm.stats.suspect_pages)),
+    Family("failed_resets", Counter, "Resets that failed: collected pages wait", Count(|vm| vm.stats.failed_resets)),
+    Family("wedged", Counter, "Full exits that found a ring wedged", Count(|vm| vm.stats.wedged)),
     Family("held_back", Gauge, "Pages that wait in the rings: dirty, not yet published", Pages(|vm| vm.held_back)),
     Family("dropped_entries", Counter, "Ring entries that named no page of a known slot", Count(|vm| vm.stats.dropped)),
     Family("soft_limit_entries", Gauge, "Occupancy at which a ring is full", Count(|vm| vm.stats.soft_limit.into())),

@@ -57,6 +57,7 @@ fn the_counters_are_those_of_query_and_stats() {
     assert_eq!((of("resets_total"), of("reset_entries_total")), (stats.reset_calls as f64, stats.resets as f64));
     assert_eq!((of("suspect_resets_total"), of("suspect_bytes")), (1.0, stats.suspect_pages as f64 * page));
     assert!(stats.suspect_pages > 0);
+    assert_eq!((of("failed_resets_total"), of("wedged_total")), (0.0, 0.0));
     assert_eq!((of("held_back_bytes"), of("soft_limit_entries"), of("dropped_entries_total")), (0.0, 960.0, 1.0));
     for id in [7, 70] {
         let (status, of) = (limit.query(id).unwrap(), |name: &str| of(&format!("vcpu_{name}{{vcpu=\"{id}\"}}")));
@@ -213,9 +214,11 @@ fn named(text: &str) -> impl Iterator<Item = &str> {
 }
 
 #[test]
-fn the_manual_names_all_of_them_and_the_dashboard_none_but_them() {
-    let (manual, dashboard) =
-        (include_str!("../../../docs/METRICS.md"), include_str!("../../../docs/grafana-dashboard.json"));
+fn the_manual_names_all_of_them_and_no_document_any_other() {
+    let manual = include_str!("../../../docs/METRICS.md");
+    let dashboard = include_str!("../../../docs/grafana-dashboard.json");
+    let alerts = include_str!("../../../docs/prometheus-rules.yml");
+    let glossary = include_str!("../../../docs/GLOSSARY.md");
     let vm = vm();
     let limit = &vm.limit;
     // One that is told only of a limit that is not enforced.
@@ -230,7 +233,10 @@ fn the_manual_names_all_of_them_and_the_dashboard_none_but_them() {
     }
     serde_json::from_str::<serde_json::Value>(dashboard).unwrap();
     assert!(named(dashboard).count() > 10);
-    for name in named(dashboard).chain(named(manual)) {
+    let [all, exprs, summaries, remedies] = ["- alert: ", " expr: ", " summary: ", " description: "]
+        .map(|key| alerts.lines().filter(|line| line.contains(key)).count());
+    assert!(all >= 8 && [exprs, summaries, remedies] == [all; 3], "an alert lacks something");
+    for name in [dashboard, alerts, manual, glossary].into_iter().flat_map(named) {
         assert!(ours.contains(&name) || CRATES.contains(&name), "there is no {name}");
     }
 }

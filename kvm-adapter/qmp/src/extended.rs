@@ -110,6 +110,8 @@ pub(crate) fn query(monitor: &mut Monitor, _: Instant, _: &mut Arguments) -> Res
         "reset-calls": stats.reset_calls,
         "suspect-resets": stats.suspect_resets,
         "suspect-pages": stats.suspect_pages,
+        "failed-resets": stats.failed_resets,
+        "wedged": stats.wedged,
         "dropped": stats.dropped,
         "soft-limit": stats.soft_limit,
         "vcpus": vcpus,

@@ -153,7 +153,7 @@ fn a_wedged_ring_is_an_error_after_a_bounded_number_of_exits() {
             Ok(_) => {}
             Err(Error::Wedged { id: 0, exits: told }) => {
                 assert_eq!((told, exits), (64, 64));
-                assert_eq!(limit.stats().resets, 0);
+                assert_eq!((limit.stats().resets, limit.stats().wedged), (0, 1));
                 return;
             }
             Err(other) => panic!("{other}"),
@@ -164,10 +164,11 @@ fn a_wedged_ring_is_an_error_after_a_bounded_number_of_exits() {
 
 #[test]
 fn what_a_reset_answers_reaches_the_vcpu_and_the_next_one_frees_it() {
-    let (fake, _limit, _file, mut vcpu) = vm();
+    let (fake, limit, _file, mut vcpu) = vm();
     fake.write_all(0, 0..PAGES);
     fake.always(Some(Goes::Short(0)));
     assert!(matches!(vcpu.before_run(), Err(Error::ShortReset { .. })));
+    assert_eq!(limit.stats().failed_resets, 1);
     fake.always(None);
     _ = vcpu.before_run().unwrap();
     assert!(fake.write(0, dirtylimit_core::Page { slot: SLOT, offset: 9000 }));
