@@ -197,6 +197,22 @@ impl DirtyLimit {
         Ok(())
     }
 
+    /// Pages of a slot were written beyond what [`DirtyLimit::add_slot`] was told of it: an error of the next round.
+    #[cfg(feature = "vm-memory")]
+    pub(crate) fn drop_beyond(&self, slot: u32, pages: u64) {
+        self.0.lock().slots.drop_beyond(slot, pages);
+    }
+
+    /// Whether a page is in the log, as far as the rings were looked at; false where the slot is not.
+    #[cfg(feature = "vm-memory")]
+    pub(crate) fn is_dirty(&self, slot: u32, page: u64) -> bool {
+        let (mut word, mut harvest) = ([0], self.0.lock());
+        let Ok(found) = harvest.slots.find(slot) else { return false };
+        page < found.pages
+            && harvest.slots.peek(found, (page / 64) as usize, &mut word).is_ok()
+            && word[0] & 1 << (page % 64) != 0
+    }
+
     /// Says that a slot's suspect pages are protected again. A reset that was interrupted (the process was stopped, traced
     /// or frozen on the way, or its thread owns an `io_uring` whose completions came) may have left the last pages that it
     /// gave back writable, at most 64 of a vCPU, without a log of what is written there. They stay dirty in every take until

@@ -22,6 +22,10 @@
 //!
 //! `examples/unikernel.rs` is a whole VMM with it, in under 200 lines; `examples/snapshots.rs` uses the dirty log alone.
 //!
+//! # Features
+//! Both off by default. `log`: changes of state as records of the `log` crate. `vm-memory`: `SlotBitmap`, by which what is written
+//! through `vm-memory` is marked as by [`DirtyLimit::mark_dirty`].
+//!
 //! # How it keeps its promises
 //! - **No dirty page is lost.** An entry leaves a ring by one path, under one lock: *collect → reset → publish*
 //!   (`harvest.rs`). Resets run with all 64 signals blocked; one that was interrupted all the same (the process was stopped,
@@ -84,6 +88,8 @@ mod throttle;
 mod told;
 mod vcpu;
 mod vm;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 
 pub use caps::{Caps, Config};
 pub use dirty_log::{Round, Running, Stopped};
@@ -103,6 +109,8 @@ pub use sys::PlantedBug;
 pub use thread::spawn_without_signals;
 pub use throttle::ThrottleThread;
 pub use vcpu::{Decision, Vcpu};
+#[cfg(feature = "vm-memory")]
+pub use vm_memory::{SlotBitmap, SlotBitmapSlice};
 
 /// The exit reason of a full dirty ring (`KVM_EXIT_DIRTY_RING_FULL`); kvm-ioctls hands it over as
 /// `VcpuExit::Unsupported(31)`.

@@ -147,7 +147,7 @@ impl Slots {
             self.dropped += 1;
             // A guest may write to a slot until KVM has deleted it.
             if !self.removed.contains(&page.slot) {
-                self.unknown.get_or_insert(Unknown { pages: 0, slot: page.slot }).pages += 1;
+                self.drop_beyond(page.slot, 1);
             }
             return false;
         };
@@ -226,6 +226,12 @@ impl Slots {
             *last &= !(u64::MAX << (pages % BITS));
         }
         Ok(())
+    }
+
+    /// Pages that lie in no slot are dropped.
+    pub(crate) fn drop_beyond(&mut self, slot: u32, pages: u64) {
+        let unknown = self.unknown.get_or_insert(Unknown { pages: 0, slot });
+        unknown.pages = unknown.pages.saturating_add(pages);
     }
 
     /// What was dropped since this was last asked and is nobody's leftover: its pages are dirty and in no log.

@@ -19,6 +19,8 @@ mod snapshot;
 mod timers;
 mod turns;
 mod vcpus;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 
 use std::fs::File;
 
