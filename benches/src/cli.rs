@@ -4,7 +4,8 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgMatches, Args, Parser, Subcommand};
+use clap::builder::{PathBufValueParser, TypedValueParser};
+use clap::{Arg, ArgMatches, Args, CommandFactory, Parser, Subcommand};
 use dirtylimit_core::PageRate;
 
 use crate::compare::Compare;
@@ -13,13 +14,15 @@ use crate::migrate::cli::Migrate;
 use crate::plan::{KickKind, MetricsTo, Plan, PolicyKind, Step, VcpuPlan};
 use crate::record::GuestKind;
 use crate::scenario::Scenarios;
-use crate::units::{Rate, is_plain_rate, parse_duration, parse_limit, parse_rate, parse_seconds};
+use crate::units::{Rate, Time, is_plain_rate, parse_duration, parse_limit, parse_rate, parse_seconds};
 use crate::workload::Workload;
 
 /// The most vCPUs that the limiter takes.
 const MAX_VCPUS: usize = 1024;
-/// The smallest ring that leaves room above the entries that KVM reserves, and the largest that KVM offers.
-pub(crate) const RING: std::ops::RangeInclusive<u32> = 256..=65_536;
+/// The smallest ring that leaves room above the entries that KVM reserves.
+pub(crate) const MIN_RING: u32 = 256;
+/// The largest that KVM offers.
+const MAX_RING: u32 = 65_536;
 
 /// Runs guests under a dirty page rate limit and measures what became of them
 #[derive(Debug, Parser)]
@@ -107,7 +110,7 @@ pub struct Run {
     pub workload: Vec<Workload>,
 
     /// Number of vCPUs, 1 to 1024 [default: number of workloads]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = vcpus::<MAX_VCPUS>)]
     pub vcpus: Option<usize>,
 
     /// Limit, once for all vCPUs or one per vCPU; `none` is no limit
@@ -123,7 +126,7 @@ pub struct Run {
     pub policy: PolicyKind,
 
     /// Entries of each vCPU's dirty ring: a power of two, 256 to 65536
-    #[arg(long, value_name = "N", default_value_t = 4096)]
+    #[arg(long, value_name = "N", value_parser = ring::<MIN_RING>, default_value_t = 4096)]
     pub ring: u32,
 
     /// The longest single pause, 100us to 1s
@@ -155,7 +158,8 @@ pub struct Run {
     #[arg(long, value_name = "PATH")]
     pub qmp: Option<PathBuf>,
 
-    /// Serve counters for Prometheus at this loopback address (IP:PORT), or write them to this file once a second
+    /// Serve counters for Prometheus at this loopback address (IP:PORT, or a port of 127.0.0.1), or write them to this file
+    /// once a second
     #[arg(long, value_name = "ADDR|FILE", value_parser = metrics_to)]
     pub metrics: Option<MetricsTo>,
 
@@ -173,12 +177,21 @@ pub struct Run {
     pub json: Option<PathBuf>,
 
     /// Draw the rate against the limit over time
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = named())]
     pub svg: Option<PathBuf>,
 
     /// Write a page with pictures, DIR/index.html; it needs no network
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = named())]
     pub report: Option<PathBuf>,
+}
+
+/// The definition of the command line. A number with a minus is a value, so that the message says what is allowed.
+pub fn command() -> clap::Command {
+    let numbers = |arg: Arg| {
+        let number = |names: &[clap::builder::Str]| ["RATE", "RATE@T", "T", "S", "N"].contains(&names[0].as_str());
+        if arg.get_value_names().is_some_and(number) { arg.allow_hyphen_values(true) } else { arg }
+    };
+    Cli::command().mut_subcommands(|command| command.mut_args(numbers))
 }
 
 /// An optional rate. A type of its own, because clap gives `Option` a meaning.
@@ -195,12 +208,33 @@ fn step(text: &str) -> Result<Step, String> {
     Ok(Step { limit: parse_limit(limit)?, after: parse_duration(after)? })
 }
 
+/// How many vCPUs: text that is no number; [`Run::plan`] knows how many there are without it.
+pub(crate) fn vcpus<const MOST: usize>(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| format!("1 to {MOST} vCPUs are possible"))
+}
+
+pub(crate) fn ring<const LEAST: u32>(text: &str) -> Result<u32, String> {
+    let entries = text.parse().ok().filter(|entries: &u32| entries.is_power_of_two());
+    entries
+        .filter(|entries| (LEAST..=MAX_RING).contains(entries))
+        .ok_or_else(|| format!("a ring has a power of two of entries, {LEAST} to {MAX_RING}"))
+}
+
+/// Where to write what does not go to standard output.
+pub(crate) fn named() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new()
+        .try_map(|path| if path.as_os_str() == "-" { Err("it needs a name; `./-` is one") } else { Ok(path) })
+}
+
 fn metrics_to(text: &str) -> Result<MetricsTo, String> {
-    match text.parse() {
+    let address = text.parse().or_else(|_| text.parse().map(|port: u16| ([127, 0, 0, 1], port).into()));
+    match address {
         Ok(address) => Ok(MetricsTo::Address(address)),
         // Not a file that anybody means.
-        Err(_) if text.contains(':') && !text.contains('/') => {
-            Err(format!("`{text}` is no address, as 127.0.0.1:9100 is (a file's name with a `:` needs a `/`)"))
+        Err(_)
+            if !text.contains('/') && (text.contains(':') || text.chars().all(|c| c == '-' || c.is_ascii_digit())) =>
+        {
+            Err(format!("`{text}` is no address, as 127.0.0.1:9100 is; as a file it needs a `/`: ./{text}"))
         }
         Err(_) => Ok(MetricsTo::File(text.into())),
     }
@@ -227,14 +261,6 @@ impl Run {
         }
         let workloads = per_vcpu("--workload", &self.workload, count)?;
         let limits = per_vcpu("--limit", &self.limit, count)?;
-        if !self.ring.is_power_of_two() || !RING.contains(&self.ring) {
-            return Err(format!(
-                "--ring {}: a ring has a power of two of entries, {} to {}",
-                self.ring,
-                RING.start(),
-                RING.end()
-            ));
-        }
         let (us, ms, s) = (Duration::from_micros, Duration::from_millis, Duration::from_secs);
         within("--max-pause", self.max_pause, us(100), s(1))?;
         within("--pass", self.pass, ms(10), s(60))?;
@@ -244,8 +270,10 @@ impl Run {
         for step in &self.steps {
             if step.after <= last || step.after >= self.seconds {
                 return Err(format!(
-                    "--steps: a step at {:?} must come after {last:?} and before the end at {:?} (--seconds)",
-                    step.after, self.seconds
+                    "--steps: a step at {} must come after {} and before the end at {} (--seconds)",
+                    Time(step.after),
+                    Time(last),
+                    Time(self.seconds)
                 ));
             }
             last = step.after;
@@ -303,18 +331,20 @@ pub(crate) fn within(option: &str, value: Duration, least: Duration, most: Durat
     if (least..=most).contains(&value) {
         Ok(())
     } else {
-        Err(format!("{option} {value:?}: {least:?} to {most:?} is allowed"))
+        let [value, least, most] = [value, least, most].map(Time);
+        Err(format!("{option} {value}: {least} to {most} is allowed"))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
+    use clap::FromArgMatches;
 
     fn plan(line: &str) -> Result<Plan, String> {
         let line = ["dirtylimit-bench", "run"].into_iter().chain(line.split_whitespace());
-        match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
+        let matches = command().try_get_matches_from(line).map_err(|error| error.to_string())?;
+        match Cli::from_arg_matches(&matches).unwrap().command {
             Command::Run(run) => run.plan(),
             _ => unreachable!("`run` was given"),
         }
@@ -322,7 +352,7 @@ mod tests {
 
     #[test]
     fn clap_finds_no_fault_with_the_definition() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]
@@ -358,7 +388,8 @@ mod tests {
         assert_eq!(to("127.0.0.1:9100"), MetricsTo::Address(([127, 0, 0, 1], 9100).into()));
         assert!(matches!(to("[::1]:0"), MetricsTo::Address(address) if address.port() == 0));
         assert_eq!(to("./a:b.prom"), MetricsTo::File("./a:b.prom".into()));
-        assert_eq!(to("9100"), MetricsTo::File("9100".into()));
+        assert_eq!(to("9477"), MetricsTo::Address(([127, 0, 0, 1], 9477).into()));
+        assert_eq!((to("./9477"), to("vm")), (MetricsTo::File("./9477".into()), MetricsTo::File("vm".into())));
     }
 
     #[test]
@@ -387,19 +418,30 @@ mod tests {
             ("--ring 3000", "power of two"),
             ("--ring 128", "256 to 65536"),
             ("--ring 131072", "256 to 65536"),
-            ("--max-pause 0ms", "100µs to 1s"),
-            ("--max-pause 2s", "100µs to 1s"),
+            ("--max-pause 0ms", "100us to 1s"),
+            ("--max-pause 2s", "100us to 1s"),
             ("--pass 1ms", "10ms to 60s"),
             ("--seconds 0", "200ms to 3600s"),
-            ("--free-seconds 3601", "0ns to 3600s"),
-            ("--steps 1@0s", "after 0ns"),
+            ("--free-seconds 3601", "0s to 3600s"),
+            ("--steps 1@0s", "after 0s"),
             ("--steps 1@8s", "before the end at 8s"),
             ("--steps 1@3s,2@2s", "after 3s"),
             ("--steps 1MiB/s", "lacks its time"),
             ("--steps 1XiB/s@1s", "KiB/s, MiB/s, GiB/s"),
             ("--limit 1e400MiB/s", "unknown unit"),
             ("--limit 0", "`none`"),
-            ("--vm-limit -1", "unexpected argument"),
+            ("--limit -1", "a rate is pages per second"),
+            ("--vm-limit -1MiB/s,2", "a rate is pages per second"),
+            ("--steps -1@1s", "a rate is pages per second"),
+            ("--vcpus 1,a", "1 to 1024 vCPUs are possible"),
+            ("--vcpus -1", "1 to 1024 vCPUs are possible"),
+            ("--ring 4k", "256 to 65536"),
+            ("--max-pause -1ms", "a number with `us`, `ms` or `s`"),
+            ("--max-pause 0ns", "a number with `us`, `ms` or `s`"),
+            ("--report -", "it needs a name"),
+            ("--svg -", "it needs a name"),
+            ("--metrics -", "as a file it needs a `/`"),
+            ("--metrics 94777", "as a file it needs a `/`"),
             ("--workload wirte:1MiB", "write:SIZE"),
             ("--guest sim --qmp x", "--qmp needs the KVM guest"),
             ("--guest sim --metrics x", "--metrics needs the KVM guest"),

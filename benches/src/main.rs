@@ -9,8 +9,8 @@ use std::process::{self, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use clap::FromArgMatches;
 use clap::error::ErrorKind;
-use clap::{CommandFactory, FromArgMatches};
 use dirtylimit_bench::cli::{self, Cli, Command, Run};
 use dirtylimit_bench::compare::{self, Case, Compare, Migrating};
 use dirtylimit_bench::guest::{self, Progress};
@@ -38,8 +38,8 @@ const INVALID: u8 = 4;
 const SLEEP: Duration = Duration::from_millis(1);
 
 fn main() -> ExitCode {
-    let matches = Cli::command().try_get_matches().unwrap_or_else(|error| usage(&error));
-    let asked = Cli::from_arg_matches(&matches).unwrap_or_else(|error| usage(&error.format(&mut Cli::command())));
+    let matches = cli::command().try_get_matches().unwrap_or_else(|error| usage(&error));
+    let asked = Cli::from_arg_matches(&matches).unwrap_or_else(|error| usage(&error.format(&mut cli::command())));
     cli::plain_rates(&matches).into_iter().for_each(tell);
     let done = match asked.command {
         Command::Run(run) => match run.plan() {
@@ -86,14 +86,14 @@ fn probe(json: Option<&Path>) -> Result<ExitCode> {
 
 fn completions(shell: clap_complete::Shell) -> Result<ExitCode> {
     let mut text = Vec::new();
-    let mut cli = Cli::command();
+    let mut cli = cli::command();
     let name = cli.get_name().to_owned();
     clap_complete::generate(shell, &mut cli, name, &mut text);
     print(String::from_utf8_lossy(&text)).map(|()| ExitCode::SUCCESS)
 }
 
 fn man(command: Option<&str>) -> Result<ExitCode> {
-    let mut cli = Cli::command();
+    let mut cli = cli::command();
     cli.build();
     let page = match command {
         None => cli,
@@ -112,7 +112,7 @@ fn complain(error: &anyhow::Error) {
 }
 
 fn bad_usage(subcommand: &str, message: String) -> ! {
-    let mut cli = Cli::command();
+    let mut cli = cli::command();
     cli.build();
     let subcommand = cli.find_subcommand_mut(subcommand).expect("it was parsed");
     usage(&subcommand.error(ErrorKind::ValueValidation, message))

@@ -130,6 +130,17 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     seconds(text, number * scale)
 }
 
+/// A duration that [`parse_duration`] reads back, if it is in whole microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Time(pub Duration);
+
+impl fmt::Display for Time {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(time) = self;
+        if time.is_zero() { f.write_str("0s") } else { f.write_str(&format!("{time:?}").replace('µ', "u")) }
+    }
+}
+
 /// A number of seconds, at most a day; a trailing `s` may be given.
 ///
 /// # Errors
@@ -300,6 +311,12 @@ mod tests {
         fn a_size_reads_back_exactly(pages in 1u64..=1 << 32) {
             let bytes = pages * u64::from(PAGE_SIZE);
             prop_assert_eq!(parse_size(&Size(bytes).to_string()), Ok(bytes));
+        }
+
+        #[test]
+        fn a_duration_reads_back(us in 0u64..=86_400_000_000) {
+            let time = Duration::from_micros(us);
+            prop_assert_eq!(parse_duration(&Time(time).to_string()), Ok(time));
         }
 
         #[test]

@@ -19,6 +19,7 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
+use crate::cli::named;
 use crate::late;
 use crate::output::{print, tell};
 use crate::report::progress::Interrupt;
@@ -52,7 +53,7 @@ pub struct Scenarios {
     pub json: Option<PathBuf>,
 
     /// Write a page with pictures, DIR/index.html; it needs no network
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = named())]
     pub report: Option<PathBuf>,
 
     /// Say which scenarios there are
