@@ -7,8 +7,8 @@ use anyhow::Result;
 use super::charts::{self, net_rate, rate_chart, stall_chart, survival};
 use super::page::{Cell, Page, Table, Tone};
 use super::plot::{Chart, Look, Series};
-use super::table::{guest, number, policy, signed, verdict, whole};
-use crate::measure::{Measures, TOLERANCE_PCT, VmMeasures};
+use super::table::{self, guest, number, policy, signed, verdict, whole};
+use crate::measure::{Held, Measures, StepMeasures, VmMeasures};
 use crate::record::{Recording, Stalls, VcpuRecording};
 use crate::units::{mib_per_sec, significant};
 
@@ -73,8 +73,8 @@ fn tiles(recording: &Recording, measures: &[Measures]) -> Vec<(&'static str, Str
             ("Error", signed(vm.error_pct), "%"),
         ],
         None => vec![
-            ("Error of the settled rate", signed(worst(|vcpu| vcpu.last().error_pct)), "%"),
-            ("Settled in", whole(worst(|vcpu| vcpu.last().settle_ms)), "ms"),
+            ("Error of the settled rate", signed(worst(|vcpu| vcpu.last().judged_pct())), "%"),
+            ("Settled in", whole(worst(|vcpu| vcpu.last().settled_ms())), "ms"),
         ],
     };
     tiles.push(("Longest stall", number(worst(|vcpu| vcpu.stall_max_ms)), "ms"));
@@ -159,12 +159,12 @@ fn limit(limit: Option<f64>) -> Cell {
     limit.map_or("none".into(), |limit| significant(limit, 4).into())
 }
 
-fn error(error_pct: Option<f64>) -> Cell {
-    let tone = match error_pct {
-        Some(error) if error.abs() > TOLERANCE_PCT => Tone::Bad,
+fn error(step: &StepMeasures) -> Cell {
+    let tone = match step.held {
+        Some(Held::Unsettled | Held::TooLow(_)) => Tone::Bad,
         _ => Tone::Plain,
     };
-    Cell::from(signed(error_pct)).toned(tone)
+    Cell::from(table::error(step)).toned(tone)
 }
 
 fn rate_table(recording: &Recording, measures: &[Measures]) -> Table {
@@ -186,9 +186,9 @@ fn rate_table(recording: &Recording, measures: &[Measures]) -> Table {
             limit(last.limit_mib_s),
             number(measures.free_mib_s).into(),
             number(last.settled_mib_s).into(),
-            error(last.error_pct),
-            whole(last.settle_ms).into(),
-            number(last.worst_window_error_pct).into(),
+            error(last),
+            whole(last.settled_ms()).into(),
+            number(last.worst_window_error_pct.filter(|_| last.settled_ms().is_some())).into(),
         ]
     };
     table("Settled is the second half of the limited time; windows are of 100 ms.", &columns, recording, measures, row)
@@ -233,8 +233,8 @@ fn step_table(recording: &Recording, measures: &[Measures]) -> Table {
                 format!("{:.1}", since(recording, step.from)).into(),
                 limit(step.limit_mib_s),
                 number(step.settled_mib_s).into(),
-                error(step.error_pct),
-                whole(step.settle_ms).into(),
+                error(step),
+                whole(step.settled_ms()).into(),
                 number(step.overshoot_pct).into(),
             ]
         })

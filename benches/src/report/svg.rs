@@ -91,7 +91,8 @@ fn caption(recording: &Recording, vcpu: &VcpuRecording, top: f64) -> String {
         last.limit_mib_s.map_or("no limit".to_owned(), |limit| format!("limit {} MiB/s", significant(limit, 4)));
     text += &limit;
     if let Some(settled) = last.settled_mib_s {
-        let _ = write!(text, ", settled at {settled:.1} MiB/s");
+        let what = if last.settled_ms().is_some() { "settled at" } else { "mean" };
+        let _ = write!(text, ", {what} {settled:.1} MiB/s");
     }
     if let Some((free, gross)) = measures.free_mib_s.zip(measures.free_gross_mib_s) {
         let off = if free.max(gross) > top { ", off the scale" } else { "" };
