@@ -14,7 +14,7 @@ use crate::migrate::cli::Migrate;
 use crate::plan::{KickKind, MetricsTo, Plan, PolicyKind, Step, VcpuPlan};
 use crate::record::GuestKind;
 use crate::scenario::Scenarios;
-use crate::units::{Rate, Time, is_plain_rate, parse_duration, parse_limit, parse_rate, parse_seconds};
+use crate::units::{Rate, Time, is_plain_rate, parse_duration, parse_limit, parse_percent, parse_rate, parse_seconds};
 use crate::workload::Workload;
 
 /// The most vCPUs that the limiter takes.
@@ -41,7 +41,8 @@ pub enum Command {
     /// Sizes and rates take KiB, MiB, GiB, TiB; plain numbers are pages (per second). Rates also take MB/s (10^6 bytes) and Gbit/s
     /// (10^9 bits); what QEMU and libvirt call MB/s is MiB/s here. Ctrl-C ends the run and reports what there is.
     ///
-    /// Exit status: 0 done, 1 the run failed or a report could not be written, 2 bad usage, 3 pages were lost.
+    /// Exit status: 0 done, 1 the run failed or a report could not be written, 2 bad usage, 3 pages were lost, 4 an error was
+    /// above --fail-over.
     #[command(verbatim_doc_comment)]
     Run(Box<Run>),
     /// Print what this host's KVM offers
@@ -172,6 +173,11 @@ pub struct Run {
     #[arg(long)]
     pub steal_time: bool,
 
+    /// Fail, by the exit status, where the error of a limited vCPU, or of the VM where that has a budget, is above so many
+    /// percent, with either sign. Where less is written than the limit allows there is none
+    #[arg(long, value_name = "PCT", value_parser = parse_percent)]
+    pub fail_over: Option<f64>,
+
     /// Write the report as JSON; `-` is standard output, and nothing else goes there then
     #[arg(long, value_name = "FILE|-")]
     pub json: Option<PathBuf>,
@@ -188,7 +194,8 @@ pub struct Run {
 /// The definition of the command line. A number with a minus is a value, so that the message says what is allowed.
 pub fn command() -> clap::Command {
     let numbers = |arg: Arg| {
-        let number = |names: &[clap::builder::Str]| ["RATE", "RATE@T", "T", "S", "N"].contains(&names[0].as_str());
+        let number =
+            |names: &[clap::builder::Str]| ["RATE", "RATE@T", "T", "S", "N", "PCT"].contains(&names[0].as_str());
         if arg.get_value_names().is_some_and(number) { arg.allow_hyphen_values(true) } else { arg }
     };
     Cli::command().mut_subcommands(|command| command.mut_args(numbers))
@@ -438,6 +445,7 @@ mod tests {
             ("--ring 4k", "256 to 65536"),
             ("--max-pause -1ms", "a number with `us`, `ms` or `s`"),
             ("--max-pause 0ns", "a number with `us`, `ms` or `s`"),
+            ("--fail-over -1", "a number of percent"),
             ("--report -", "it needs a name"),
             ("--svg -", "it needs a name"),
             ("--metrics -", "as a file it needs a `/`"),

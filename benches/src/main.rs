@@ -8,13 +8,14 @@ use std::path::Path;
 use std::process::{self, ExitCode};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::FromArgMatches;
 use clap::error::ErrorKind;
 use dirtylimit_bench::cli::{self, Cli, Command, Run};
 use dirtylimit_bench::compare::{self, Case, Compare, Migrating};
 use dirtylimit_bench::guest::{self, Progress};
 use dirtylimit_bench::late;
+use dirtylimit_bench::measure::worst_pct;
 use dirtylimit_bench::migrate::{self, cli::Migrate};
 use dirtylimit_bench::output::{Output, distinct, print, tell};
 use dirtylimit_bench::plan::{MetricsTo, Plan};
@@ -32,6 +33,8 @@ use serde::Serialize;
 const FAILED: u8 = 1;
 /// Pages were lost. Bad usage is 2, which clap returns by itself.
 const LOST: u8 = 3;
+/// An error was above `--fail-over`.
+const OVER: u8 = 4;
 /// No figure was missed, but on this host some could not be judged.
 const INVALID: u8 = 4;
 /// Sleeps of the thread that only sleeps, beside a run.
@@ -195,6 +198,11 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
         outcome.note(svg::draw(&recording).and_then(|drawn| drawing.write(drawn)));
     }
     outcome.page(|| report::run::page(&recording), page.as_mut());
+    let worst = run.fail_over.zip(worst_pct(&recording)).filter(|(most, error)| error.abs() > *most);
+    if let Some((most, error)) = worst {
+        complain(&anyhow!("--fail-over: an error of {error:+.1} % is above {most} %"));
+        outcome.0 = if outcome.0 == 0 { OVER } else { outcome.0 };
+    }
     Ok(outcome.status())
 }
 

@@ -173,6 +173,17 @@ impl VmMeasures {
     }
 }
 
+/// The error that is farthest from 0: of the VM where it has a budget, else of a limited vCPU. Where less was written than the
+/// limit allows there is none.
+pub fn worst_pct(recording: &Recording) -> Option<f64> {
+    if let Some(vm) = VmMeasures::of(recording) {
+        return vm.error_pct.filter(|_| !vm.below);
+    }
+    let measures: Vec<_> = recording.vcpus.iter().map(|vcpu| Measures::of(recording, vcpu)).collect();
+    let held = measures.iter().map(Measures::last).filter(|step| step.held != Some(Held::Below));
+    held.filter_map(|step| step.error_pct).max_by(|a, b| a.abs().total_cmp(&b.abs()))
+}
+
 /// The samples of one vCPU as a function of time.
 #[derive(Clone, Copy, Debug)]
 pub struct Series<'a> {

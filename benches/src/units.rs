@@ -152,6 +152,17 @@ pub fn parse_seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// A number of percent; a trailing `%` may be given.
+///
+/// # Errors
+/// Not a number, another unit.
+pub fn parse_percent(text: &str) -> Result<f64, String> {
+    match split(text) {
+        Some((number, "" | "%")) => Ok(number),
+        _ => Err(format!("`{text}` is not a number of percent (5, 2.5)")),
+    }
+}
+
 fn seconds(text: &str, number: f64) -> Result<Duration, String> {
     if number > MAX_SECONDS {
         return Err(format!("`{text}` is too long: at most a day"));
@@ -279,6 +290,10 @@ mod tests {
         assert!(parse_duration("10m").unwrap_err().contains("unknown unit `m`"));
         assert!(parse_duration("86401s").unwrap_err().contains("at most a day"));
         assert!(parse_seconds("10ms").unwrap_err().contains("seconds"));
+        assert_eq!((parse_percent("5"), parse_percent("2.5 %")), (Ok(5.0), Ok(2.5)));
+        assert!(
+            ["-5", "5ms", "", "inf", "1e3"].iter().all(|text| parse_percent(text).unwrap_err().contains("(5, 2.5)"))
+        );
     }
 
     #[test]

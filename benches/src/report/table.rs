@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::measure::{Held, Measures, StepMeasures, VmMeasures};
+use crate::measure::{Held, Measures, StepMeasures, VmMeasures, worst_pct};
 use crate::plan::PolicyKind;
 use crate::record::{GuestKind, Recording};
 use crate::units::{Time, significant};
@@ -88,7 +88,7 @@ pub(super) fn verdict(recording: &Recording, measures: &[Measures]) -> String {
     }
     let limited = || measures.iter().map(Measures::last).filter(|step| step.held.is_some());
     let judged = || limited().filter(|step| step.held != Some(Held::Below));
-    let worst = signed(judged().filter_map(StepMeasures::judged_pct).max_by(|a, b| a.abs().total_cmp(&b.abs())));
+    let worst = signed(worst_pct(recording));
     let pauses = judged().filter_map(|step| match step.held {
         Some(Held::TooLow(pause)) => Some(pause),
         _ => None,
