@@ -17,7 +17,7 @@ use dirtylimit_bench::guest::{self, Progress};
 use dirtylimit_bench::late;
 use dirtylimit_bench::measure::worst_pct;
 use dirtylimit_bench::migrate::{self, cli::Migrate};
-use dirtylimit_bench::output::{Output, distinct, print, tell};
+use dirtylimit_bench::output::{Output, be_quiet, distinct, print, say, tell};
 use dirtylimit_bench::plan::{MetricsTo, Plan};
 use dirtylimit_bench::probe;
 use dirtylimit_bench::record::{GuestKind, Recording};
@@ -43,7 +43,10 @@ const SLEEP: Duration = Duration::from_millis(1);
 fn main() -> ExitCode {
     let matches = cli::command().try_get_matches().unwrap_or_else(|error| usage(&error));
     let asked = Cli::from_arg_matches(&matches).unwrap_or_else(|error| usage(&error.format(&mut cli::command())));
-    cli::plain_rates(&matches).into_iter().for_each(tell);
+    if asked.quiet {
+        be_quiet();
+    }
+    cli::plain_rates(&matches).into_iter().for_each(say);
     let done = match asked.command {
         Command::Run(run) => match run.plan() {
             Ok(plan) => execute(&run, &plan),
@@ -145,7 +148,7 @@ impl Outcome {
 
     /// Shows a person the result: on stdout, unless scripts get their document there.
     fn show(&mut self, text: impl Display, json: Option<&Output>) {
-        if json.is_some_and(Output::is_stdout) { tell(text) } else { self.note(print(text)) }
+        if json.is_some_and(Output::is_stdout) { say(text) } else { self.note(print(text)) }
     }
 
     fn document(&mut self, document: &impl Serialize, json: Option<&mut Output>) {
@@ -168,7 +171,7 @@ impl Outcome {
 
 fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
     for asked in run.workload.iter().filter(|workload| workload.maskable() != **workload) {
-        tell(format_args!("{asked}: the guest masks its page index, so it is {} that runs.", asked.maskable()));
+        say(format_args!("{asked}: the guest masks its page index, so it is {} that runs.", asked.maskable()));
     }
     // What has nowhere to go is found out before the run, not after it.
     let mut json = run.json.as_deref().map(|path| Output::document("--json", path)).transpose()?;
@@ -304,9 +307,7 @@ fn choose(run: &Run) -> Result<GuestKind> {
         None => match kvm() {
             Ok(()) => GuestKind::Kvm,
             Err(error) => {
-                tell(format_args!(
-                    "No KVM guest can run here ({error:#}): this is the simulated one, in virtual time."
-                ));
+                say(format_args!("No KVM guest can run here ({error:#}): this is the simulated one, in virtual time."));
                 GuestKind::Sim
             }
         },

@@ -6,9 +6,31 @@
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 use dirtylimit_metrics::file::Target;
+
+/// Set where `--quiet` is.
+static QUIET: OnceLock<()> = OnceLock::new();
+
+/// From now on nothing goes to stderr but errors.
+pub fn be_quiet() {
+    // Twice is once.
+    let _ = QUIET.set(());
+}
+
+/// Whether nothing goes to stderr but errors.
+pub fn is_quiet() -> bool {
+    QUIET.get().is_some()
+}
+
+/// Says how it goes on, or what a person should know: a line to stderr, unless that is to be quiet.
+pub fn say(line: impl Display) {
+    if !is_quiet() {
+        tell(line);
+    }
+}
 
 /// Writes a line to stderr. Whether anybody reads it changes nothing.
 pub fn tell(line: impl Display) {

@@ -100,6 +100,18 @@ fn whether_anybody_reads_stderr_changes_nothing() {
 }
 
 #[test]
+fn the_quiet_say_nothing_but_errors() {
+    let folder = Folder::new("quiet");
+    for (command, expected) in commands(&folder) {
+        let output = output(format!("{command} --quiet"));
+        assert!(output.status.code().is_some_and(|code| expected.contains(&code)), "{command}: {output:?}");
+        assert!(output.stderr.is_empty() && !output.stdout.is_empty(), "{command}: {output:?}");
+    }
+    let failing = output("--quiet run --guest sim --workload write:65GiB");
+    assert!(text(&failing.stderr).contains("are simulated"), "{}", text(&failing.stderr));
+}
+
+#[test]
 fn a_reader_of_stdout_that_is_gone_is_no_error_and_a_full_disk_is_one() {
     let folder = Folder::new("stdout");
     for (command, expected) in commands(&folder) {

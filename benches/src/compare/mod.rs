@@ -23,7 +23,7 @@ use clap::{Args, ValueEnum};
 use dirtylimit_core::PageRate;
 
 use crate::cli::{named, ring, within};
-use crate::output::tell;
+use crate::output::say;
 use crate::plan::PolicyKind;
 use crate::probe;
 use crate::report::progress::Interrupt;
@@ -148,7 +148,7 @@ impl Compare {
             Ok(version) => Ok(Peer::Qemu(path.clone(), version)),
             Err(error) if self.peer.is_none() && self.qemu.is_empty() && is_missing(&error) => {
                 let instead = if self.migration.migrate { "our own modes alone" } else { "the policy `stepped`" };
-                tell(format_args!("There is no {QEMU} here ({HOW}): compared with {instead} instead."));
+                say(format_args!("There is no {QEMU} here ({HOW}): compared with {instead} instead."));
                 Ok(Peer::Stepped)
             }
             Err(error) if is_missing(&error) => Err(error.context(HOW)),
@@ -166,7 +166,7 @@ impl Compare {
         'rounds: for round in 1..=self.rounds {
             for (number, (case, (theirs, ours))) in cases.iter().zip(&mut tried).enumerate() {
                 let (rounds, number, of) = (self.rounds, number + 1, cases.len());
-                tell(format_args!("round {round} of {rounds}, case {number} of {of}: {}", case.name()));
+                say(format_args!("round {round} of {rounds}, case {number} of {of}: {}", case.name()));
                 let their = self.try_peer(case, peer, interrupt).with_context(|| peer.name())?;
                 let our = self.try_ours(case, PolicyKind::Paced, interrupt).context("dirtylimit")?;
                 if interrupt.requested() {

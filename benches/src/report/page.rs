@@ -9,7 +9,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::ink;
 use super::plot::{Chart, Look};
-use crate::output::{Output, tell};
+use crate::output::{Output, say};
 use crate::record::Host;
 
 /// The page's file, in the directory that the user names.
@@ -183,7 +183,7 @@ impl Page {
     /// The file cannot be written.
     pub fn write(&self, output: &mut Output) -> Result<()> {
         output.write(self.html())?;
-        tell(format_args!("The report is {}.", output.path().display()));
+        say(format_args!("The report is {}.", output.path().display()));
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ use dirtylimit_core::PageRate;
 
 use super::table::number;
 use crate::guest::{Phase, Progress, VcpuNow};
-use crate::output::tell;
+use crate::output::{is_quiet, say};
 use crate::plan::Plan;
 use crate::units::{PAGE_SIZE, mib_per_sec, significant};
 
@@ -83,7 +83,7 @@ impl Live {
     pub fn new(plan: &Plan, interrupt: Interrupt) -> Self {
         let term = Term::stderr();
         // A dumb terminal cannot move its cursor.
-        let view = if term.is_term() && std::env::var_os("TERM").is_none_or(|name| name != "dumb") {
+        let view = if !is_quiet() && term.is_term() && std::env::var_os("TERM").is_none_or(|name| name != "dumb") {
             View::Terminal { term, screen: Screen::new(plan), drawn: Drawn::default() }
         } else {
             View::Plain { next: PLAIN / 2 }
@@ -118,7 +118,7 @@ impl Progress for Live {
                     }
                     count => vec![format!("{count} vCPUs {}", figures(&sum(vcpus, None)))],
                 };
-                tell(format_args!("{}, {}: {}", clock(at, self.total), name(phase), figures.join("; ")));
+                say(format_args!("{}, {}: {}", clock(at, self.total), name(phase), figures.join("; ")));
             }
             View::Plain { .. } => {}
         }

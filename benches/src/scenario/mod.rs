@@ -21,7 +21,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use crate::cli::named;
 use crate::late;
-use crate::output::{print, tell};
+use crate::output::{print, say};
 use crate::report::progress::Interrupt;
 pub use measure::{Evidence, Measure};
 pub use row::row;
@@ -163,7 +163,7 @@ impl Try {
 pub fn run(scenario: Scenario, rows: bool, interrupt: &Interrupt) -> Result<Tried> {
     let mut tries = Vec::new();
     for (number, case) in (1..).zip(&scenario.cases) {
-        tell(format_args!("{}, case {number} of {}: {}", scenario.name, scenario.cases.len(), case.name));
+        say(format_args!("{}, case {number} of {}: {}", scenario.name, scenario.cases.len(), case.name));
         let (evidence, late_p999_ms) = match rows {
             true => (case.trial.run(interrupt)?, None),
             false => {

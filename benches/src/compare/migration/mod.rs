@@ -19,7 +19,7 @@ use super::{Compare, Peer, cases, trial};
 use crate::cli::within;
 use crate::migrate::cli::{DEFAULT_RING, Plan};
 use crate::migrate::{self, Mode};
-use crate::output::tell;
+use crate::output::say;
 use crate::probe;
 use crate::report::progress::Interrupt;
 use crate::units::{Limit, PAGE_SIZE, mib_per_sec, parse_duration, parse_limit, parse_size};
@@ -132,7 +132,7 @@ impl Migrating {
         let mut tried: Vec<Vec<Outcome>> = vec![Vec::new(); sides.len()];
         'rounds: for round in 1..=self.rounds {
             for (side, outcomes) in sides.iter().zip(&mut tried) {
-                tell(format_args!("round {round} of {}: {}", self.rounds, side.name()));
+                say(format_args!("round {round} of {}: {}", self.rounds, side.name()));
                 let outcome = self.migrate(side, interrupt)?;
                 if interrupt.requested() {
                     break 'rounds;
