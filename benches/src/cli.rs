@@ -186,6 +186,11 @@ pub struct Run {
     #[arg(long, value_name = "FILE|-")]
     pub json: Option<PathBuf>,
 
+    /// Write the series as CSV: time_ms, vcpu, net_mib_s, gross_mib_s, limit_mib_s (empty where there is none) and paused_pct, a
+    /// line for each vCPU and interval of about 10 ms, at its end; `-` is standard output
+    #[arg(long, value_name = "FILE|-")]
+    pub csv: Option<PathBuf>,
+
     /// Draw the rate against the limit over time
     #[arg(long, value_name = "FILE", value_parser = named())]
     pub svg: Option<PathBuf>,

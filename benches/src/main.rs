@@ -175,6 +175,7 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
     }
     // What has nowhere to go is found out before the run, not after it.
     let mut json = run.json.as_deref().map(|path| Output::document("--json", path)).transpose()?;
+    let mut csv = run.csv.as_deref().map(|path| Output::document("--csv", path)).transpose()?;
     let mut drawing = run.svg.as_deref().map(|path| Output::prepare("--svg", path)).transpose()?;
     let mut page = run.report.as_deref().map(page::prepare).transpose()?;
     let metrics = match &plan.metrics {
@@ -184,7 +185,7 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
         }
         _ => None,
     };
-    distinct(&[json.as_ref(), drawing.as_ref(), page.as_ref(), metrics.as_ref()])?;
+    distinct(&[json.as_ref(), csv.as_ref(), drawing.as_ref(), page.as_ref(), metrics.as_ref()])?;
     let guest = choose(run)?;
     let mut live = Live::new(plan, Interrupt::install()?);
     let (recording, late) = late::beside(SLEEP, || start(guest, plan, &mut live));
@@ -195,8 +196,11 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
     }
 
     let mut outcome = Outcome(if recording.lost_pages > Some(0) { LOST } else { 0 });
-    outcome.show(Table(&recording), json.as_ref());
+    outcome.show(Table(&recording), [&json, &csv].into_iter().flatten().find(|output| output.is_stdout()));
     outcome.document(&Report::of(&recording), json.as_mut());
+    if let Some(csv) = &mut csv {
+        outcome.note(csv.write(report::csv::csv(&recording)));
+    }
     if let Some(drawing) = &mut drawing {
         outcome.note(svg::draw(&recording).and_then(|drawn| drawing.write(drawn)));
     }

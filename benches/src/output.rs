@@ -106,20 +106,22 @@ impl Output {
         }
     }
 
-    fn file(&self) -> Option<&Path> {
+    /// What only one can have: a file, or standard output, by its `-`.
+    fn place(&self) -> Option<&Path> {
         match &self.target {
             Some(Target::File(at)) => Some(at),
-            _ => None,
+            Some(Target::Stream(_)) => None,
+            None => Some(&self.path),
         }
     }
 }
 
-/// Makes sure that no two of them replace the same file.
+/// Makes sure that no two of them replace the same file, or go to standard output.
 ///
 /// # Errors
 /// Two that do; the message names both options.
 pub fn distinct(outputs: &[Option<&Output>]) -> Result<()> {
-    let files: Vec<_> = outputs.iter().flatten().filter_map(|output| Some((output, output.file()?))).collect();
+    let files: Vec<_> = outputs.iter().flatten().filter_map(|output| Some((output, output.place()?))).collect();
     for (number, (one, file)) in files.iter().enumerate() {
         if let Some((other, _)) = files[..number].iter().find(|(_, other)| other == file) {
             let (one, other) = (one.option, other.option);

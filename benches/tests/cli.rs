@@ -18,7 +18,7 @@ fn help_lists_every_option_of_the_manual() {
     assert!(output.status.success());
     let help = text(&output.stdout);
     for option in
-        "guest workload vcpus limit vm-limit policy ring max-pause pass free-seconds seconds steps payload qmp metrics fail-over json svg report"
+        "guest workload vcpus limit vm-limit policy ring max-pause pass free-seconds seconds steps payload qmp metrics fail-over json csv svg report"
             .split_whitespace()
     {
         assert!(help.contains(&format!("--{option} <")), "--{option} is missing:\n{help}");
@@ -99,6 +99,14 @@ fn json_on_stdout_is_one_document_and_nothing_else() {
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(document["guest"], "sim");
     assert_eq!(document["vcpus"][0]["limit_mib_s"], 50.0);
+    assert!(text(&output.stderr).contains("verdict: "), "the table goes to stderr then");
+}
+
+#[test]
+fn csv_on_stdout_is_the_series_and_nothing_else() {
+    let output = bench("run --guest sim --free-seconds 0.2 --seconds 0.5 --vcpus 2 --csv -");
+    let lines: Vec<_> = text(&output.stdout).lines().map(|line| line.split(',').count()).collect();
+    assert_eq!(lines, [6; 1 + 2 * 69], "{}", text(&output.stdout));
     assert!(text(&output.stderr).contains("verdict: "), "the table goes to stderr then");
 }
 

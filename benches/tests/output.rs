@@ -247,7 +247,7 @@ fn what_cannot_be_replaced_is_told_before_the_run_and_kept() {
     fs::set_permissions(path("open"), Permissions::from_mode(0o777)).unwrap();
     symlink("loop", path("loop")).unwrap();
     let root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
-    for option in ["--json", "--svg"] {
+    for option in ["--json", "--csv", "--svg"] {
         for name in ["locked/new", "locked", "open/kept", "open/new/", "open/kept/new", "loop", "nowhere/new"] {
             let mut program = bench(&format!("{RUN} {option} {}", path(name)));
             if root {
@@ -270,7 +270,7 @@ fn a_run_that_fails_leaves_what_was_there() {
     let folder = Folder::new("failing");
     let path = |name: &str| folder.0.join(name).display().to_string();
     fs::write(path("old.json"), "old").unwrap();
-    let outputs = format!("--json {} --svg {}", path("old.json"), path("new.svg"));
+    let outputs = format!("--json {} --svg {} --csv {}", path("old.json"), path("new.svg"), path("new.csv"));
     let output = output(format!("run --guest sim --workload write:65GiB {outputs}"));
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("are simulated"), "{}", text(&output.stderr));
@@ -289,6 +289,8 @@ fn two_options_do_not_replace_one_file() {
         (format!("--json {0} --svg {0}", path("one")), "--json and --svg name the same file"),
         (format!("--svg {} --json {}", path("one"), path("other")), "--json and --svg"),
         (format!("--svg {} --report {}", path("index.html"), path("")), "--svg and --report"),
+        ("--json - --csv -".into(), "--json and --csv name the same"),
+        (format!("--csv {} --json {}", path("one"), path("other")), "--json and --csv"),
     ] {
         let output = output(format!("{RUN} {options}"));
         assert_eq!(output.status.code(), Some(1), "{options}");
