@@ -64,7 +64,9 @@ pub enum Command {
     /// sleeps ended more than 0.5 ms late, the host cannot show what a case is about, and the case is invalid. The lab judges
     /// them all (docs/LAB.md).
     ///
-    /// Exit status: 0 all figures met, 1 a figure missed or a run failed, 2 bad usage, 3 pages were lost, 4 cases were invalid
+    /// Ctrl-C ends it and tells of the cases that are done.
+    ///
+    /// Exit status: 0 all figures met, 1 a figure missed, a run failed or it was interrupted, 2 bad usage, 3 pages were lost, 4 cases were invalid
     /// and no figure missed.
     #[command(verbatim_doc_comment)]
     Scenario(Scenarios),
@@ -177,8 +179,8 @@ pub struct Run {
     #[arg(long)]
     pub steal_time: bool,
 
-    /// Fail, by the exit status, where the error of a limited vCPU, or of the VM where that has a budget, is above so many
-    /// percent, with either sign. Where less is written than the limit allows there is none
+    /// Exit with status 4 where the error of a limited vCPU, or that of the VM if it has a budget, is above PCT percent, with
+    /// either sign; a vCPU that writes less than its limit allows has no error
     #[arg(long, value_name = "PCT", value_parser = parse_percent)]
     pub fail_over: Option<f64>,
 

@@ -22,7 +22,7 @@ use dirtylimit_bench::plan::{MetricsTo, Plan};
 use dirtylimit_bench::probe;
 use dirtylimit_bench::record::{GuestKind, Recording};
 use dirtylimit_bench::report::json::Report;
-use dirtylimit_bench::report::progress::{Interrupt, Live};
+use dirtylimit_bench::report::progress::{Interrupt, Left, Live};
 use dirtylimit_bench::report::{self, page, svg, table::Table};
 use dirtylimit_bench::scenario::verdict::{Judged, Results};
 use dirtylimit_bench::scenario::{self, Scenarios};
@@ -224,12 +224,24 @@ fn scenario(asked: &Scenarios) -> Result<ExitCode> {
     let interrupt = Interrupt::install()?;
     let mut outcome = Outcome(0);
     let mut all = Vec::new();
-    for chosen in asked.chosen() {
-        let tried = scenario::run(chosen, asked.rows, &interrupt)?;
+    let chosen = asked.chosen();
+    let mut left = Left(chosen.iter().flat_map(|scenario| &scenario.cases).map(|case| case.trial.time()).sum());
+    for chosen in chosen {
+        let tried = scenario::run(chosen, asked.rows, &mut left, &interrupt)?;
+        let interrupted = tried.verdict.untried > 0;
+        if interrupted {
+            outcome.note(Err(anyhow!("interrupted")));
+        }
+        if tried.tries.is_empty() {
+            break;
+        }
         if !asked.rows {
             outcome.show(format_args!("{}\n", tried.verdict), json.as_ref());
         }
         all.push(tried);
+        if interrupted {
+            break;
+        }
     }
     let host = probe::host(true, None);
     let verdicts: Vec<_> = all.iter().map(|tried| &tried.verdict).collect();
@@ -241,7 +253,7 @@ fn scenario(asked: &Scenarios) -> Result<ExitCode> {
         false if any(Judged::Invalid) && outcome.0 == 0 => INVALID,
         false => outcome.0,
     };
-    outcome.document(&Results { host: &host, scenarios: verdicts }, json.as_mut());
+    outcome.document(&Results { host: &host, scenarios: verdicts, interrupted: interrupt.requested() }, json.as_mut());
     outcome.page(|| report::scenario::page(&all, &host), page.as_mut());
     Ok(outcome.status())
 }

@@ -173,8 +173,8 @@ impl VmMeasures {
     }
 }
 
-/// The error that is farthest from 0: of the VM where it has a budget, else of a limited vCPU. Where less was written than the
-/// limit allows there is none.
+/// The error that is farthest from 0: of the VM if it has a budget, else of a limited vCPU. Where less was written than the limit
+/// allows, there is none.
 pub fn worst_pct(recording: &Recording) -> Option<f64> {
     if let Some(vm) = VmMeasures::of(recording) {
         return vm.error_pct.filter(|_| !vm.below);

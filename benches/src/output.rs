@@ -16,7 +16,7 @@ static QUIET: OnceLock<()> = OnceLock::new();
 
 /// From now on nothing goes to stderr but errors.
 pub fn be_quiet() {
-    // Twice is once.
+    // An error would say that it was set before.
     let _ = QUIET.set(());
 }
 

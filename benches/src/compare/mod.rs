@@ -26,7 +26,7 @@ use crate::cli::{named, ring, within};
 use crate::output::say;
 use crate::plan::PolicyKind;
 use crate::probe;
-use crate::report::progress::Interrupt;
+use crate::report::progress::{Interrupt, Left};
 use crate::units::{parse_duration, parse_rate, parse_seconds};
 use crate::workload::Workload;
 pub use cases::Case;
@@ -163,10 +163,14 @@ impl Compare {
     /// A run that fails, or an interruption before there is anything to tell.
     pub fn run(&self, cases: &[Case], peer: &Peer, interrupt: &Interrupt) -> Result<Comparison> {
         let mut tried: Vec<(Vec<Trial>, Vec<Trial>)> = vec![Default::default(); cases.len()];
+        // Both.
+        let time = 2 * (self.free_seconds + self.seconds);
+        let mut left = Left(u32::from(self.rounds) * cases.iter().map(|_| time).sum::<Duration>());
         'rounds: for round in 1..=self.rounds {
             for (number, (case, (theirs, ours))) in cases.iter().zip(&mut tried).enumerate() {
                 let (rounds, number, of) = (self.rounds, number + 1, cases.len());
-                say(format_args!("round {round} of {rounds}, case {number} of {of}: {}", case.name()));
+                let (name, left) = (case.name(), left.begin(time));
+                say(format_args!("round {round} of {rounds}, case {number} of {of}: {name}, about {left}"));
                 let their = self.try_peer(case, peer, interrupt).with_context(|| peer.name())?;
                 let our = self.try_ours(case, PolicyKind::Paced, interrupt).context("dirtylimit")?;
                 if interrupt.requested() {

@@ -22,7 +22,10 @@ pub fn page(all: &[Tried], host: &Host) -> Result<Page> {
     let count = |judged| all.iter().map(|tried| tried.verdict.count(judged)).sum::<usize>();
     let [met, missed, invalid] = [Judged::Met, Judged::Missed, Judged::Invalid].map(count);
     let lost: u64 = all.iter().map(|tried| tried.verdict.lost_pages).sum();
-    let lede = format!("{met} figures met on this host, {missed} missed, {invalid} invalid, {lost} pages lost.");
+    let mut lede = format!("{met} figures met on this host, {missed} missed, {invalid} invalid, {lost} pages lost.");
+    if all.iter().any(|tried| tried.verdict.untried > 0) {
+        lede += " It was interrupted.";
+    }
     let mut page = Page::new("What the limiter must reach", lede);
     for Tried { scenario, tries, verdict } in all {
         let section = page.section(format!("{}: {}", scenario.name, scenario.what));
