@@ -106,6 +106,7 @@ fn the_table_fits_eighty_columns_and_the_page_has_every_picture() {
     assert_eq!(row("CPU time")[6..], ["20.0", "20.0", "1.0"]);
     let html = page::page(&comparison).unwrap().html();
     assert!(html.matches("<svg").count() >= 3 && html.contains("ROM</span>") && !html.contains("NaN"));
+    assert!(html.contains(&format!("Longest stall, {}", comparison.peer)), "tiles name whom they are about");
 }
 
 /// The document has every name of the manual's part `number`.
