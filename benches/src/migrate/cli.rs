@@ -73,7 +73,8 @@ pub struct Migrate {
     #[arg(long, value_name = "FILE")]
     pub payload: Option<PathBuf>,
 
-    /// Be the destination, at this address: unix:PATH or HOST:PORT. Waits until a guest has come
+    /// Be the destination, at this address: unix:PATH or HOST:PORT. Waits until a guest has come; --quiet stands before
+    /// `migrate` then
     #[arg(long, value_name = "ADDR", exclusive = true)]
     pub listen: Option<Address>,
 

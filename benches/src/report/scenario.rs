@@ -34,7 +34,7 @@ pub fn page(all: &[Tried], host: &Host) -> Result<Page> {
         if !over_limit.is_empty() {
             section.picture("Each figure over limit and ring.", &over_limit)?;
         }
-        let rates: Vec<_> = scenario.cases.iter().zip(tries).filter_map(rates).collect();
+        let rates: Vec<_> = scenario.cases.iter().zip(tries).flat_map(rates).collect();
         if !rates.is_empty() {
             section.picture("Pages newly dirtied, as means over 100 ms.", &rates)?;
         }
@@ -146,11 +146,13 @@ fn recording(tried: &Try) -> Option<&Recording> {
     }
 }
 
-/// The rate over time of a case.
-fn rates((case, tried): (&Case, &Try)) -> Option<Chart> {
-    let recording = recording(tried)?;
-    let series = run::of_vm(recording).unwrap_or_else(|| run::of_vcpus(recording));
-    Some(rate_chart(&case.name, series))
+/// The rates over time of a case.
+fn rates((case, tried): (&Case, &Try)) -> Vec<Chart> {
+    let charts = |recording| match run::of_vm(recording) {
+        Some(series) => vec![rate_chart(&case.name, series)],
+        None => run::of_vcpus(recording, &case.name),
+    };
+    recording(tried).map_or_else(Vec::new, charts)
 }
 
 /// A chart for each ring, where the cases differ in their limits: a line for each limit.

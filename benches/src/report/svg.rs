@@ -73,7 +73,7 @@ pub(crate) fn legend(area: &Area<'_>, y: u32, chart: &Chart) -> Result<()> {
 fn chart(recording: &Recording, vcpu: &VcpuRecording) -> Chart {
     let series = vec![
         Series::new("share of time paused", Look::Area, charts::paused(recording, vcpu)),
-        Series::new("limit", Look::Allowed, charts::limits(recording, vcpu)),
+        Series::new("limit", Look::Allowed, charts::limits(recording, &vcpu.limits)),
         Series::new("gross rate", Look::Thin(3), charts::gross_rate(recording, vcpu)),
         Series::new("net rate (100 ms mean)", Look::Line(0), charts::net_rate(recording, vcpu)),
     ];
