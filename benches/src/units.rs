@@ -329,8 +329,8 @@ mod tests {
         }
 
         #[test]
-        fn a_duration_reads_back(us in 0u64..=86_400_000_000) {
-            let time = Duration::from_micros(us);
+        fn a_duration_reads_back(us in 0u64..=86_400_000_000, halved in 0..37) {
+            let time = Duration::from_micros(us >> halved);
             prop_assert_eq!(parse_duration(&Time(time).to_string()), Ok(time));
         }
 
