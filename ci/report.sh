@@ -61,7 +61,7 @@ for width in 400 1280; do
         told=$(browse --blink-settings=preferredColorScheme=$number --window-size=1280,2300 \
             --screenshot="$out/$width-$scheme.png" --dump-dom "file://$scratch/frame.html" |
             sed -n 's/.*<pre hidden="">\(.*\)<\/pre>.*/\1/p')
-        expected="pictures 2, unnamed 0, wide false, fetched 0, paper $paper"
+        expected="pictures 3, unnamed 0, wide false, fetched 0, paper $paper"
         if [[ $told != "$expected" ]] || grep -F CONSOLE "$scratch/log"; then
             echo "report: $width pixels, $scheme: ${told:-nothing seen}; expected $expected" >&2
             failed=1

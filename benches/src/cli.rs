@@ -4,7 +4,8 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgMatches, Args, Parser, Subcommand};
+use clap::builder::{PathBufValueParser, TypedValueParser};
+use clap::{Arg, ArgMatches, Args, CommandFactory, Parser, Subcommand};
 use dirtylimit_core::PageRate;
 
 use crate::compare::Compare;
@@ -13,13 +14,15 @@ use crate::migrate::cli::Migrate;
 use crate::plan::{KickKind, MetricsTo, Plan, PolicyKind, Step, VcpuPlan};
 use crate::record::GuestKind;
 use crate::scenario::Scenarios;
-use crate::units::{Rate, is_plain_rate, parse_duration, parse_limit, parse_rate, parse_seconds};
+use crate::units::{Rate, Time, is_plain_rate, parse_duration, parse_limit, parse_percent, parse_rate, parse_seconds};
 use crate::workload::Workload;
 
 /// The most vCPUs that the limiter takes.
 const MAX_VCPUS: usize = 1024;
-/// The smallest ring that leaves room above the entries that KVM reserves, and the largest that KVM offers.
-pub(crate) const RING: std::ops::RangeInclusive<u32> = 256..=65_536;
+/// The smallest ring that leaves room above the entries that KVM reserves.
+pub(crate) const MIN_RING: u32 = 256;
+/// The largest that KVM offers.
+const MAX_RING: u32 = 65_536;
 
 /// Runs guests under a dirty page rate limit and measures what became of them
 #[derive(Debug, Parser)]
@@ -28,6 +31,10 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+
+    /// Say nothing on stderr but errors
+    #[arg(long, global = true)]
+    pub quiet: bool,
 }
 
 /// What to do.
@@ -38,7 +45,8 @@ pub enum Command {
     /// Sizes and rates take KiB, MiB, GiB, TiB; plain numbers are pages (per second). Rates also take MB/s (10^6 bytes) and Gbit/s
     /// (10^9 bits); what QEMU and libvirt call MB/s is MiB/s here. Ctrl-C ends the run and reports what there is.
     ///
-    /// Exit status: 0 done, 1 the run failed or a report could not be written, 2 bad usage, 3 pages were lost.
+    /// Exit status: 0 done, 1 the run failed or a report could not be written, 2 bad usage, 3 pages were lost, 4 an error was
+    /// above --fail-over.
     #[command(verbatim_doc_comment)]
     Run(Box<Run>),
     /// Print what this host's KVM offers
@@ -56,7 +64,9 @@ pub enum Command {
     /// sleeps ended more than 0.5 ms late, the host cannot show what a case is about, and the case is invalid. The lab judges
     /// them all (docs/LAB.md).
     ///
-    /// Exit status: 0 all figures met, 1 a figure missed or a run failed, 2 bad usage, 3 pages were lost, 4 cases were invalid
+    /// Ctrl-C ends it and tells of the cases that are done.
+    ///
+    /// Exit status: 0 all figures met, 1 a figure missed, a run failed or it was interrupted, 2 bad usage, 3 pages were lost, 4 cases were invalid
     /// and no figure missed.
     #[command(verbatim_doc_comment)]
     Scenario(Scenarios),
@@ -107,7 +117,7 @@ pub struct Run {
     pub workload: Vec<Workload>,
 
     /// Number of vCPUs, 1 to 1024 [default: number of workloads]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = vcpus::<MAX_VCPUS>)]
     pub vcpus: Option<usize>,
 
     /// Limit, once for all vCPUs or one per vCPU; `none` is no limit
@@ -123,7 +133,7 @@ pub struct Run {
     pub policy: PolicyKind,
 
     /// Entries of each vCPU's dirty ring: a power of two, 256 to 65536
-    #[arg(long, value_name = "N", default_value_t = 4096)]
+    #[arg(long, value_name = "N", value_parser = ring::<MIN_RING>, default_value_t = 4096)]
     pub ring: u32,
 
     /// The longest single pause, 100us to 1s
@@ -155,7 +165,8 @@ pub struct Run {
     #[arg(long, value_name = "PATH")]
     pub qmp: Option<PathBuf>,
 
-    /// Serve counters for Prometheus at this loopback address (IP:PORT), or write them to this file once a second
+    /// Serve counters for Prometheus at this loopback address (IP:PORT, or a port of 127.0.0.1), or write them to this file
+    /// once a second
     #[arg(long, value_name = "ADDR|FILE", value_parser = metrics_to)]
     pub metrics: Option<MetricsTo>,
 
@@ -168,17 +179,37 @@ pub struct Run {
     #[arg(long)]
     pub steal_time: bool,
 
+    /// Exit with status 4 where the error of a limited vCPU, or that of the VM if it has a budget, is above PCT percent, with
+    /// either sign; a vCPU that writes less than its limit allows has no error
+    #[arg(long, value_name = "PCT", value_parser = parse_percent)]
+    pub fail_over: Option<f64>,
+
     /// Write the report as JSON; `-` is standard output, and nothing else goes there then
     #[arg(long, value_name = "FILE|-")]
     pub json: Option<PathBuf>,
 
+    /// Write the series as CSV: time_ms, vcpu, net_mib_s, gross_mib_s, limit_mib_s (empty where there is none) and paused_pct, a
+    /// line for each vCPU and interval of about 10 ms, at its end; `-` is standard output
+    #[arg(long, value_name = "FILE|-")]
+    pub csv: Option<PathBuf>,
+
     /// Draw the rate against the limit over time
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = named())]
     pub svg: Option<PathBuf>,
 
     /// Write a page with pictures, DIR/index.html; it needs no network
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = named())]
     pub report: Option<PathBuf>,
+}
+
+/// The definition of the command line. A number with a minus is a value, so that the message says what is allowed.
+pub fn command() -> clap::Command {
+    let numbers = |arg: Arg| {
+        let number =
+            |names: &[clap::builder::Str]| ["RATE", "RATE@T", "T", "S", "N", "PCT"].contains(&names[0].as_str());
+        if arg.get_value_names().is_some_and(number) { arg.allow_hyphen_values(true) } else { arg }
+    };
+    Cli::command().mut_subcommands(|command| command.mut_args(numbers))
 }
 
 /// An optional rate. A type of its own, because clap gives `Option` a meaning.
@@ -195,12 +226,33 @@ fn step(text: &str) -> Result<Step, String> {
     Ok(Step { limit: parse_limit(limit)?, after: parse_duration(after)? })
 }
 
+/// How many vCPUs: text that is no number; [`Run::plan`] knows how many there are without it.
+pub(crate) fn vcpus<const MOST: usize>(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| format!("1 to {MOST} vCPUs are possible"))
+}
+
+pub(crate) fn ring<const LEAST: u32>(text: &str) -> Result<u32, String> {
+    let entries = text.parse().ok().filter(|entries: &u32| entries.is_power_of_two());
+    entries
+        .filter(|entries| (LEAST..=MAX_RING).contains(entries))
+        .ok_or_else(|| format!("a ring has a power of two of entries, {LEAST} to {MAX_RING}"))
+}
+
+/// Where to write what does not go to standard output.
+pub(crate) fn named() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new()
+        .try_map(|path| if path.as_os_str() == "-" { Err("it needs a name; `./-` is one") } else { Ok(path) })
+}
+
 fn metrics_to(text: &str) -> Result<MetricsTo, String> {
-    match text.parse() {
+    let address = text.parse().or_else(|_| text.parse().map(|port: u16| ([127, 0, 0, 1], port).into()));
+    match address {
         Ok(address) => Ok(MetricsTo::Address(address)),
         // Not a file that anybody means.
-        Err(_) if text.contains(':') && !text.contains('/') => {
-            Err(format!("`{text}` is no address, as 127.0.0.1:9100 is (a file's name with a `:` needs a `/`)"))
+        Err(_)
+            if !text.contains('/') && (text.contains(':') || text.chars().all(|c| c == '-' || c.is_ascii_digit())) =>
+        {
+            Err(format!("`{text}` is no address, as 127.0.0.1:9100 is; as a file it needs a `/`: ./{text}"))
         }
         Err(_) => Ok(MetricsTo::File(text.into())),
     }
@@ -227,14 +279,6 @@ impl Run {
         }
         let workloads = per_vcpu("--workload", &self.workload, count)?;
         let limits = per_vcpu("--limit", &self.limit, count)?;
-        if !self.ring.is_power_of_two() || !RING.contains(&self.ring) {
-            return Err(format!(
-                "--ring {}: a ring has a power of two of entries, {} to {}",
-                self.ring,
-                RING.start(),
-                RING.end()
-            ));
-        }
         let (us, ms, s) = (Duration::from_micros, Duration::from_millis, Duration::from_secs);
         within("--max-pause", self.max_pause, us(100), s(1))?;
         within("--pass", self.pass, ms(10), s(60))?;
@@ -244,8 +288,10 @@ impl Run {
         for step in &self.steps {
             if step.after <= last || step.after >= self.seconds {
                 return Err(format!(
-                    "--steps: a step at {:?} must come after {last:?} and before the end at {:?} (--seconds)",
-                    step.after, self.seconds
+                    "--steps: a step at {} must come after {} and before the end at {} (--seconds)",
+                    Time(step.after),
+                    Time(last),
+                    Time(self.seconds)
                 ));
             }
             last = step.after;
@@ -303,18 +349,20 @@ pub(crate) fn within(option: &str, value: Duration, least: Duration, most: Durat
     if (least..=most).contains(&value) {
         Ok(())
     } else {
-        Err(format!("{option} {value:?}: {least:?} to {most:?} is allowed"))
+        let [value, least, most] = [value, least, most].map(Time);
+        Err(format!("{option} {value}: {least} to {most} is allowed"))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
+    use clap::FromArgMatches;
 
     fn plan(line: &str) -> Result<Plan, String> {
         let line = ["dirtylimit-bench", "run"].into_iter().chain(line.split_whitespace());
-        match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
+        let matches = command().try_get_matches_from(line).map_err(|error| error.to_string())?;
+        match Cli::from_arg_matches(&matches).unwrap().command {
             Command::Run(run) => run.plan(),
             _ => unreachable!("`run` was given"),
         }
@@ -322,7 +370,7 @@ mod tests {
 
     #[test]
     fn clap_finds_no_fault_with_the_definition() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]
@@ -358,7 +406,8 @@ mod tests {
         assert_eq!(to("127.0.0.1:9100"), MetricsTo::Address(([127, 0, 0, 1], 9100).into()));
         assert!(matches!(to("[::1]:0"), MetricsTo::Address(address) if address.port() == 0));
         assert_eq!(to("./a:b.prom"), MetricsTo::File("./a:b.prom".into()));
-        assert_eq!(to("9100"), MetricsTo::File("9100".into()));
+        assert_eq!(to("9477"), MetricsTo::Address(([127, 0, 0, 1], 9477).into()));
+        assert_eq!((to("./9477"), to("vm")), (MetricsTo::File("./9477".into()), MetricsTo::File("vm".into())));
     }
 
     #[test]
@@ -387,19 +436,31 @@ mod tests {
             ("--ring 3000", "power of two"),
             ("--ring 128", "256 to 65536"),
             ("--ring 131072", "256 to 65536"),
-            ("--max-pause 0ms", "100µs to 1s"),
-            ("--max-pause 2s", "100µs to 1s"),
+            ("--max-pause 0ms", "100us to 1s"),
+            ("--max-pause 2s", "100us to 1s"),
             ("--pass 1ms", "10ms to 60s"),
             ("--seconds 0", "200ms to 3600s"),
-            ("--free-seconds 3601", "0ns to 3600s"),
-            ("--steps 1@0s", "after 0ns"),
+            ("--free-seconds 3601", "0s to 3600s"),
+            ("--steps 1@0s", "after 0s"),
             ("--steps 1@8s", "before the end at 8s"),
             ("--steps 1@3s,2@2s", "after 3s"),
             ("--steps 1MiB/s", "lacks its time"),
             ("--steps 1XiB/s@1s", "KiB/s, MiB/s, GiB/s"),
             ("--limit 1e400MiB/s", "unknown unit"),
             ("--limit 0", "`none`"),
-            ("--vm-limit -1", "unexpected argument"),
+            ("--limit -1", "a rate is pages per second"),
+            ("--vm-limit -1MiB/s,2", "a rate is pages per second"),
+            ("--steps -1@1s", "a rate is pages per second"),
+            ("--vcpus 1,a", "1 to 1024 vCPUs are possible"),
+            ("--vcpus -1", "1 to 1024 vCPUs are possible"),
+            ("--ring 4k", "256 to 65536"),
+            ("--max-pause -1ms", "a number with `us`, `ms` or `s`"),
+            ("--max-pause 0ns", "a number with `us`, `ms` or `s`"),
+            ("--fail-over -1", "a number of percent"),
+            ("--report -", "it needs a name"),
+            ("--svg -", "it needs a name"),
+            ("--metrics -", "as a file it needs a `/`"),
+            ("--metrics 94777", "as a file it needs a `/`"),
             ("--workload wirte:1MiB", "write:SIZE"),
             ("--guest sim --qmp x", "--qmp needs the KVM guest"),
             ("--guest sim --metrics x", "--metrics needs the KVM guest"),

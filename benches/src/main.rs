@@ -8,20 +8,21 @@ use std::path::Path;
 use std::process::{self, ExitCode};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::FromArgMatches;
 use clap::error::ErrorKind;
-use clap::{CommandFactory, FromArgMatches};
 use dirtylimit_bench::cli::{self, Cli, Command, Run};
 use dirtylimit_bench::compare::{self, Case, Compare, Migrating};
 use dirtylimit_bench::guest::{self, Progress};
 use dirtylimit_bench::late;
+use dirtylimit_bench::measure::worst_pct;
 use dirtylimit_bench::migrate::{self, cli::Migrate};
-use dirtylimit_bench::output::{Output, distinct, print, tell};
+use dirtylimit_bench::output::{Output, be_quiet, distinct, print, say, tell};
 use dirtylimit_bench::plan::{MetricsTo, Plan};
 use dirtylimit_bench::probe;
 use dirtylimit_bench::record::{GuestKind, Recording};
 use dirtylimit_bench::report::json::Report;
-use dirtylimit_bench::report::progress::{Interrupt, Live};
+use dirtylimit_bench::report::progress::{Interrupt, Left, Live};
 use dirtylimit_bench::report::{self, page, svg, table::Table};
 use dirtylimit_bench::scenario::verdict::{Judged, Results};
 use dirtylimit_bench::scenario::{self, Scenarios};
@@ -32,15 +33,20 @@ use serde::Serialize;
 const FAILED: u8 = 1;
 /// Pages were lost. Bad usage is 2, which clap returns by itself.
 const LOST: u8 = 3;
+/// An error was above `--fail-over`.
+const OVER: u8 = 4;
 /// No figure was missed, but on this host some could not be judged.
 const INVALID: u8 = 4;
 /// Sleeps of the thread that only sleeps, beside a run.
 const SLEEP: Duration = Duration::from_millis(1);
 
 fn main() -> ExitCode {
-    let matches = Cli::command().try_get_matches().unwrap_or_else(|error| usage(&error));
-    let asked = Cli::from_arg_matches(&matches).unwrap_or_else(|error| usage(&error.format(&mut Cli::command())));
-    cli::plain_rates(&matches).into_iter().for_each(tell);
+    let matches = cli::command().try_get_matches().unwrap_or_else(|error| usage(&error));
+    let asked = Cli::from_arg_matches(&matches).unwrap_or_else(|error| usage(&error.format(&mut cli::command())));
+    if asked.quiet {
+        be_quiet();
+    }
+    cli::plain_rates(&matches).into_iter().for_each(say);
     let done = match asked.command {
         Command::Run(run) => match run.plan() {
             Ok(plan) => execute(&run, &plan),
@@ -86,14 +92,14 @@ fn probe(json: Option<&Path>) -> Result<ExitCode> {
 
 fn completions(shell: clap_complete::Shell) -> Result<ExitCode> {
     let mut text = Vec::new();
-    let mut cli = Cli::command();
+    let mut cli = cli::command();
     let name = cli.get_name().to_owned();
     clap_complete::generate(shell, &mut cli, name, &mut text);
     print(String::from_utf8_lossy(&text)).map(|()| ExitCode::SUCCESS)
 }
 
 fn man(command: Option<&str>) -> Result<ExitCode> {
-    let mut cli = Cli::command();
+    let mut cli = cli::command();
     cli.build();
     let page = match command {
         None => cli,
@@ -112,7 +118,7 @@ fn complain(error: &anyhow::Error) {
 }
 
 fn bad_usage(subcommand: &str, message: String) -> ! {
-    let mut cli = Cli::command();
+    let mut cli = cli::command();
     cli.build();
     let subcommand = cli.find_subcommand_mut(subcommand).expect("it was parsed");
     usage(&subcommand.error(ErrorKind::ValueValidation, message))
@@ -142,7 +148,7 @@ impl Outcome {
 
     /// Shows a person the result: on stdout, unless scripts get their document there.
     fn show(&mut self, text: impl Display, json: Option<&Output>) {
-        if json.is_some_and(Output::is_stdout) { tell(text) } else { self.note(print(text)) }
+        if json.is_some_and(Output::is_stdout) { say(text) } else { self.note(print(text)) }
     }
 
     fn document(&mut self, document: &impl Serialize, json: Option<&mut Output>) {
@@ -165,10 +171,11 @@ impl Outcome {
 
 fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
     for asked in run.workload.iter().filter(|workload| workload.maskable() != **workload) {
-        tell(format_args!("{asked}: the guest masks its page index, so it is {} that runs.", asked.maskable()));
+        say(format_args!("{asked}: the guest masks its page index, so it is {} that runs.", asked.maskable()));
     }
     // What has nowhere to go is found out before the run, not after it.
     let mut json = run.json.as_deref().map(|path| Output::document("--json", path)).transpose()?;
+    let mut csv = run.csv.as_deref().map(|path| Output::document("--csv", path)).transpose()?;
     let mut drawing = run.svg.as_deref().map(|path| Output::prepare("--svg", path)).transpose()?;
     let mut page = run.report.as_deref().map(page::prepare).transpose()?;
     let metrics = match &plan.metrics {
@@ -178,7 +185,7 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
         }
         _ => None,
     };
-    distinct(&[json.as_ref(), drawing.as_ref(), page.as_ref(), metrics.as_ref()])?;
+    distinct(&[json.as_ref(), csv.as_ref(), drawing.as_ref(), page.as_ref(), metrics.as_ref()])?;
     let guest = choose(run)?;
     let mut live = Live::new(plan, Interrupt::install()?);
     let (recording, late) = late::beside(SLEEP, || start(guest, plan, &mut live));
@@ -189,12 +196,20 @@ fn execute(run: &Run, plan: &Plan) -> Result<ExitCode> {
     }
 
     let mut outcome = Outcome(if recording.lost_pages > Some(0) { LOST } else { 0 });
-    outcome.show(Table(&recording), json.as_ref());
+    outcome.show(Table(&recording), [&json, &csv].into_iter().flatten().find(|output| output.is_stdout()));
     outcome.document(&Report::of(&recording), json.as_mut());
+    if let Some(csv) = &mut csv {
+        outcome.note(csv.write(report::csv::csv(&recording)));
+    }
     if let Some(drawing) = &mut drawing {
         outcome.note(svg::draw(&recording).and_then(|drawn| drawing.write(drawn)));
     }
     outcome.page(|| report::run::page(&recording), page.as_mut());
+    let worst = run.fail_over.zip(worst_pct(&recording)).filter(|(most, error)| error.abs() > *most);
+    if let Some((most, error)) = worst {
+        complain(&anyhow!("--fail-over: an error of {error:+.1} % is above {most} %"));
+        outcome.0 = if outcome.0 == 0 { OVER } else { outcome.0 };
+    }
     Ok(outcome.status())
 }
 
@@ -209,12 +224,24 @@ fn scenario(asked: &Scenarios) -> Result<ExitCode> {
     let interrupt = Interrupt::install()?;
     let mut outcome = Outcome(0);
     let mut all = Vec::new();
-    for chosen in asked.chosen() {
-        let tried = scenario::run(chosen, asked.rows, &interrupt)?;
+    let chosen = asked.chosen();
+    let mut left = Left(chosen.iter().flat_map(|scenario| &scenario.cases).map(|case| case.trial.time()).sum());
+    for chosen in chosen {
+        let tried = scenario::run(chosen, asked.rows, &mut left, &interrupt)?;
+        let interrupted = tried.verdict.untried > 0;
+        if interrupted {
+            outcome.note(Err(anyhow!("interrupted")));
+        }
+        if tried.tries.is_empty() {
+            break;
+        }
         if !asked.rows {
             outcome.show(format_args!("{}\n", tried.verdict), json.as_ref());
         }
         all.push(tried);
+        if interrupted {
+            break;
+        }
     }
     let host = probe::host(true, None);
     let verdicts: Vec<_> = all.iter().map(|tried| &tried.verdict).collect();
@@ -226,7 +253,7 @@ fn scenario(asked: &Scenarios) -> Result<ExitCode> {
         false if any(Judged::Invalid) && outcome.0 == 0 => INVALID,
         false => outcome.0,
     };
-    outcome.document(&Results { host: &host, scenarios: verdicts }, json.as_mut());
+    outcome.document(&Results { host: &host, scenarios: verdicts, interrupted: interrupt.requested() }, json.as_mut());
     outcome.page(|| report::scenario::page(&all, &host), page.as_mut());
     Ok(outcome.status())
 }
@@ -296,9 +323,7 @@ fn choose(run: &Run) -> Result<GuestKind> {
         None => match kvm() {
             Ok(()) => GuestKind::Kvm,
             Err(error) => {
-                tell(format_args!(
-                    "No KVM guest can run here ({error:#}): this is the simulated one, in virtual time."
-                ));
+                say(format_args!("No KVM guest can run here ({error:#}): this is the simulated one, in virtual time."));
                 GuestKind::Sim
             }
         },

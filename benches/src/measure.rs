@@ -29,6 +29,20 @@ const STRIDE: Duration = Duration::from_millis(10);
 /// How far a settled window may be from the limit, in percent.
 pub const TOLERANCE_PCT: f64 = 10.0;
 
+/// What a limit did to a vCPU that writes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Held {
+    /// It was at its limit for all of the second half: settled, in ms.
+    Settled(f64),
+    /// It was not.
+    Unsettled,
+    /// Nothing held it: as fast as it was between its pauses, it would have stayed below the limit without them.
+    Below,
+    /// It is above a limit that needs longer pauses than there are, at least of this time: a page is the least it can write between
+    /// two.
+    TooLow(Duration),
+}
+
 /// What one vCPU did between two changes of its limit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepMeasures {
@@ -46,6 +60,10 @@ pub struct StepMeasures {
     pub settle_ms: Option<f64>,
     /// As `settle_ms`.
     pub worst_window_error_pct: Option<f64>,
+    /// `None` as `error_pct`. Unlike `settle_ms` it says whether the settled rate is one.
+    pub held: Option<Held>,
+    /// Share of the second half spent in penalty pauses.
+    pub paused_pct: Option<f64>,
     /// How far above the limit the highest window of the step was, settled or not; 0 where none was above it. `None` as
     /// `error_pct`.
     pub overshoot_pct: Option<f64>,
@@ -82,7 +100,7 @@ impl Measures {
         let steps = limits
             .iter()
             .zip(ends)
-            .map(|(&(from, limit), to)| series.step(from, to, limit, vcpu.workload.writes()))
+            .map(|(&(from, limit), to)| series.step(from, to, limit, vcpu.workload.writes(), recording.max_pause))
             .collect();
         let work = |accesses: u64, time: Duration| ratio(accesses as f64, time.as_secs_f64());
         let kept = ratio(
@@ -108,6 +126,21 @@ impl Measures {
     }
 }
 
+impl StepMeasures {
+    /// The error, unless there are words for why it says nothing about the limiter.
+    pub fn judged_pct(&self) -> Option<f64> {
+        self.error_pct.filter(|_| matches!(self.held, Some(Held::Settled(_) | Held::Unsettled)))
+    }
+
+    /// The settle time, where the settled rate is one.
+    pub fn settled_ms(&self) -> Option<f64> {
+        match self.held {
+            Some(Held::Settled(ms)) => Some(ms),
+            _ => None,
+        }
+    }
+}
+
 /// What the whole VM did against its own budget.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VmMeasures {
@@ -117,6 +150,8 @@ pub struct VmMeasures {
     pub settled_mib_s: Option<f64>,
     /// (settled − limit) ÷ limit.
     pub error_pct: Option<f64>,
+    /// As [`Held::Below`].
+    pub below: bool,
 }
 
 impl VmMeasures {
@@ -124,14 +159,29 @@ impl VmMeasures {
     pub fn of(recording: &Recording) -> Option<Self> {
         let limit_mib_s = mib_per_sec(recording.vm_limit?, recording.page_size);
         let from = middle(recording.limited_at, recording.end);
-        let settled_mib_s = recording
-            .vcpus
-            .iter()
-            .map(|vcpu| Series::of(recording, vcpu).mean_mib_s(from, recording.end))
-            .sum::<Option<f64>>();
+        let sum = |rate: fn(&Series<'_>, Duration, Duration) -> Option<f64>| {
+            recording
+                .vcpus
+                .iter()
+                .map(|vcpu| rate(&Series::of(recording, vcpu), from, recording.end))
+                .sum::<Option<f64>>()
+        };
+        let settled_mib_s = sum(|series, from, to| series.mean_mib_s(from, to));
         let error_pct = settled_mib_s.and_then(|settled| error_pct(settled, limit_mib_s));
-        Some(Self { limit_mib_s, settled_mib_s, error_pct })
+        let below = sum(|series, from, to| series.unpaused_mib_s(from, to)).is_some_and(|rate| rate < limit_mib_s);
+        Some(Self { limit_mib_s, settled_mib_s, error_pct, below })
     }
+}
+
+/// The error that is farthest from 0: of the VM if it has a budget, else of a limited vCPU. Where less was written than the limit
+/// allows, there is none.
+pub fn worst_pct(recording: &Recording) -> Option<f64> {
+    if let Some(vm) = VmMeasures::of(recording) {
+        return vm.error_pct.filter(|_| !vm.below);
+    }
+    let measures: Vec<_> = recording.vcpus.iter().map(|vcpu| Measures::of(recording, vcpu)).collect();
+    let held = measures.iter().map(Measures::last).filter(|step| step.held != Some(Held::Below));
+    held.filter_map(|step| step.error_pct).max_by(|a, b| a.abs().total_cmp(&b.abs()))
 }
 
 /// The samples of one vCPU as a function of time.
@@ -185,14 +235,37 @@ impl<'a> Series<'a> {
         self.mean(from, to, |sample| sample.paused.as_secs_f64()).map(|share| 100.0 * share)
     }
 
-    fn step(&self, from: Duration, to: Duration, limit: Option<PageRate>, writes: bool) -> StepMeasures {
+    /// Mean net rate of the time that is not spent in penalty pauses, in MiB/s; `None` where that is next to none.
+    fn unpaused_mib_s(&self, from: Duration, to: Duration) -> Option<f64> {
+        let share = 1.0 - self.paused_pct(from, to)? / 100.0;
+        self.mean_mib_s(from, to).filter(|_| share > 1e-3).map(|rate| rate / share)
+    }
+
+    fn step(
+        &self,
+        from: Duration,
+        to: Duration,
+        limit: Option<PageRate>,
+        writes: bool,
+        max_pause: Duration,
+    ) -> StepMeasures {
         let limit_mib_s = limit.map(|limit| mib_per_sec(limit, self.page_size));
-        let settled_mib_s = self.mean_mib_s(middle(from, to), to);
+        let half = middle(from, to);
+        let settled_mib_s = self.mean_mib_s(half, to);
         let judged = limit_mib_s.filter(|_| writes);
         let error_pct = judged.zip(settled_mib_s).and_then(|(limit, settled)| error_pct(settled, limit));
         let settled = judged.and_then(|limit| self.settle(from, to, limit));
         let (settle_ms, worst_window_error_pct) = settled.unzip();
         let overshoot_pct = judged.and_then(|limit| self.over_pct(from, to, WINDOW, limit));
+        let held = judged.zip(error_pct).map(|(limit, error)| {
+            let page = Duration::from_secs_f64(self.page_mib() / limit);
+            match settle_ms {
+                _ if self.unpaused_mib_s(half, to).is_some_and(|rate| rate < limit) => Held::Below,
+                _ if error > TOLERANCE_PCT && page > max_pause => Held::TooLow(page),
+                Some(ms) if ms <= 1e3 * (half - from).as_secs_f64() => Held::Settled(ms),
+                _ => Held::Unsettled,
+            }
+        });
         StepMeasures {
             from,
             to,
@@ -201,6 +274,8 @@ impl<'a> Series<'a> {
             error_pct,
             settle_ms,
             worst_window_error_pct,
+            held,
+            paused_pct: self.paused_pct(half, to),
             overshoot_pct,
         }
     }

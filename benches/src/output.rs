@@ -6,9 +6,31 @@
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 use dirtylimit_metrics::file::Target;
+
+/// Set where `--quiet` is.
+static QUIET: OnceLock<()> = OnceLock::new();
+
+/// From now on nothing goes to stderr but errors.
+pub fn be_quiet() {
+    // An error would say that it was set before.
+    let _ = QUIET.set(());
+}
+
+/// Whether nothing goes to stderr but errors.
+pub fn is_quiet() -> bool {
+    QUIET.get().is_some()
+}
+
+/// Says how it goes on, or what a person should know: a line to stderr, unless that is to be quiet.
+pub fn say(line: impl Display) {
+    if !is_quiet() {
+        tell(line);
+    }
+}
 
 /// Writes a line to stderr. Whether anybody reads it changes nothing.
 pub fn tell(line: impl Display) {
@@ -84,20 +106,22 @@ impl Output {
         }
     }
 
-    fn file(&self) -> Option<&Path> {
+    /// What only one can have: a file, or standard output, by its `-`.
+    fn place(&self) -> Option<&Path> {
         match &self.target {
             Some(Target::File(at)) => Some(at),
-            _ => None,
+            Some(Target::Stream(_)) => None,
+            None => Some(&self.path),
         }
     }
 }
 
-/// Makes sure that no two of them replace the same file.
+/// Makes sure that no two of them replace the same file, or go to standard output.
 ///
 /// # Errors
 /// Two that do; the message names both options.
 pub fn distinct(outputs: &[Option<&Output>]) -> Result<()> {
-    let files: Vec<_> = outputs.iter().flatten().filter_map(|output| Some((output, output.file()?))).collect();
+    let files: Vec<_> = outputs.iter().flatten().filter_map(|output| Some((output, output.place()?))).collect();
     for (number, (one, file)) in files.iter().enumerate() {
         if let Some((other, _)) = files[..number].iter().find(|(_, other)| other == file) {
             let (one, other) = (one.option, other.option);

@@ -73,6 +73,13 @@ pub struct Plan {
     pub steal_time: bool,
 }
 
+impl Plan {
+    /// How long it runs.
+    pub fn time(&self) -> Duration {
+        self.free + self.limited
+    }
+}
+
 /// Where counters go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MetricsTo {

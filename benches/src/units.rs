@@ -130,6 +130,17 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     seconds(text, number * scale)
 }
 
+/// A duration that [`parse_duration`] reads back, if it is in whole microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Time(pub Duration);
+
+impl fmt::Display for Time {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(time) = self;
+        if time.is_zero() { f.write_str("0s") } else { f.write_str(&format!("{time:?}").replace('µ', "u")) }
+    }
+}
+
 /// A number of seconds, at most a day; a trailing `s` may be given.
 ///
 /// # Errors
@@ -138,6 +149,17 @@ pub fn parse_seconds(text: &str) -> Result<Duration, String> {
     match split(text) {
         Some((number, "" | "s")) => seconds(text, number),
         _ => Err(format!("`{text}` is not a number of seconds (8, 2.5)")),
+    }
+}
+
+/// A number of percent; a trailing `%` may be given.
+///
+/// # Errors
+/// Not a number, another unit.
+pub fn parse_percent(text: &str) -> Result<f64, String> {
+    match split(text) {
+        Some((number, "" | "%")) => Ok(number),
+        _ => Err(format!("`{text}` is not a number of percent (5, 2.5)")),
     }
 }
 
@@ -268,6 +290,10 @@ mod tests {
         assert!(parse_duration("10m").unwrap_err().contains("unknown unit `m`"));
         assert!(parse_duration("86401s").unwrap_err().contains("at most a day"));
         assert!(parse_seconds("10ms").unwrap_err().contains("seconds"));
+        assert_eq!((parse_percent("5"), parse_percent("2.5 %")), (Ok(5.0), Ok(2.5)));
+        assert!(
+            ["-5", "5ms", "", "inf", "1e3"].iter().all(|text| parse_percent(text).unwrap_err().contains("(5, 2.5)"))
+        );
     }
 
     #[test]
@@ -300,6 +326,12 @@ mod tests {
         fn a_size_reads_back_exactly(pages in 1u64..=1 << 32) {
             let bytes = pages * u64::from(PAGE_SIZE);
             prop_assert_eq!(parse_size(&Size(bytes).to_string()), Ok(bytes));
+        }
+
+        #[test]
+        fn a_duration_reads_back(us in 0u64..=86_400_000_000, halved in 0..37) {
+            let time = Duration::from_micros(us >> halved);
+            prop_assert_eq!(parse_duration(&Time(time).to_string()), Ok(time));
         }
 
         #[test]

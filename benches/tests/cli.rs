@@ -18,7 +18,7 @@ fn help_lists_every_option_of_the_manual() {
     assert!(output.status.success());
     let help = text(&output.stdout);
     for option in
-        "guest workload vcpus limit vm-limit policy ring max-pause pass free-seconds seconds steps payload qmp metrics json svg report"
+        "guest workload vcpus limit vm-limit policy ring max-pause pass free-seconds seconds steps payload qmp metrics fail-over json csv svg report"
             .split_whitespace()
     {
         assert!(help.contains(&format!("--{option} <")), "--{option} is missing:\n{help}");
@@ -100,6 +100,26 @@ fn json_on_stdout_is_one_document_and_nothing_else() {
     assert_eq!(document["guest"], "sim");
     assert_eq!(document["vcpus"][0]["limit_mib_s"], 50.0);
     assert!(text(&output.stderr).contains("verdict: "), "the table goes to stderr then");
+}
+
+#[test]
+fn csv_on_stdout_is_the_series_and_nothing_else() {
+    let output = bench("run --guest sim --free-seconds 0.2 --seconds 0.5 --vcpus 2 --csv -");
+    let lines: Vec<_> = text(&output.stdout).lines().map(|line| line.split(',').count()).collect();
+    assert_eq!(lines, [6; 1 + 2 * 69], "{}", text(&output.stdout));
+    assert!(text(&output.stderr).contains("verdict: "), "the table goes to stderr then");
+}
+
+#[test]
+fn an_error_above_what_is_allowed_is_a_status() {
+    // Pauses of 10 ms are too short for 25 pages a second.
+    let run = |options: &str| bench(&format!("run --guest sim --free-seconds 0.2 --seconds 2 {options}"));
+    let failed = run("--limit 0.1MiB/s --fail-over 5");
+    assert_eq!(failed.status.code(), Some(4), "{}", text(&failed.stderr));
+    assert!(text(&failed.stderr).contains(" % is above 5 %") && text(&failed.stdout).contains("verdict: "));
+    for kept in ["--limit 0.1MiB/s", "--limit 100MiB/s --fail-over 5", "--workload write:16MiB --fail-over 5"] {
+        assert!(run(kept).status.success(), "{kept}");
+    }
 }
 
 #[test]

@@ -68,7 +68,7 @@ fn bad_usage_exits_2_and_says_what_is_allowed() {
         ("--limit none", "a rate is"),
         ("--limit 100", "whole MiB/s"),
         ("--rounds 0", "1..=99"),
-        ("--seconds 0", "1 to 3600"),
+        ("--seconds 0", "1s to 3600s"),
         ("--workload random:4MiB", "write, slow, burst, read and idle"),
         ("--peer xen", "[possible values: qemu, stepped]"),
         ("--qemu a --qemu b", "one QEMU at a time"),

@@ -100,6 +100,18 @@ fn whether_anybody_reads_stderr_changes_nothing() {
 }
 
 #[test]
+fn the_quiet_say_nothing_but_errors() {
+    let folder = Folder::new("quiet");
+    for (command, expected) in commands(&folder) {
+        let output = output(format!("{command} --quiet"));
+        assert!(output.status.code().is_some_and(|code| expected.contains(&code)), "{command}: {output:?}");
+        assert!(output.stderr.is_empty() && !output.stdout.is_empty(), "{command}: {output:?}");
+    }
+    let failing = output("--quiet run --guest sim --workload write:65GiB");
+    assert!(text(&failing.stderr).contains("are simulated"), "{}", text(&failing.stderr));
+}
+
+#[test]
 fn a_reader_of_stdout_that_is_gone_is_no_error_and_a_full_disk_is_one() {
     let folder = Folder::new("stdout");
     for (command, expected) in commands(&folder) {
@@ -235,7 +247,7 @@ fn what_cannot_be_replaced_is_told_before_the_run_and_kept() {
     fs::set_permissions(path("open"), Permissions::from_mode(0o777)).unwrap();
     symlink("loop", path("loop")).unwrap();
     let root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
-    for option in ["--json", "--svg"] {
+    for option in ["--json", "--csv", "--svg"] {
         for name in ["locked/new", "locked", "open/kept", "open/new/", "open/kept/new", "loop", "nowhere/new"] {
             let mut program = bench(&format!("{RUN} {option} {}", path(name)));
             if root {
@@ -258,7 +270,7 @@ fn a_run_that_fails_leaves_what_was_there() {
     let folder = Folder::new("failing");
     let path = |name: &str| folder.0.join(name).display().to_string();
     fs::write(path("old.json"), "old").unwrap();
-    let outputs = format!("--json {} --svg {}", path("old.json"), path("new.svg"));
+    let outputs = format!("--json {} --svg {} --csv {}", path("old.json"), path("new.svg"), path("new.csv"));
     let output = output(format!("run --guest sim --workload write:65GiB {outputs}"));
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("are simulated"), "{}", text(&output.stderr));
@@ -277,6 +289,8 @@ fn two_options_do_not_replace_one_file() {
         (format!("--json {0} --svg {0}", path("one")), "--json and --svg name the same file"),
         (format!("--svg {} --json {}", path("one"), path("other")), "--json and --svg"),
         (format!("--svg {} --report {}", path("index.html"), path("")), "--svg and --report"),
+        ("--json - --csv -".into(), "--json and --csv name the same"),
+        (format!("--csv {} --json {}", path("one"), path("other")), "--json and --csv"),
     ] {
         let output = output(format!("{RUN} {options}"));
         assert_eq!(output.status.code(), Some(1), "{options}");

@@ -1,7 +1,8 @@
 //! `dirtylimit-bench scenario`: what it offers, what it refuses, and that one of them runs. How well the limiter does is
 //! what it measures, and nothing that a test asserts.
 
-use std::process::{Command, Output};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Output, Stdio};
 
 use dirtylimit_bench::guest::kvm::kvm_or_skip;
 use dirtylimit_bench::scenario::catalogue;
@@ -71,6 +72,26 @@ fn a_scenario_runs_and_its_status_is_its_verdict() {
         assert_eq!(output.status.code(), Some(status), "{figures:?}");
         assert!(text(&output.stderr).contains(told), "{}", text(&output.stderr));
     }
+}
+
+#[test]
+fn one_that_is_interrupted_tells_of_what_is_done() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut program = Command::new(env!("CARGO_BIN_EXE_dirtylimit-bench"));
+    program.args(["scenario", "exact", "steps", "--json", "-"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = program.spawn().unwrap();
+    let mut told = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(told.any(|line| line.starts_with("exact, case 2 of 12: ") && line.ends_with(" s left")));
+    assert!(Command::new("kill").args(["-s", "INT", &child.id().to_string()]).status().unwrap().success());
+    assert!(told.any(|line| line == "dirtylimit-bench: interrupted"));
+    let output = child.wait_with_output().unwrap();
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((output.status.code(), &document["interrupted"]), (Some(1), &Value::from(true)));
+    let scenarios = document["scenarios"].as_array().unwrap();
+    assert_eq!((scenarios.len(), &scenarios[0]["untried"]), (1, &Value::from(11)));
+    assert!(scenarios[0]["figures"].as_array().unwrap().iter().all(|figure| figure["case"] == "2 MiB/s, ring 256"));
 }
 
 #[test]

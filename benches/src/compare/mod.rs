@@ -22,10 +22,11 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use dirtylimit_core::PageRate;
 
-use crate::output::tell;
+use crate::cli::{named, ring, within};
+use crate::output::say;
 use crate::plan::PolicyKind;
 use crate::probe;
-use crate::report::progress::Interrupt;
+use crate::report::progress::{Interrupt, Left};
 use crate::units::{parse_duration, parse_rate, parse_seconds};
 use crate::workload::Workload;
 pub use cases::Case;
@@ -49,7 +50,7 @@ pub struct Compare {
     pub limit: Vec<PageRate>,
 
     /// Rings to compare, in entries: powers of two, 1024 to 65536
-    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = ring)]
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = ring::<1024>)]
     pub ring: Vec<u32>,
 
     /// What the guest does, one per vCPU: write:SIZE, slow:SIZE, steady:SIZE, burst:SIZE, read:SIZE or
@@ -86,7 +87,7 @@ pub struct Compare {
     pub json: Option<PathBuf>,
 
     /// Write a page with pictures into this directory
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = named())]
     pub report: Option<PathBuf>,
 
     /// Migrations in the place of limits.
@@ -94,7 +95,7 @@ pub struct Compare {
     pub migration: Migration,
 
     /// Compare nothing: write the ROM that runs the first case's guest under QEMU, and say how to start it
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = named())]
     pub write_rom: Option<PathBuf>,
 }
 
@@ -116,32 +117,16 @@ pub enum Peer {
     Stepped,
 }
 
-fn ring(text: &str) -> Result<u32, String> {
-    let entries = text.parse().ok().filter(|entries: &u32| entries.is_power_of_two());
-    entries
-        .filter(|entries| (1024..=65_536).contains(entries))
-        .ok_or_else(|| format!("`{text}`: under QEMU a ring has a power of two of entries, 1024 to 65536"))
-}
-
 impl Compare {
     /// The cases that were asked for; never none.
     ///
     /// # Errors
     /// Options that are out of range or ask for what cannot be compared; the message says what is allowed.
     pub fn cases(&self) -> Result<Vec<Case>, String> {
-        let within = |option, value: Duration, least, most| {
-            let seconds = Duration::from_secs(least)..=Duration::from_secs(most);
-            if seconds.contains(&value) {
-                Ok(())
-            } else {
-                Err(format!("{option} {value:?}: {least} to {most} seconds are allowed"))
-            }
-        };
-        within("--free-seconds", self.free_seconds, 1, 57)?;
-        within("--seconds", self.seconds, 1, 3600)?;
-        if !(Duration::from_micros(100)..=Duration::from_secs(1)).contains(&self.max_pause) {
-            return Err(format!("--max-pause {:?}: 100µs to 1s is allowed", self.max_pause));
-        }
+        let second = Duration::from_secs(1);
+        within("--free-seconds", self.free_seconds, second, 57 * second)?;
+        within("--seconds", self.seconds, second, 3600 * second)?;
+        within("--max-pause", self.max_pause, Duration::from_micros(100), second)?;
         if self.qemu.len() > 1 {
             return Err("--qemu: limits are compared with one QEMU at a time".to_owned());
         }
@@ -163,7 +148,7 @@ impl Compare {
             Ok(version) => Ok(Peer::Qemu(path.clone(), version)),
             Err(error) if self.peer.is_none() && self.qemu.is_empty() && is_missing(&error) => {
                 let instead = if self.migration.migrate { "our own modes alone" } else { "the policy `stepped`" };
-                tell(format_args!("There is no {QEMU} here ({HOW}): compared with {instead} instead."));
+                say(format_args!("There is no {QEMU} here ({HOW}): compared with {instead} instead."));
                 Ok(Peer::Stepped)
             }
             Err(error) if is_missing(&error) => Err(error.context(HOW)),
@@ -178,10 +163,14 @@ impl Compare {
     /// A run that fails, or an interruption before there is anything to tell.
     pub fn run(&self, cases: &[Case], peer: &Peer, interrupt: &Interrupt) -> Result<Comparison> {
         let mut tried: Vec<(Vec<Trial>, Vec<Trial>)> = vec![Default::default(); cases.len()];
+        // Both.
+        let time = 2 * (self.free_seconds + self.seconds);
+        let mut left = Left(u32::from(self.rounds) * cases.iter().map(|_| time).sum::<Duration>());
         'rounds: for round in 1..=self.rounds {
             for (number, (case, (theirs, ours))) in cases.iter().zip(&mut tried).enumerate() {
                 let (rounds, number, of) = (self.rounds, number + 1, cases.len());
-                tell(format_args!("round {round} of {rounds}, case {number} of {of}: {}", case.name()));
+                let (name, left) = (case.name(), left.begin(time));
+                say(format_args!("round {round} of {rounds}, case {number} of {of}: {name}, about {left}"));
                 let their = self.try_peer(case, peer, interrupt).with_context(|| peer.name())?;
                 let our = self.try_ours(case, PolicyKind::Paced, interrupt).context("dirtylimit")?;
                 if interrupt.requested() {

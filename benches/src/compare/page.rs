@@ -70,7 +70,7 @@ fn title(case: &Compared, vcpu: &Vcpu) -> String {
     format!("{}{alone}", case.name())
 }
 
-fn tiles(comparison: &Comparison) -> Vec<(&'static str, String, &'static str)> {
+fn tiles(comparison: &Comparison) -> Vec<(String, String, &'static str)> {
     let limited = |vcpus: &[Vcpu]| -> Vec<_> {
         vcpus.iter().filter(|vcpu| vcpu.limit_mib_s.is_some()).map(|vcpu| vcpu.median).collect()
     };
@@ -80,10 +80,10 @@ fn tiles(comparison: &Comparison) -> Vec<(&'static str, String, &'static str)> {
         side.iter().filter_map(of).reduce(|one, other| if other.abs() > one.abs() { other } else { one })
     };
     vec![
-        ("Worst error, dirtylimit", signed(worst(&ours, |of| of.error_pct)), "%"),
-        ("Worst error, the other", signed(worst(&peer, |of| of.error_pct)), "%"),
-        ("Longest stall, dirtylimit", number(worst(&ours, |of| of.stall_max_ms)), "ms"),
-        ("Longest stall, the other", number(worst(&peer, |of| of.stall_max_ms)), "ms"),
+        ("Worst error, dirtylimit".to_owned(), signed(worst(&ours, |of| of.error_pct)), "%"),
+        (format!("Worst error, {}", comparison.peer), signed(worst(&peer, |of| of.error_pct)), "%"),
+        ("Longest stall, dirtylimit".to_owned(), number(worst(&ours, |of| of.stall_max_ms)), "ms"),
+        (format!("Longest stall, {}", comparison.peer), number(worst(&peer, |of| of.stall_max_ms)), "ms"),
     ]
 }
 

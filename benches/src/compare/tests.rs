@@ -53,9 +53,9 @@ fn without_a_choice_the_usual_cases_are_compared() {
     let two = asked("--limit 20MiB/s,512 --ring 65536 --workload write:4MiB,idle").cases().unwrap();
     assert_eq!(two.iter().map(Case::name).collect::<Vec<_>>(), ["20 MiB/s, ring 65536", "2 MiB/s, ring 65536"]);
     for (line, told) in [
-        ("--seconds 0.5", "--seconds 500ms: 1 to 3600 seconds"),
-        ("--free-seconds 58", "1 to 57 seconds"),
-        ("--max-pause 2s", "100µs to 1s"),
+        ("--seconds 0.5", "--seconds 500ms: 1s to 3600s"),
+        ("--free-seconds 58", "1s to 57s"),
+        ("--max-pause 2s", "100us to 1s"),
         ("--limit 100", "whole MiB/s"),
         ("--workload random:4MiB", "write, slow, burst, read and idle"),
     ] {
@@ -106,6 +106,7 @@ fn the_table_fits_eighty_columns_and_the_page_has_every_picture() {
     assert_eq!(row("CPU time")[6..], ["20.0", "20.0", "1.0"]);
     let html = page::page(&comparison).unwrap().html();
     assert!(html.matches("<svg").count() >= 3 && html.contains("ROM</span>") && !html.contains("NaN"));
+    assert!(html.contains(&format!("Longest stall, {}", comparison.peer)), "tiles name whom they are about");
 }
 
 /// The document has every name of the manual's part `number`.

@@ -35,7 +35,7 @@ use emulator::Setting;
 use initramfs::Program;
 use packages::Store;
 
-use crate::output::{print, tell};
+use crate::output::{print, say};
 use crate::report::progress::Interrupt;
 use crate::units::{parse_duration, parse_size};
 
@@ -158,7 +158,7 @@ impl Lab {
                     for &kernel in kernels {
                         store.root(&machine.kernel(kernel))?;
                     }
-                    tell(format_args!("lab: {machine} is ready, in {}", store.home().display()));
+                    say(format_args!("lab: {machine} is ready, in {}", store.home().display()));
                 }
                 Ok(ExitCode::SUCCESS)
             }

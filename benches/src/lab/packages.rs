@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::output::tell;
+use crate::output::say;
 
 /// Names the archive, where this machine's apt knows none of Debian.
 const ARCHIVE: &str = "DIRTYLIMIT_LAB_ARCHIVE";
@@ -119,7 +119,7 @@ impl Store {
         // One line for each package: 'address' file size hash.
         let listed = output(&mut get("--print-uris"))?;
         let sizes: Vec<u64> = listed.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse().ok()).collect();
-        tell(format_args!(
+        say(format_args!(
             "lab: fetching {} of Debian {} ({}): {} packages, {} MB, into {}",
             packages.join(" "),
             root.suite,

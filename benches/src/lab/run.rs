@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use super::emulator::Ports;
 use super::initramfs::{ENDED, STARTS};
-use crate::output::tell;
+use crate::output::{say, tell};
 use crate::report::progress::Interrupt;
 
 /// How often the ports are read.
@@ -47,7 +47,7 @@ pub(crate) fn run(
     let (mut console, mut result) = (Console::open(&ports.console, watch.console)?, Port::open(&ports.result)?);
     let mut output = Output::default();
     let mut heard = Instant::now();
-    tell("lab: the machine boots");
+    say("lab: the machine boots");
     loop {
         let ended = emulator.0.try_wait()?;
         // After that, so that nothing written before the end is missed.
@@ -64,7 +64,7 @@ pub(crate) fn run(
             bail!("interrupted: the machine was ended");
         }
         if let Some(status) = output.status() {
-            tell(format_args!(
+            say(format_args!(
                 "lab: the program ended with status {status} after {:.1} s",
                 started.elapsed().as_secs_f64()
             ));
@@ -181,7 +181,7 @@ impl Console {
         self.panicked |= line.contains("Kernel panic - not syncing");
         if line.ends_with(STARTS) {
             self.program = true;
-            tell(format_args!("{STARTS}, {:.1} s", started.elapsed().as_secs_f64()));
+            say(format_args!("{STARTS}, {:.1} s", started.elapsed().as_secs_f64()));
         } else if self.program || self.all {
             tell(&line);
         }

@@ -9,7 +9,7 @@ use dirtylimit_test_vm::layout::Layout;
 
 use super::address::Address;
 use super::modes::Mode;
-use crate::cli::{Limit, RING, limit, within};
+use crate::cli::{Limit, MIN_RING, limit, named, ring, vcpus, within};
 use crate::guest::kvm::{Load, MAX_VCPUS};
 use crate::units::{parse_duration, parse_seconds, parse_size};
 use crate::workload::Workload;
@@ -25,7 +25,7 @@ pub struct Migrate {
     pub workload: Vec<Workload>,
 
     /// Number of vCPUs, 1 to 64 [default: number of workloads]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = vcpus::<MAX_VCPUS>)]
     pub vcpus: Option<usize>,
 
     /// The guest's memory, in steps of 2MiB; 16MiB of it are not for workloads
@@ -58,7 +58,7 @@ pub struct Migrate {
     pub retry: u32,
 
     /// Entries of each vCPU's dirty ring: a power of two, 256 to 65536
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_RING)]
+    #[arg(long, value_name = "N", value_parser = ring::<MIN_RING>, default_value_t = DEFAULT_RING)]
     pub ring: u32,
 
     /// The longest single pause, 100us to 1s
@@ -73,7 +73,8 @@ pub struct Migrate {
     #[arg(long, value_name = "FILE")]
     pub payload: Option<PathBuf>,
 
-    /// Be the destination, at this address: unix:PATH or HOST:PORT. Waits until a guest has come
+    /// Be the destination, at this address: unix:PATH or HOST:PORT. Waits until a guest has come; --quiet stands before
+    /// `migrate` then
     #[arg(long, value_name = "ADDR", exclusive = true)]
     pub listen: Option<Address>,
 
@@ -86,7 +87,7 @@ pub struct Migrate {
     pub json: Option<PathBuf>,
 
     /// Draw what was left, sent and dirtied over time, with the budget
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = named())]
     pub svg: Option<PathBuf>,
 }
 
@@ -165,10 +166,6 @@ impl Plan {
         Layout::new(&loads)
             .and_then(|layout| layout.with_ram(self.memory))
             .map_err(|error| format!("--memory: {error:#}"))?;
-        if !self.ring.is_power_of_two() || !RING.contains(&self.ring) {
-            let (least, most) = (RING.start(), RING.end());
-            return Err(format!("--ring {}: a ring has a power of two of entries, {least} to {most}", self.ring));
-        }
         let (us, ms, s) = (Duration::from_micros, Duration::from_millis, Duration::from_secs);
         within("--max-pause", self.max_pause, us(100), s(1))?;
         within("--downtime", self.downtime, ms(20), s(60))?;

@@ -37,7 +37,7 @@ use dirtylimit_kvm::{Config, Kick};
 use dirtylimit_test_vm::payload;
 
 use crate::guest::kvm::{Load, check_memory};
-use crate::output::tell;
+use crate::output::{say, tell};
 use crate::report::progress::Interrupt;
 use address::{Address, Listener, Stream};
 use attempt::Subject;
@@ -164,7 +164,7 @@ pub fn listen(address: &Address, interrupt: &Interrupt) -> Result<u8> {
         return Ok(u8::from(!came));
     }
     let listener = address.listen()?;
-    tell(format_args!("Waiting for a guest at {}.", listener.address()));
+    say(format_args!("Waiting for a guest at {}.", listener.address()));
     loop {
         if interrupt.requested() {
             return Ok(Verdict::Cancelled.status());
@@ -173,11 +173,11 @@ pub fn listen(address: &Address, interrupt: &Interrupt) -> Result<u8> {
             thread::sleep(LOOK);
             continue;
         };
-        tell("A source has connected.");
+        say("A source has connected.");
         match refusing_others(&listener, || destination::take_in(stream, interrupt)) {
             Ok(report) => {
                 let did: Vec<_> = report.accesses.iter().map(|(came, end)| end - came).collect();
-                tell(format_args!("The guest came, and ran here: {did:?} accesses by its vCPUs."));
+                say(format_args!("The guest came, and ran here: {did:?} accesses by its vCPUs."));
                 return Ok(0);
             }
             Err(error) => tell(format_args!("No guest came: {error:#}. Waiting for the next.")),
@@ -195,7 +195,7 @@ fn refusing_others<T>(listener: &Listener, run: impl FnOnce() -> T) -> T {
             while !done.load(Relaxed) {
                 match listener.accept() {
                     Ok(Some(mut other)) => {
-                        tell("Another source has connected, and is refused.");
+                        say("Another source has connected, and is refused.");
                         let _ = other.set_timeouts(None, Some(LOOK));
                         if other.write_all(&wire::preamble()).is_ok() {
                             destination::refuse(&mut other, "another migration goes on here");

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::modes::{Next, mib_s};
 use super::result::{RoundRecord, Sample};
 use super::source::Watcher;
-use crate::output::tell;
+use crate::output::say;
 use crate::units::significant;
 
 /// Distance between two lines.
@@ -41,14 +41,14 @@ impl Watcher for Lines {
         let (at, budget) = (sample.at_s.as_secs_f64(), budget(next));
         let [left, sent, dirtied] = [left, sent, dirtied].map(|value| significant(value, 3));
         let rates = format!("sending {sent} MiB/s, dirtied {dirtied} MiB/s");
-        tell(format_args!("{at:6.2} s  round {round}: {left} MiB left, {rates}, {budget}{}", expected(next)));
+        say(format_args!("{at:6.2} s  round {round}: {left} MiB left, {rates}, {budget}{}", expected(next)));
     }
 
     fn round(&mut self, number: usize, record: &RoundRecord, next: &Next) {
         let [sent, left] = [record.sent_pages, record.left_pages].map(|pages| pages as f64 / PAGES_PER_MIB);
         let [sent, left] = [sent, left].map(|value| significant(value, 3));
         let (time, verdict, reason) = (record.length_s.as_secs_f64(), &next.verdict, &next.reason);
-        tell(format_args!(
+        say(format_args!(
             "round {number}: sent {sent} MiB in {time:.2} s, {left} MiB left; {verdict} ({reason}): {}{}",
             budget(next),
             expected(next)

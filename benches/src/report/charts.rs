@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use dirtylimit_core::PageRate;
+
 use super::plot::{Axis, Chart, Look, Series};
 use crate::measure::{self, WINDOW};
 use crate::record::{Recording, Stalls, VcpuRecording};
@@ -55,10 +57,10 @@ pub fn paused(recording: &Recording, vcpu: &VcpuRecording) -> Vec<(f64, f64)> {
 }
 
 /// The limits of a vCPU (MiB/s) in steps; not a number while it has none.
-pub fn limits(recording: &Recording, vcpu: &VcpuRecording) -> Vec<(f64, f64)> {
+pub fn limits(recording: &Recording, limits: &[(Duration, Option<PageRate>)]) -> Vec<(f64, f64)> {
     let since = |at: Duration| at.as_secs_f64() - recording.limited_at.as_secs_f64();
-    let ends = vcpu.limits.iter().skip(1).map(|&(at, _)| at).chain([recording.end]);
-    let steps = vcpu.limits.iter().zip(ends).flat_map(|(&(from, limit), to)| {
+    let ends = limits.iter().skip(1).map(|&(at, _)| at).chain([recording.end]);
+    let steps = limits.iter().zip(ends).flat_map(|(&(from, limit), to)| {
         let limit = limit.map_or(f64::NAN, |limit| mib_per_sec(limit, recording.page_size));
         [(since(from), limit), (since(to), limit)]
     });

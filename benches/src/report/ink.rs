@@ -23,6 +23,8 @@ pub(crate) const GRID: Ink = ink("grid", (216, 222, 228), "#343B44");
 pub(crate) const AREA: Ink = ink("area", (228, 233, 238), "#262D36");
 /// What is allowed: limits, bounds, the longest pause asked for. Nothing else has this colour.
 pub(crate) const ALLOWED: Ink = ink("allowed", (219, 161, 38), "#BB8009");
+/// What should not be. Nothing else has this colour.
+const BAD: Ink = ink("bad", (207, 34, 46), "#F85149");
 /// What was measured, by number.
 pub(crate) const HUES: [Ink; 5] = [
     ink("hue0", (0, 104, 181), "#58A6FF"),
@@ -33,7 +35,7 @@ pub(crate) const HUES: [Ink; 5] = [
 ];
 
 fn all() -> impl Iterator<Item = Ink> {
-    [PAPER, TEXT, FAINT, GRID, AREA, ALLOWED].into_iter().chain(HUES)
+    [PAPER, TEXT, FAINT, GRID, AREA, ALLOWED, BAD].into_iter().chain(HUES)
 }
 
 impl Ink {

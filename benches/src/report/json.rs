@@ -221,7 +221,7 @@ pub(crate) fn round(value: f64) -> f64 {
     (value * 1e3).round() / 1e3
 }
 
-fn ms(time: Duration) -> f64 {
+pub(crate) fn ms(time: Duration) -> f64 {
     round(time.as_secs_f64() * 1e3)
 }
 

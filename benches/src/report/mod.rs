@@ -1,6 +1,7 @@
 //! What a run looks like to people and to scripts.
 
 pub mod charts;
+pub mod csv;
 pub(crate) mod ink;
 pub mod json;
 pub mod page;

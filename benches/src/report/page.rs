@@ -9,7 +9,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::ink;
 use super::plot::{Chart, Look};
-use crate::output::{Output, tell};
+use crate::output::{Output, say};
 use crate::record::Host;
 
 /// The page's file, in the directory that the user names.
@@ -127,11 +127,12 @@ impl Table {
 impl Tone {
     fn style(self) -> Option<String> {
         // Never so deep that the text on it is hard to read.
-        let heat = |share: f64| format!("background:color-mix(in srgb,var(--hue1) {:.0}%,transparent)", 35.0 * share);
+        let mix =
+            |ink: &str, percent: f64| format!("background:color-mix(in srgb,var(--{ink}) {percent:.0}%,transparent)");
         match self {
             Self::Plain => None,
-            Self::Heat(share) => Some(heat(0.7 * share.clamp(0.0, 1.0))),
-            Self::Bad => Some(heat(1.0) + ";font-weight:600"),
+            Self::Heat(share) => Some(mix("hue1", 25.0 * share.clamp(0.0, 1.0))),
+            Self::Bad => Some(mix("bad", 35.0) + ";font-weight:600"),
         }
     }
 }
@@ -183,7 +184,7 @@ impl Page {
     /// The file cannot be written.
     pub fn write(&self, output: &mut Output) -> Result<()> {
         output.write(self.html())?;
-        tell(format_args!("The report is {}.", output.path().display()));
+        say(format_args!("The report is {}.", output.path().display()));
         Ok(())
     }
 }
@@ -200,11 +201,18 @@ impl Section {
     }
 
     /// Figures to be seen first: name, value, unit.
-    pub fn tiles<'a>(&mut self, tiles: impl IntoIterator<Item = (&'a str, String, &'a str)>) -> &mut Self {
+    pub fn tiles<'a, N: Into<String>, V: Into<Cell>>(
+        &mut self,
+        tiles: impl IntoIterator<Item = (N, V, &'a str)>,
+    ) -> &mut Self {
+        let tiles = tiles.into_iter().map(|(name, value, unit)| (name.into(), value.into(), unit));
         self.add(html! {
             dl.tiles {
                 @for (name, value, unit) in tiles {
-                    div { dt { (name) } dd { (value) @if value != "-" { " " small { (unit) } } } }
+                    div style=[value.tone.style()] {
+                        dt { (name) }
+                        dd { (value.text) @if value.text != "-" { " " small { (unit) } } }
+                    }
                 }
             }
         })
@@ -234,7 +242,7 @@ impl Section {
         self.table(&Table {
             caption: "What KVM_CHECK_EXTENSION answers".into(),
             columns: vec!["capability".into(), "answer".into()],
-            rows: rows.map(|(name, answer)| vec![name.as_str().into(), answer.to_string().into()]).collect(),
+            rows: rows.map(|(name, answer)| vec![name.as_str().into(), answered(name, *answer).into()]).collect(),
         })
     }
 
@@ -287,6 +295,14 @@ impl Section {
             },
         };
         Ok(self.add(html! { figure { (figures) figcaption { (caption.into()) } } }))
+    }
+}
+
+/// What KVM answers, with its unit where it has one.
+fn answered(capability: &str, answer: i64) -> String {
+    match capability {
+        "KVM_CAP_DIRTY_LOG_RING" | "KVM_CAP_DIRTY_LOG_RING_ACQ_REL" => format!("{answer} bytes"),
+        _ => answer.to_string(),
     }
 }
 

@@ -11,7 +11,7 @@ use dirtylimit_core::PageRate;
 
 use super::table::number;
 use crate::guest::{Phase, Progress, VcpuNow};
-use crate::output::tell;
+use crate::output::{is_quiet, say};
 use crate::plan::Plan;
 use crate::units::{PAGE_SIZE, mib_per_sec, significant};
 
@@ -64,6 +64,22 @@ impl Interrupt {
     }
 }
 
+/// The time that is left of work whose parts have known lengths.
+#[derive(Clone, Copy, Debug)]
+pub struct Left(pub Duration);
+
+impl Left {
+    /// As text, when a part begins, whose length it subtracts then.
+    pub fn begin(&mut self, part: Duration) -> String {
+        let left = self.0;
+        self.0 = left.saturating_sub(part);
+        match left.as_secs_f64() {
+            seconds @ ..90.0 => format!("{seconds:.0} s left"),
+            seconds => format!("{:.0} min left", seconds / 60.0),
+        }
+    }
+}
+
 /// Shows a run on stderr.
 #[derive(Debug)]
 pub struct Live {
@@ -83,12 +99,12 @@ impl Live {
     pub fn new(plan: &Plan, interrupt: Interrupt) -> Self {
         let term = Term::stderr();
         // A dumb terminal cannot move its cursor.
-        let view = if term.is_term() && std::env::var_os("TERM").is_none_or(|name| name != "dumb") {
+        let view = if !is_quiet() && term.is_term() && std::env::var_os("TERM").is_none_or(|name| name != "dumb") {
             View::Terminal { term, screen: Screen::new(plan), drawn: Drawn::default() }
         } else {
             View::Plain { next: PLAIN / 2 }
         };
-        Self { interrupt, total: plan.free + plan.limited, view }
+        Self { interrupt, total: plan.time(), view }
     }
 
     /// Takes the live lines away.
@@ -118,7 +134,7 @@ impl Progress for Live {
                     }
                     count => vec![format!("{count} vCPUs {}", figures(&sum(vcpus, None)))],
                 };
-                tell(format_args!("{}, {}: {}", clock(at, self.total), name(phase), figures.join("; ")));
+                say(format_args!("{}, {}: {}", clock(at, self.total), name(phase), figures.join("; ")));
             }
             View::Plain { .. } => {}
         }
@@ -168,7 +184,7 @@ struct Screen {
 impl Screen {
     fn new(plan: &Plan) -> Self {
         Self {
-            total: plan.free + plan.limited,
+            total: plan.time(),
             vm_limit: plan.vm_limit,
             history: vec![VecDeque::new(); 1 + plan.vcpus.len()],
             next: Duration::ZERO,
@@ -343,6 +359,12 @@ vCPU  rate MiB/s  limit MiB/s  paused %  last 9 s, the limit at half height
         assert_eq!(spark(&history(&[1000, 500, 2000]), None, 2), "▅█");
         assert_eq!(spark(&history(&[0]), None, 80), "▁");
         assert_eq!(spark(&history(&[]), None, 80), "");
+    }
+
+    #[test]
+    fn what_is_left_is_told_as_each_part_begins() {
+        let mut left = Left(SPARK * 1000);
+        assert_eq!([680, 320, 1].map(|quarters| left.begin(SPARK * quarters)), ["4 min left", "80 s left", "0 s left"]);
     }
 
     #[test]

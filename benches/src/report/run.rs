@@ -7,13 +7,14 @@ use anyhow::Result;
 use super::charts::{self, net_rate, rate_chart, stall_chart, survival};
 use super::page::{Cell, Page, Table, Tone};
 use super::plot::{Chart, Look, Series};
-use super::table::{guest, number, policy, signed, verdict, whole};
-use crate::measure::{Measures, TOLERANCE_PCT, VmMeasures};
+use super::table::{self, guest, number, policy, signed, verdict, whole};
+use crate::measure::{Held, Measures, StepMeasures, VmMeasures};
 use crate::record::{Recording, Stalls, VcpuRecording};
-use crate::units::{mib_per_sec, significant};
+use crate::units::{Limit, mib_per_sec, significant};
 
-/// More lines than these cannot be told apart.
+/// More lines than these cannot be told apart, and more charts not be looked at.
 const MAX_LINES: usize = 5;
+const MAX_CHARTS: usize = 16;
 
 /// The page of a recording.
 ///
@@ -33,7 +34,7 @@ pub fn page(recording: &Recording) -> Result<Page> {
         "Pages newly dirtied, which a migration would have to send again, as means over 100 ms. Before 0 s the guest runs \
          free: it soon has dirtied all its memory, and none anew until the next pass. What is off the scale is drawn along \
          the upper edge.",
-        &[rate_chart("Dirty page rate of each vCPU", of_vcpus(recording))],
+        &of_vcpus(recording, "Dirty page rate of each vCPU"),
     )?;
     if let Some(series) = of_vm(recording) {
         rates.picture("All vCPUs together.", &[rate_chart("Dirty page rate of the VM", series)])?;
@@ -58,7 +59,7 @@ pub fn page(recording: &Recording) -> Result<Page> {
     Ok(page)
 }
 
-fn tiles(recording: &Recording, measures: &[Measures]) -> Vec<(&'static str, String, &'static str)> {
+fn tiles(recording: &Recording, measures: &[Measures]) -> Vec<(&'static str, Cell, &'static str)> {
     let worst = |of: fn(&Measures) -> Option<f64>| {
         measures
             .iter()
@@ -66,19 +67,25 @@ fn tiles(recording: &Recording, measures: &[Measures]) -> Vec<(&'static str, Str
             .filter_map(of)
             .reduce(|one, other| if other.abs() > one.abs() { other } else { one })
     };
+    let unsettled = tone(measures.iter().any(|vcpu| vcpu.last().held == Some(Held::Unsettled)));
     let mut tiles = match VmMeasures::of(recording) {
         Some(vm) => vec![
-            ("VM's settled rate", number(vm.settled_mib_s), "MiB/s"),
-            ("VM's budget", significant(vm.limit_mib_s, 4), "MiB/s"),
-            ("Error", signed(vm.error_pct), "%"),
+            ("VM's settled rate", number(vm.settled_mib_s).into(), "MiB/s"),
+            ("VM's budget", significant(vm.limit_mib_s, 4).into(), "MiB/s"),
+            ("Error", signed(vm.error_pct).into(), "%"),
         ],
         None => vec![
-            ("Error of the settled rate", signed(worst(|vcpu| vcpu.last().error_pct)), "%"),
-            ("Settled in", whole(worst(|vcpu| vcpu.last().settle_ms)), "ms"),
+            (
+                "Error of the settled rate",
+                Cell::from(signed(worst(|vcpu| vcpu.last().judged_pct()))).toned(unsettled),
+                "%",
+            ),
+            ("Settled in", whole(worst(|vcpu| vcpu.last().settled_ms())).into(), "ms"),
         ],
     };
-    tiles.push(("Longest stall", number(worst(|vcpu| vcpu.stall_max_ms)), "ms"));
-    tiles.push(("Lost pages", recording.lost_pages.map_or("-".to_owned(), |lost| lost.to_string()), ""));
+    tiles.push(("Longest stall", number(worst(|vcpu| vcpu.stall_max_ms)).into(), "ms"));
+    let lost = Cell::from(recording.lost_pages.map_or("-".to_owned(), |lost| lost.to_string()));
+    tiles.push(("Lost pages", lost.toned(tone(recording.lost_pages > Some(0))), ""));
     tiles
 }
 
@@ -90,45 +97,62 @@ fn since(recording: &Recording, at: Duration) -> f64 {
 pub(super) fn of_vm(recording: &Recording) -> Option<Vec<Series>> {
     let end = since(recording, recording.end);
     let budget = mib_per_sec(recording.vm_limit?, recording.page_size);
+    let vcpus: Vec<_> = recording.vcpus.iter().collect();
     Some(vec![
         Series::new("budget", Look::Allowed, vec![(0.0, budget), (end, budget)]),
-        Series::new("whole VM", Look::Line(0), each_instant(recording, |rates| rates.iter().sum())),
+        Series::new("whole VM", Look::Line(0), each_instant(recording, &vcpus, |rates| rates.iter().sum())),
     ])
 }
 
-/// The rates of the vCPUs over their limits; where they are many, those of the fastest, the median and the slowest.
-pub(super) fn of_vcpus(recording: &Recording) -> Vec<Series> {
-    let mut series: Vec<Series> = Vec::new();
+/// A chart for each limit, of the vCPUs that have it.
+pub(super) fn of_vcpus(recording: &Recording, title: &str) -> Vec<Chart> {
+    let mut groups: Vec<Vec<&VcpuRecording>> = Vec::new();
     for vcpu in &recording.vcpus {
-        let limit = Series::new("limit", Look::Allowed, charts::limits(recording, vcpu));
-        // Limits that are the same are one; not a number is not even equal to itself.
-        if !series.iter().any(|other| format!("{:?}", other.points) == format!("{:?}", limit.points)) {
-            series.push(limit);
+        match groups.iter_mut().find(|group| group[0].limits == vcpu.limits) {
+            Some(group) => group.push(vcpu),
+            None => groups.push(vec![vcpu]),
         }
     }
-    if recording.vcpus.len() <= MAX_LINES {
-        series.extend(recording.vcpus.iter().enumerate().map(|(hue, vcpu)| {
+    if groups.len() > MAX_CHARTS {
+        groups = vec![recording.vcpus.iter().collect()];
+    }
+    let chart = |group: &Vec<&VcpuRecording>| {
+        let limits: Vec<_> = group[0].limits.iter().map(|&(_, limit)| Limit(limit).to_string()).collect();
+        let title = if groups.len() == 1 { title.to_owned() } else { format!("{title}, limit {}", limits.join(", ")) };
+        rate_chart(title, series(recording, group))
+    };
+    groups.iter().map(chart).collect()
+}
+
+/// The rates of some vCPUs over their limits; where they are many, those of the fastest, the median and the slowest.
+fn series(recording: &Recording, vcpus: &[&VcpuRecording]) -> Vec<Series> {
+    let mut limits: Vec<_> = vcpus.iter().map(|vcpu| &vcpu.limits).collect();
+    limits.dedup();
+    let of_limits = |limits: &Vec<_>| Series::new("limit", Look::Allowed, charts::limits(recording, limits));
+    let mut series: Vec<_> = limits.into_iter().map(of_limits).collect();
+    if vcpus.len() <= MAX_LINES {
+        series.extend(vcpus.iter().map(|vcpu| {
             let name = format!("vCPU {}, {}", vcpu.index, vcpu.workload);
-            Series::new(name, Look::Line(hue), net_rate(recording, vcpu))
+            Series::new(name, Look::Line(vcpu.index), net_rate(recording, vcpu))
         }));
         return series;
     }
     let ranked = |rank: fn(usize) -> usize| {
-        each_instant(recording, move |rates| {
+        each_instant(recording, vcpus, move |rates| {
             rates.sort_unstable_by(f64::total_cmp);
             rates.get(rank(rates.len())).copied().unwrap_or(f64::NAN)
         })
     };
-    let count = recording.vcpus.len();
+    let count = vcpus.len();
     series.push(Series::new(format!("fastest of {count} vCPUs"), Look::Thin(1), ranked(|count| count - 1)));
     series.push(Series::new("slowest", Look::Thin(2), ranked(|_| 0)));
     series.push(Series::new("median", Look::Line(0), ranked(|count| count / 2)));
     series
 }
 
-/// One number for the rates of all vCPUs at each instant.
-fn each_instant(recording: &Recording, of: impl Fn(&mut [f64]) -> f64) -> Vec<(f64, f64)> {
-    let rates: Vec<_> = recording.vcpus.iter().map(|vcpu| net_rate(recording, vcpu)).collect();
+/// One number for the rates of some vCPUs at each instant.
+fn each_instant(recording: &Recording, vcpus: &[&VcpuRecording], of: impl Fn(&mut [f64]) -> f64) -> Vec<(f64, f64)> {
+    let rates: Vec<_> = vcpus.iter().map(|vcpu| net_rate(recording, vcpu)).collect();
     let Some(first) = rates.first() else { return Vec::new() };
     let at = |number: usize| rates.iter().filter_map(|rates| Some(rates.get(number)?.1)).collect::<Vec<_>>();
     first.iter().enumerate().map(|(number, &(instant, _))| (instant, of(&mut at(number)))).collect()
@@ -159,12 +183,17 @@ fn limit(limit: Option<f64>) -> Cell {
     limit.map_or("none".into(), |limit| significant(limit, 4).into())
 }
 
-fn error(error_pct: Option<f64>) -> Cell {
-    let tone = match error_pct {
-        Some(error) if error.abs() > TOLERANCE_PCT => Tone::Bad,
-        _ => Tone::Plain,
-    };
-    Cell::from(signed(error_pct)).toned(tone)
+/// Whether the limit was not held.
+fn is_missed(step: &StepMeasures) -> bool {
+    matches!(step.held, Some(Held::Unsettled | Held::TooLow(_)))
+}
+
+fn tone(bad: bool) -> Tone {
+    if bad { Tone::Bad } else { Tone::Plain }
+}
+
+fn error(step: &StepMeasures) -> Cell {
+    Cell::from(table::error(step)).toned(tone(is_missed(step)))
 }
 
 fn rate_table(recording: &Recording, measures: &[Measures]) -> Table {
@@ -186,9 +215,9 @@ fn rate_table(recording: &Recording, measures: &[Measures]) -> Table {
             limit(last.limit_mib_s),
             number(measures.free_mib_s).into(),
             number(last.settled_mib_s).into(),
-            error(last.error_pct),
-            whole(last.settle_ms).into(),
-            number(last.worst_window_error_pct).into(),
+            error(last),
+            whole(last.settled_ms()).into(),
+            number(last.worst_window_error_pct.filter(|_| last.settled_ms().is_some())).into(),
         ]
     };
     table("Settled is the second half of the limited time; windows are of 100 ms.", &columns, recording, measures, row)
@@ -233,8 +262,8 @@ fn step_table(recording: &Recording, measures: &[Measures]) -> Table {
                 format!("{:.1}", since(recording, step.from)).into(),
                 limit(step.limit_mib_s),
                 number(step.settled_mib_s).into(),
-                error(step.error_pct),
-                whole(step.settle_ms).into(),
+                error(step),
+                whole(step.settled_ms()).into(),
                 number(step.overshoot_pct).into(),
             ]
         })
@@ -275,7 +304,13 @@ mod tests {
     fn a_page_shows_rates_and_stalls_and_needs_nothing_else() {
         let html = page(&example::recording()).unwrap().html();
         assert_eq!(html.matches("<svg").count(), 4, "two pictures, each for wide and narrow screens");
-        for shown in ["vCPU 1, read:32MiB", "longest pause asked for", "held to +0.0\u{a0}% of the limit", "6.18.0"] {
+        for shown in [
+            "vCPU 1, read:32MiB",
+            "longest pause asked for",
+            "held to +0.0\u{a0}% of the limit",
+            "6.18.0",
+            ">1048576 bytes<",
+        ] {
             assert!(html.contains(shown), "{shown}");
         }
         let own = html.replace("http://www.w3.org/2000/svg", "");
@@ -290,7 +325,31 @@ mod tests {
         let many = Recording { vcpus: vec![stepped.vcpus[0].clone(); 64], ..stepped };
         let html = page(&many).unwrap().html();
         assert!(html.contains("fastest of 64 vCPUs") && html.contains("a vCPU, mean of 64"), "{html}");
-        assert_eq!(of_vcpus(&many).len(), 4, "one limit for all");
+        assert_eq!(of_vcpus(&many, "").iter().map(|chart| chart.series.len()).collect::<Vec<_>>(), [4]);
+    }
+
+    #[test]
+    fn each_limit_has_its_picture() {
+        let mut recording = example::recording();
+        recording.vcpus[1].limits[0].1 = None;
+        let titles: Vec<_> = of_vcpus(&recording, "Rate").into_iter().map(|chart| chart.title).collect();
+        assert_eq!(titles, ["Rate, limit 100 MiB/s", "Rate, limit none"]);
+        recording.vcpus = (0..1024).map(|index| VcpuRecording { index, ..recording.vcpus[0].clone() }).collect();
+        for (at, vcpu) in (0..).zip(&mut recording.vcpus) {
+            vcpu.limits[0].0 = Duration::from_millis(at);
+        }
+        assert_eq!(of_vcpus(&recording, "Rate").len(), 1, "no more charts than can be looked at");
+    }
+
+    #[test]
+    fn what_failed_has_a_colour_of_its_own() {
+        let bad = |recording: &Recording| page(recording).unwrap().html().matches("var(--bad) ").count();
+        let mut recording = example::recording();
+        assert_eq!(bad(&recording), 0);
+        recording.lost_pages = Some(7);
+        assert_eq!(bad(&recording), 1);
+        recording.vcpus[0].limits[0].1 = Some(dirtylimit_core::PageRate::from_pages_per_sec(25));
+        assert_eq!(bad(&recording), 2, "in its row too");
     }
 
     #[test]

@@ -22,7 +22,10 @@ pub fn page(all: &[Tried], host: &Host) -> Result<Page> {
     let count = |judged| all.iter().map(|tried| tried.verdict.count(judged)).sum::<usize>();
     let [met, missed, invalid] = [Judged::Met, Judged::Missed, Judged::Invalid].map(count);
     let lost: u64 = all.iter().map(|tried| tried.verdict.lost_pages).sum();
-    let lede = format!("{met} figures met on this host, {missed} missed, {invalid} invalid, {lost} pages lost.");
+    let mut lede = format!("{met} figures met on this host, {missed} missed, {invalid} invalid, {lost} pages lost.");
+    if all.iter().any(|tried| tried.verdict.untried > 0) {
+        lede += " It was interrupted.";
+    }
     let mut page = Page::new("What the limiter must reach", lede);
     for Tried { scenario, tries, verdict } in all {
         let section = page.section(format!("{}: {}", scenario.name, scenario.what));
@@ -31,7 +34,7 @@ pub fn page(all: &[Tried], host: &Host) -> Result<Page> {
         if !over_limit.is_empty() {
             section.picture("Each figure over limit and ring.", &over_limit)?;
         }
-        let rates: Vec<_> = scenario.cases.iter().zip(tries).filter_map(rates).collect();
+        let rates: Vec<_> = scenario.cases.iter().zip(tries).flat_map(rates).collect();
         if !rates.is_empty() {
             section.picture("Pages newly dirtied, as means over 100 ms.", &rates)?;
         }
@@ -143,11 +146,13 @@ fn recording(tried: &Try) -> Option<&Recording> {
     }
 }
 
-/// The rate over time of a case.
-fn rates((case, tried): (&Case, &Try)) -> Option<Chart> {
-    let recording = recording(tried)?;
-    let series = run::of_vm(recording).unwrap_or_else(|| run::of_vcpus(recording));
-    Some(rate_chart(&case.name, series))
+/// The rates over time of a case.
+fn rates((case, tried): (&Case, &Try)) -> Vec<Chart> {
+    let charts = |recording| match run::of_vm(recording) {
+        Some(series) => vec![rate_chart(&case.name, series)],
+        None => run::of_vcpus(recording, &case.name),
+    };
+    recording(tried).map_or_else(Vec::new, charts)
 }
 
 /// A chart for each ring, where the cases differ in their limits: a line for each limit.

@@ -73,7 +73,7 @@ pub(crate) fn legend(area: &Area<'_>, y: u32, chart: &Chart) -> Result<()> {
 fn chart(recording: &Recording, vcpu: &VcpuRecording) -> Chart {
     let series = vec![
         Series::new("share of time paused", Look::Area, charts::paused(recording, vcpu)),
-        Series::new("limit", Look::Allowed, charts::limits(recording, vcpu)),
+        Series::new("limit", Look::Allowed, charts::limits(recording, &vcpu.limits)),
         Series::new("gross rate", Look::Thin(3), charts::gross_rate(recording, vcpu)),
         Series::new("net rate (100 ms mean)", Look::Line(0), charts::net_rate(recording, vcpu)),
     ];
@@ -91,7 +91,8 @@ fn caption(recording: &Recording, vcpu: &VcpuRecording, top: f64) -> String {
         last.limit_mib_s.map_or("no limit".to_owned(), |limit| format!("limit {} MiB/s", significant(limit, 4)));
     text += &limit;
     if let Some(settled) = last.settled_mib_s {
-        let _ = write!(text, ", settled at {settled:.1} MiB/s");
+        let what = if last.settled_ms().is_some() { "settled at" } else { "mean" };
+        let _ = write!(text, ", {what} {settled:.1} MiB/s");
     }
     if let Some((free, gross)) = measures.free_mib_s.zip(measures.free_gross_mib_s) {
         let off = if free.max(gross) > top { ", off the scale" } else { "" };

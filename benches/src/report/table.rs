@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::measure::{Measures, StepMeasures, TOLERANCE_PCT, VmMeasures};
+use crate::measure::{Held, Measures, StepMeasures, VmMeasures, worst_pct};
 use crate::plan::PolicyKind;
 use crate::record::{GuestKind, Recording};
-use crate::units::significant;
+use crate::units::{Time, significant};
 
 /// A recording, written as a table.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +19,7 @@ impl fmt::Display for Table<'_> {
         let Self(recording) = self;
         let measures: Vec<_> = recording.vcpus.iter().map(|vcpu| Measures::of(recording, vcpu)).collect();
         write!(f, "{}, {}, ring {}, ", guest(recording.guest), policy(recording.policy), recording.ring)?;
-        write!(f, "pauses up to {:?}, ", recording.max_pause)?;
+        write!(f, "pauses up to {}, ", Time(recording.max_pause))?;
         let limited = recording.end.saturating_sub(recording.limited_at);
         writeln!(f, "limited for {:.1} s", limited.as_secs_f64())?;
         writeln!(f)?;
@@ -34,8 +34,8 @@ impl fmt::Display for Table<'_> {
             };
             write!(f, "{:>4} {:<14}{:>7}", vcpu.index, short(&vcpu.workload.to_string(), 14), limit)?;
             write!(f, "{:>7}{:>8}", number(measures.free_mib_s), number(last.settled_mib_s))?;
-            write!(f, "{:>7}{:>7}", signed(last.error_pct), whole(last.settle_ms))?;
-            write!(f, "{:>7}", number(last.worst_window_error_pct))?;
+            write!(f, "{:>7}{:>7}", error(last), whole(last.settled_ms()))?;
+            write!(f, "{:>7}", number(last.worst_window_error_pct.filter(|_| last.settled_ms().is_some())))?;
             write!(f, "{:>6}{:>6}", number(measures.stall_p99_ms), number(measures.stall_max_ms))?;
             writeln!(f, "{:>6}", number(measures.work_kept_pct))?;
         }
@@ -45,11 +45,15 @@ impl fmt::Display for Table<'_> {
                 let from = step.from.saturating_sub(recording.limited_at).as_secs_f64();
                 write!(f, "vCPU {} from {from:.1} s: limit ", vcpu.index)?;
                 f.write_str(&step.limit_mib_s.map_or("none".to_owned(), |limit| significant(limit, 4)))?;
-                write!(f, ", settled {} MiB/s", number(step.settled_mib_s))?;
-                match (step.error_pct, step.settle_ms) {
-                    (Some(error), Some(ms)) => writeln!(f, " ({error:+.1} %) in {ms:.0} ms")?,
-                    (Some(error), None) => writeln!(f, " ({error:+.1} %), never settled")?,
-                    _ => writeln!(f)?,
+                let (rate, error) = (number(step.settled_mib_s), signed(step.error_pct));
+                match step.held {
+                    Some(Held::Settled(ms)) => writeln!(f, ", settled {rate} MiB/s ({error} %) in {ms:.0} ms")?,
+                    Some(Held::Unsettled) => writeln!(f, ", mean {rate} MiB/s ({error} %), did not settle")?,
+                    Some(Held::Below) => writeln!(f, ", mean {rate} MiB/s, less than it allows")?,
+                    Some(Held::TooLow(pause)) => {
+                        writeln!(f, ", mean {rate} MiB/s, needs pauses of {}", rounded(pause))?;
+                    }
+                    None => writeln!(f, ", mean {rate} MiB/s")?,
                 }
             }
         }
@@ -75,32 +79,53 @@ pub(super) fn verdict(recording: &Recording, measures: &[Measures]) -> String {
         return format!("failed, {lost} pages lost");
     }
     // With a budget of the VM, a vCPU's share may be anything below its own limit: the VM is judged.
-    if let Some(error) = VmMeasures::of(recording).and_then(|vm| vm.error_pct) {
-        return format!("the VM was held to {} % of its budget", signed(Some(error)));
+    match VmMeasures::of(recording) {
+        Some(vm) if vm.below => return "the VM wrote less than its budget allows".to_owned(),
+        Some(VmMeasures { error_pct: error @ Some(_), .. }) => {
+            return format!("the VM was held to {} % of its budget", signed(error));
+        }
+        _ => {}
     }
-    let limited = || measures.iter().filter(|measures| measures.last().error_pct.is_some());
-    // A vCPU that was hardly ever paused and is below its limit would be there without one too.
-    let below =
-        |measures: &&Measures| measures.paused_pct < Some(1.0) && measures.last().error_pct < Some(-TOLERANCE_PCT);
-    let judged = || limited().filter(|measures| !below(measures));
-    // The settled rate is that of the second half: who was not settled by then is not, even if the last windows are good.
-    let settled = |step: &StepMeasures| {
-        let half = step.to.saturating_sub(step.from).as_secs_f64() * 1e3 / 2.0;
-        step.settle_ms.is_some_and(|ms| ms <= half)
-    };
-    let unsettled = judged().filter(|measures| !settled(measures.last())).count();
-    let worst = judged().filter_map(|measures| measures.last().error_pct).max_by(|a, b| a.abs().total_cmp(&b.abs()));
-    match worst {
-        None if limited().next().is_some() => "below the limit without being paused".to_owned(),
-        None => "no vCPU that writes was limited long enough to judge".to_owned(),
-        Some(error) if unsettled == 0 => {
-            let ms = judged().filter_map(|measures| measures.last().settle_ms).fold(0.0, f64::max);
-            format!("held to {} % of the limit at worst, settled within {ms:.0} ms", signed(Some(error)))
+    let limited = || measures.iter().map(Measures::last).filter(|step| step.held.is_some());
+    let judged = || limited().filter(|step| step.held != Some(Held::Below));
+    let worst = signed(worst_pct(recording));
+    let pauses = judged().filter_map(|step| match step.held {
+        Some(Held::TooLow(pause)) => Some(pause),
+        _ => None,
+    });
+    let too_low: Vec<_> = pauses.collect();
+    let (all, unsettled) = (judged().count(), judged().filter(|step| step.settled_ms().is_none()).count());
+    match too_low.iter().max() {
+        Some(&pause) => {
+            let (count, needed) = (too_low.len(), rounded(pause));
+            format!("{count} of {all} limited vCPUs above the limit: it needs pauses of {needed}")
         }
-        Some(error) => {
-            let (all, error) = (judged().count(), signed(Some(error)));
-            format!("{unsettled} of {all} limited vCPUs did not settle; mean error {error} % at worst")
+        None if limited().next().is_none() => "no vCPU that writes was limited long enough to judge".to_owned(),
+        None if all == 0 => {
+            let paused = limited().filter_map(|step| step.paused_pct).fold(0.0, f64::max);
+            format!("wrote less than the limit allows, paused for {paused:.0} % of the time at most")
         }
+        None if unsettled == 0 => {
+            let ms = judged().filter_map(StepMeasures::settled_ms).fold(0.0, f64::max);
+            format!("held to {worst} % of the limit at worst, settled within {ms:.0} ms")
+        }
+        None => format!("{unsettled} of {all} limited vCPUs did not settle; mean error {worst} % at worst"),
+    }
+}
+
+/// The error, or the word for what it would not tell.
+pub(super) fn error(step: &StepMeasures) -> String {
+    match step.held {
+        Some(Held::Below) => "below".to_owned(),
+        Some(Held::TooLow(_)) => "pauses".to_owned(),
+        _ => signed(step.error_pct),
+    }
+}
+
+fn rounded(pause: Duration) -> String {
+    match pause.as_secs_f64() {
+        seconds @ 1.0.. => format!("{} s", significant(seconds, 2)),
+        seconds => format!("{} ms", significant(1e3 * seconds, 2)),
     }
 }
 
@@ -160,7 +185,7 @@ mod tests {
         let mut slow = example::recording();
         slow.vcpus[0].limits[0].1 = Some(dirtylimit_core::PageRate::MIN_LIMIT);
         let row = Table(&slow).to_string();
-        assert!(row.contains(" <0.001   1500   100.0 >99999 "), "{row}");
+        assert!(row.contains(" <0.001   1500   100.0 pauses "), "{row}");
         for text in [row, Table(&recording).to_string(), Table(&example::recording()).to_string()] {
             let widest = text.lines().map(|line| line.chars().count()).max();
             assert!(widest <= Some(80), "{widest:?} columns:\n{text}");
@@ -197,9 +222,21 @@ mod tests {
         recording.vcpus[0].limits[0].1 = Some(dirtylimit_core::PageRate::from_pages_per_sec(256_000));
         let text = Table(&recording).to_string();
         assert!(text.contains("1 of 1 limited vCPUs did not settle"), "paused and too slow is a fault: {text}");
-        recording.vcpus[0].paused = Duration::ZERO;
+        recording.vcpus[0].samples.iter_mut().for_each(|sample| sample.paused /= 10);
         let text = Table(&recording).to_string();
-        assert!(text.contains("verdict: below the limit without being paused"), "{text}");
+        assert!(text.contains("verdict: wrote less than the limit allows, paused for 9 % of"), "{text}");
+        assert!(text.contains(" 100.0  below      -      -"), "{text}");
+        recording.vm_limit = recording.vcpus[0].limits[0].1;
+        assert!(verdict(&recording, &[]).contains("the VM wrote less than its budget"));
+    }
+
+    #[test]
+    fn a_limit_below_a_page_in_a_pause_is_told_in_pauses() {
+        let mut recording = example::recording();
+        recording.vcpus[0].limits[0].1 = Some(dirtylimit_core::PageRate::from_pages_per_sec(25));
+        let text = Table(&recording).to_string();
+        assert!(text.contains("verdict: 1 of 1 limited vCPUs above the limit: it needs pauses of 40 ms\n"), "{text}");
+        assert!(text.contains(" 100.0 pauses      -      -"), "{text}");
     }
 
     #[test]
@@ -210,6 +247,7 @@ mod tests {
         }
         let text = Table(&recording).to_string();
         assert!(text.contains("verdict: 1 of 1 limited vCPUs did not settle; mean error +9.8 % at worst"), "{text}");
+        assert!(text.contains(" +9.8      -      -"), "no settle time beside that: {text}");
     }
 
     #[test]
@@ -226,5 +264,9 @@ mod tests {
         let text = Table(&example::stepped()).to_string();
         assert!(text.contains("vCPU 0 from 0.0 s: limit 100, settled 99.8 MiB/s (-0.2 %) in 0 ms"), "{text}");
         assert!(text.contains("vCPU 0 from 4.0 s: limit 300, settled 299.8 MiB/s (-0.1 %) in 810 ms"), "{text}");
+        let mut recording = example::stepped();
+        recording.vcpus[0].limits[1].1 = Some(dirtylimit_core::PageRate::from_pages_per_sec(256 * 200));
+        let text = Table(&recording).to_string();
+        assert!(text.contains("limit 200, mean 299.8 MiB/s (+49.9 %), did not settle\n"), "{text}");
     }
 }

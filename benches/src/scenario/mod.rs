@@ -15,13 +15,14 @@ pub mod verdict;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
+use crate::cli::named;
 use crate::late;
-use crate::output::{print, tell};
-use crate::report::progress::Interrupt;
+use crate::output::{print, say};
+use crate::report::progress::{Interrupt, Left};
 pub use measure::{Evidence, Measure};
 pub use row::row;
 pub use trial::Trial;
@@ -52,7 +53,7 @@ pub struct Scenarios {
     pub json: Option<PathBuf>,
 
     /// Write a page with pictures, DIR/index.html; it needs no network
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = named())]
     pub report: Option<PathBuf>,
 
     /// Say which scenarios there are
@@ -155,22 +156,25 @@ impl Try {
     }
 }
 
-/// Runs a scenario and judges it; says on stderr what it is at. With `rows`, prints each case's row.
+/// Runs a scenario and judges it; says on stderr what it is at. With `rows`, prints each case's row. If the user interrupts it,
+/// what was done before is judged.
 ///
 /// # Errors
-/// A run that fails, or the user's wish to end.
-pub fn run(scenario: Scenario, rows: bool, interrupt: &Interrupt) -> Result<Tried> {
+/// A run that fails.
+pub fn run(scenario: Scenario, rows: bool, left: &mut Left, interrupt: &Interrupt) -> Result<Tried> {
     let mut tries = Vec::new();
     for (number, case) in (1..).zip(&scenario.cases) {
-        tell(format_args!("{}, case {number} of {}: {}", scenario.name, scenario.cases.len(), case.name));
+        let (of, left) = (scenario.cases.len(), left.begin(case.trial.time()));
+        say(format_args!("{}, case {number} of {of}: {}, about {left}", scenario.name, case.name));
         let (evidence, late_p999_ms) = match rows {
-            true => (case.trial.run(interrupt)?, None),
-            false => {
-                let (evidence, late) = late::beside(SLEEP, || case.trial.run(interrupt));
-                (evidence?, late)
-            }
+            true => (case.trial.run(interrupt), None),
+            false => late::beside(SLEEP, || case.trial.run(interrupt)),
         };
-        ensure!(!interrupt.requested(), "interrupted");
+        // What a run says that was cut short is no evidence.
+        if interrupt.requested() {
+            break;
+        }
+        let evidence = evidence?;
         if rows {
             print(row(&scenario, case, &evidence))?;
         }

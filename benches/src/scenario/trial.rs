@@ -46,6 +46,16 @@ impl Trial {
         }
     }
 
+    /// About how long it takes.
+    pub fn time(&self) -> Duration {
+        match self {
+            Self::Run(plan, _) => plan.time(),
+            // Each of the two runs twice.
+            Self::Versus(versus) => 4 * versus.plan.time(),
+            Self::Interrupt(times) => *times * Duration::from_millis(5),
+        }
+    }
+
     /// Tries it once.
     ///
     /// # Errors

@@ -16,6 +16,8 @@ pub struct Results<'a> {
     pub host: &'a Host,
     /// In the order in which they ran.
     pub scenarios: Vec<&'a Verdict>,
+    /// The user ended it early.
+    pub interrupted: bool,
 }
 
 /// A scenario, judged.
@@ -27,8 +29,10 @@ pub struct Verdict {
     pub what: &'static str,
     /// Pages that copies made from the dirty log alone had wrong, in all cases.
     pub lost_pages: u64,
-    /// Every measure of every case.
+    /// Every measure of every case that was tried.
     pub figures: Vec<Figure>,
+    /// How many cases were not, because the user ended it early.
+    pub untried: usize,
 }
 
 /// One measure of one case.
@@ -75,6 +79,7 @@ impl Verdict {
             what: scenario.what,
             lost_pages: tries.iter().filter_map(|tried| tried.evidence.lost_pages()).sum(),
             figures: figures.collect(),
+            untried: scenario.cases.len() - tries.len(),
         }
     }
 
@@ -145,6 +150,9 @@ impl fmt::Display for Verdict {
         match self.lost_pages {
             0 => write!(f, "lost pages: 0")?,
             lost => write!(f, "LOST PAGES: {lost}")?,
+        }
+        if self.untried > 0 {
+            write!(f, ", {} of its cases not tried", self.untried)?;
         }
         if let Some(late) = self.figures.iter().filter_map(|figure| figure.late_p999_ms).reduce(f64::max) {
             let late = number(late);

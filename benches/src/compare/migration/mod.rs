@@ -19,9 +19,9 @@ use super::{Compare, Peer, cases, trial};
 use crate::cli::within;
 use crate::migrate::cli::{DEFAULT_RING, Plan};
 use crate::migrate::{self, Mode};
-use crate::output::tell;
+use crate::output::say;
 use crate::probe;
-use crate::report::progress::Interrupt;
+use crate::report::progress::{Interrupt, Left};
 use crate::units::{Limit, PAGE_SIZE, mib_per_sec, parse_duration, parse_limit, parse_size};
 use crate::workload::Workload;
 pub use page::page;
@@ -130,9 +130,12 @@ impl Migrating {
     pub fn run(&self, peers: &[Peer], interrupt: &Interrupt) -> Result<Migrations> {
         let sides = self.sides(peers);
         let mut tried: Vec<Vec<Outcome>> = vec![Vec::new(); sides.len()];
+        let time = self.plan.free + self.deadline;
+        let mut left = Left(u32::from(self.rounds) * sides.iter().map(|_| time).sum::<Duration>());
         'rounds: for round in 1..=self.rounds {
             for (side, outcomes) in sides.iter().zip(&mut tried) {
-                tell(format_args!("round {round} of {}: {}", self.rounds, side.name()));
+                let (name, left) = (side.name(), left.begin(time));
+                say(format_args!("round {round} of {}: {name}, at most {left}", self.rounds));
                 let outcome = self.migrate(side, interrupt)?;
                 if interrupt.requested() {
                     break 'rounds;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use dirtylimit_kvm::DirtyLimit;
 use dirtylimit_metrics::{Metrics, MetricsServer};
 
-use crate::output::{Output, tell};
+use crate::output::{Output, say};
 use crate::plan::MetricsTo;
 
 /// Distance between two writes of the file.
@@ -28,7 +28,7 @@ impl Exporter {
         match to {
             MetricsTo::Address(address) => {
                 let server = exporter.metrics.serve(*address).with_context(|| format!("--metrics {address}"))?;
-                tell(format_args!("Metrics are at http://{}/metrics.", server.address()));
+                say(format_args!("Metrics are at http://{}/metrics.", server.address()));
                 exporter._server = Some(server);
             }
             MetricsTo::File(file) => exporter.file = Some(Output::prepare("--metrics", file)?),
