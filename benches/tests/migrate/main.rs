@@ -194,9 +194,8 @@ fn a_destination_that_reads_nothing_is_waited_for_and_then_left() {
         thread::sleep(Duration::from_secs(8));
         drop(frames);
     });
-    let begin = Instant::now();
     let (status, document, told) = migrate(&format!("{SMALL} --connect {address}"));
-    assert!(begin.elapsed() < Duration::from_secs(9), "{:?}", begin.elapsed());
+    // Not that the connection has ended, as it does at last.
     assert!(status == 1 && document["reason"].as_str().unwrap().contains("took nothing for 5s"), "{document}: {told}");
     assert_runs_on(&document, &told);
     thread.join().unwrap();
@@ -299,6 +298,35 @@ fn a_goal_that_is_out_of_reach_is_said_and_so_is_a_guest_that_never_rests() {
     assert_eq!((status, &document["verdict"]), (4, &"unreachable".into()), "{document}: {told}");
     assert!(document["reason"].as_str().unwrap().contains("the mode `none` gives up"), "{document}");
     assert_runs_on(&document, &told);
+}
+
+#[test]
+fn a_guest_arrives_although_the_wire_becomes_half_as_fast() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let path = socket("halves-listening");
+    let listening = Listening::at(&format!("unix:{}", path.display()));
+    let to = listening.address.clone();
+    // The wire: 60 MiB/s up to the first 40 MiB, and 30 from there on.
+    let (address, thread) = destination("halves", 1, move |_, mut source| {
+        let (mut free_at, mut passed) = (Instant::now(), 0);
+        pass(&mut source, &to, |_, _, data| {
+            passed += data.len();
+            let rate = if passed < 40 << 20 { 60 } else { 30 };
+            free_at = free_at.max(Instant::now()) + Duration::from_secs_f64(data.len() as f64 / f64::from(rate << 20));
+            thread::sleep(free_at.saturating_duration_since(Instant::now()));
+        });
+    });
+    let (status, document, told) =
+        migrate(&format!("{SMALL} --workload write:48MiB --memory 96MiB --downtime 70ms --connect {address}"));
+    assert_eq!((status, &document["memory_equal"]), (0, &true.into()), "{document}: {told}");
+    assert_eq!(document["counters_go_on"], true);
+    let round = &document["rounds"][1];
+    let rate = round["sent_pages"].as_f64().unwrap() / 256.0 / round["send_s"].as_f64().unwrap();
+    assert!(rate < 45.0, "it never became slower: {told}");
+    thread.join().unwrap();
+    assert_eq!(listening.end().0, Some(0));
 }
 
 #[test]
