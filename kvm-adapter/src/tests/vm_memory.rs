@@ -28,7 +28,7 @@ fn what_is_written_through_vm_memory_is_in_the_next_round() {
     bitmap.mark_dirty(0, 1);
     assert_eq!(take(), [0]);
     // Beyond the slot: what is within is marked, and the rest is told.
-    let end = PAGES as usize * 4096;
+    let end = usize::try_from(PAGES).unwrap() * 4096;
     bitmap.mark_dirty(end - 1, 4097);
     assert!(matches!(limit.round(), Err(Error::UnknownPages { pages: 1, slot: SLOT })));
     bitmap.mark_dirty(end + 4096, usize::MAX);
