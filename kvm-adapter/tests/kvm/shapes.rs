@@ -94,6 +94,7 @@ fn a_vmm_that_blocks_its_kick_outside_kvm_run_stops_at_once_and_does_not_spin() 
     let mut copy = Copy::new(machine.memory());
     // A page in 10 ms: its ring is full, or its vCPU pauses, nearly all the time.
     limit.set_limit(0, PageRate::from_pages_per_sec(100)).unwrap();
+    let mut around = 0;
     for _ in 0..8 {
         let stop = Arc::new(AtomicBool::new(false));
         let thread = thread::spawn({
@@ -112,9 +113,11 @@ fn a_vmm_that_blocks_its_kick_outside_kvm_run_stops_at_once_and_does_not_spin() 
         unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
         let (turns, back) = thread.join().unwrap().unwrap();
         limited = back;
-        // One for each page and each kick, and a few where the ring was full before the limit.
-        assert!((1..=200).contains(&turns), "{turns} times around");
+        // One for each page and each kick, and a few where the ring was full before the limit; a busy host may give it no time.
+        assert!(turns <= 200, "{turns} times around");
+        around += turns;
     }
+    assert!(around > 0);
     copy.take(&limit.last_round().and_then(|round| round.take(SLOT)).unwrap()).unwrap();
     assert_eq!(copy.lost(), 0);
 }
