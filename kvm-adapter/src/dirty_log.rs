@@ -144,9 +144,8 @@ impl DirtyLimit {
         pieces.try_for_each(|(first, piece)| self.0.lock().slots.peek(found, first, piece))
     }
 
-    /// For the last rounds of a migration: from now on the rings of limited vCPUs are kept empty, and kicks end their slices, so
-    /// that a round leaves a slice of each in place of a ring ([`Round::held_back`]); or no longer. Costs the guest more exits
-    /// and resets. From any thread; the running vCPUs are kicked at once, but with [`crate::Kick::Vmm`], where the VMM kicks them
+    /// For the last rounds of a migration: from now on each round empties the rings of limited vCPUs too, and kicks end their
+    /// slices, so that it leaves nothing in them ([`Round::held_back`]); or no longer. From any thread; the running vCPUs are kicked at once, but with [`crate::Kick::Vmm`], where the VMM kicks them
     /// after the call.
     ///
     /// # Errors

@@ -46,9 +46,9 @@ pub enum Error {
          so this VM cannot be used: make another one, and enable its ring before its first memory slot"
     )]
     EnableBitmap(io::Error),
-    /// The rings are to be kept empty, and nothing but a full one ends a run.
+    /// The rings are to be drained, and nothing but a full one ends a run.
     #[error(
-        "rings are kept empty only where kicks end the vCPUs' runs: this VM was enabled with Kick::Auto or Kick::Off; take \
+        "rings are drained only where kicks end the vCPUs' runs: this VM was enabled with Kick::Auto or Kick::Off; take \
          Kick::Signal or Kick::Vmm, or a smaller ring (Config::ring_for)"
     )]
     NoKick,

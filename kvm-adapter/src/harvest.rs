@@ -113,7 +113,7 @@ pub(crate) struct Harvest {
     first: u32,
     /// When slices were last freed.
     pub(crate) served: Nanos,
-    /// The rings are kept empty.
+    /// Sweeps empty the rings.
     draining: bool,
     cuts: Cuts,
     stats: Stats,
@@ -144,7 +144,7 @@ impl Harvest {
         self.rows.insert(id, row);
     }
 
-    /// From now on the rings are kept empty, or no longer.
+    /// From now on sweeps empty the rings, or no longer.
     pub(crate) fn set_draining(&mut self, draining: bool) {
         self.draining = draining;
         self.rows.values_mut().for_each(|row| row.vcpu.set_draining(draining));

@@ -111,8 +111,6 @@ pub(super) struct Steering {
     period: (u64, u64, Duration),
     dirtied_much: u32,
     held_percent: u32,
-    /// The mode `goal` has asked for empty rings.
-    draining: bool,
 }
 
 impl Steering {
@@ -136,7 +134,6 @@ impl Steering {
             period: (0, 0, Duration::ZERO),
             dirtied_much: 0,
             held_percent: 0,
-            draining: false,
         }
     }
 
@@ -177,13 +174,11 @@ impl Steering {
 
     fn goal(&mut self, round: &Round) -> Next {
         let plan = self.migration.finish_round(round);
-        // A ring that is larger than what the guest writes holds nothing back, and draining it would cost the guest for nothing.
-        self.draining = plan.drain && (self.draining || round.held_back > 0);
         let mut next = Next {
             verdict: plan.verdict.name().to_owned(),
             reason: plan.reason.to_string(),
             budget: plan.budget,
-            drain: self.draining,
+            drain: plan.drain,
             switch: plan.verdict == Verdict::SwitchNow,
             ..Next::default()
         };
@@ -352,6 +347,7 @@ mod tests {
         goal.sample(Duration::from_millis(100), 57_344);
         let next = goal.finish_round(&round(200, 224));
         assert_eq!(next.verdict, "throttle");
+        assert!(next.drain, "a ring that holds nothing back yet will, and then the goal would be out of reach");
         assert!(next.budget.is_some_and(|budget| budget < mib_s(60)) && next.end.is_some() && next.give_up.is_none());
         let mut tight = Steering::new(Mode::Goal, Duration::from_millis(10), None, false);
         let given_up = tight.finish_round(&round(200, 224)).give_up;

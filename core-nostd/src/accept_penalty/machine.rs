@@ -248,7 +248,7 @@ impl Machine {
         let slice = charge.slice.unwrap_or(BATCH);
         // Timers are not exact: whatever is handed over from half a slice on ends it.
         let room = if is_timed { slice.div_ceil(2) } else { slice };
-        let waits = vcpu.to_collect(room) > 0 || (self.full && vcpu.ring.awaiting_reset() > 0);
+        let waits = vcpu.ring.to_collect(room) > 0 || (self.full && vcpu.ring.awaiting_reset() > 0);
         vcpu.ask(cell, if waits { room } else { 0 });
         let gross = cell.counters.counts().gross;
         self.barren = gross == self.rested;

@@ -38,7 +38,7 @@ pub struct VcpuRing<E> {
     merged: u32,
     /// When a sweep last found that the vCPU's thread has not noticed its limit; `None` where it had.
     unnoticed: Option<Nanos>,
-    /// It is kept empty: a kick ends its slices.
+    /// Each sweep empties it: a kick ends its slices.
     draining: bool,
 }
 
@@ -124,20 +124,16 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
         }
     }
 
-    /// From now on the ring is kept empty, so that few pages are held back in it: each reset takes all of it, and so does a
-    /// sweep. Only a kick ends a slice then. Or no longer.
+    /// From now on each sweep empties the ring, so that it holds no more back than was dirtied since the last one; only a kick
+    /// ends a slice then. Or no longer. What a reset of the vCPU's own takes is the same: pages that are given back are
+    /// protected again, and the guest pays for each by a fault.
     pub const fn set_draining(&mut self, draining: bool) {
         self.draining = draining;
     }
 
-    /// Whether it is kept empty.
+    /// Whether sweeps empty it.
     pub(crate) const fn is_draining(&self) -> bool {
         self.draining
-    }
-
-    /// How many entries to collect for a slice, as [`Ring::to_collect`]; all while the ring is kept empty.
-    pub(crate) fn to_collect(&self, slice: u32) -> u32 {
-        if self.draining { self.ring.held_back() } else { self.ring.to_collect(slice) }
     }
 
     /// Whether the ring ends such a slice.
@@ -147,7 +143,7 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
 
     /// How many entries to collect for what the vCPU has asked for.
     pub fn to_grant(&self) -> u32 {
-        if self.wanted > 0 { self.to_collect(self.wanted) } else { 0 }
+        if self.wanted > 0 { self.ring.to_collect(self.wanted) } else { 0 }
     }
 
     /// After a reset: answers the vCPU, if what it has asked for is free.
@@ -159,7 +155,8 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
         }
     }
 
-    /// How many entries a sweep over a running VM collects: all, but of a limited vCPU what leaves it inside its slice.
+    /// How many entries a sweep over a running VM collects: all, but of a limited vCPU what leaves it inside its slice, unless
+    /// it is drained.
     /// `limit` is the one in force, asked for where the vCPU's thread has not noticed it.
     pub fn plan_sweep(&mut self, cell: &VcpuCell, now: Nanos, limit: impl FnOnce() -> Option<PageRate>) -> u32 {
         match self.slice {
@@ -169,7 +166,8 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
             }
             slice => {
                 self.unnoticed = None;
-                slice.map_or(self.ring.held_back(), |slice| self.to_collect(slice))
+                let kept = slice.filter(|_| !self.draining);
+                kept.map_or(self.ring.held_back(), |slice| self.ring.to_collect(slice))
             }
         }
     }

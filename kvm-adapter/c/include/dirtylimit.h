@@ -307,9 +307,8 @@ void dirtylimit_interrupter_free(dirtylimit_interrupter_t *interrupter);
 // and they are in no dirty log. -EIO and others: KVM_RESET_DIRTY_RINGS failed, and nothing is lost by it.
 int dirtylimit_round(dirtylimit_t *limit, dirtylimit_round_t **round);
 
-// For the last rounds of a migration: 1 keeps the rings of limited vCPUs empty, and kicks end their slices, so that a round leaves
-// a slice of each in place of a ring; 0 ends that. Costs the guest more exits and resets. With DIRTYLIMIT_KICK_VMM the VMM kicks
-// its vCPUs after the call. Any thread.
+// For the last rounds of a migration: with 1 each round empties the rings of limited vCPUs too, and kicks end their slices, so
+// that it leaves nothing in them; 0 ends that. With DIRTYLIMIT_KICK_VMM the VMM kicks its vCPUs after the call. Any thread.
 //
 // -EOPNOTSUPP: the ring alone ends slices (DIRTYLIMIT_KICK_AUTO or _OFF); a smaller one (dirtylimit_ring_for()) holds less back.
 int dirtylimit_set_draining(dirtylimit_t *limit, int draining);

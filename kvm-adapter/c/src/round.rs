@@ -61,9 +61,8 @@ pub unsafe extern "C" fn dirtylimit_round(limit: *mut Limit, round: *mut *mut Ro
     unsafe { start(limit, round, |limit| limit.round().map(Kind::Running)) }
 }
 
-/// For the last rounds of a migration: 1 keeps the rings of limited vCPUs empty, and kicks end their slices, so that a round leaves
-/// a slice of each in place of a ring; 0 ends that. Costs the guest more exits and resets. With DIRTYLIMIT_KICK_VMM the VMM kicks
-/// its vCPUs after the call. Any thread.
+/// For the last rounds of a migration: with 1 each round empties the rings of limited vCPUs too, and kicks end their slices, so
+/// that it leaves nothing in them; 0 ends that. With DIRTYLIMIT_KICK_VMM the VMM kicks its vCPUs after the call. Any thread.
 ///
 /// -EOPNOTSUPP: the ring alone ends slices (DIRTYLIMIT_KICK_AUTO or _OFF); a smaller one (dirtylimit_ring_for()) holds less back.
 #[unsafe(no_mangle)]
