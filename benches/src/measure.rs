@@ -21,6 +21,7 @@ use dirtylimit_core::PageRate;
 
 use crate::record::{Recording, Sample, Stalls, VcpuRecording};
 use crate::units::mib_per_sec;
+use crate::workload::Workload;
 
 /// Length of a window.
 pub const WINDOW: Duration = Duration::from_millis(100);
@@ -36,7 +37,8 @@ pub enum Held {
     Settled(f64),
     /// It was not.
     Unsettled,
-    /// Nothing held it: as fast as it was between its pauses, it would have stayed below the limit without them.
+    /// It cannot dirty as much: as fast as it was between its pauses, it would have stayed below the limit without them, or all
+    /// of its memory is dirty before the next pass.
     Below,
     /// It is above a limit that needs longer pauses than there are, at least of this time: a page is the least it can write between
     /// two.
@@ -100,7 +102,7 @@ impl Measures {
         let steps = limits
             .iter()
             .zip(ends)
-            .map(|(&(from, limit), to)| series.step(from, to, limit, vcpu.workload.writes(), recording.max_pause))
+            .map(|(&(from, limit), to)| series.step(from, to, limit, vcpu.workload, recording))
             .collect();
         let work = |accesses: u64, time: Duration| ratio(accesses as f64, time.as_secs_f64());
         let kept = ratio(
@@ -246,22 +248,24 @@ impl<'a> Series<'a> {
         from: Duration,
         to: Duration,
         limit: Option<PageRate>,
-        writes: bool,
-        max_pause: Duration,
+        workload: Workload,
+        recording: &Recording,
     ) -> StepMeasures {
         let limit_mib_s = limit.map(|limit| mib_per_sec(limit, self.page_size));
         let half = middle(from, to);
         let settled_mib_s = self.mean_mib_s(half, to);
-        let judged = limit_mib_s.filter(|_| writes);
+        let judged = limit_mib_s.filter(|_| workload.writes());
         let error_pct = judged.zip(settled_mib_s).and_then(|(limit, settled)| error_pct(settled, limit));
         let settled = judged.and_then(|limit| self.settle(from, to, limit));
         let (settle_ms, worst_window_error_pct) = settled.unzip();
         let overshoot_pct = judged.and_then(|limit| self.over_pct(from, to, WINDOW, limit));
         let held = judged.zip(error_pct).map(|(limit, error)| {
             let page = Duration::from_secs_f64(self.page_mib() / limit);
+            let most = workload.bytes() as f64 / f64::from(1 << 20) / recording.pass.as_secs_f64();
             match settle_ms {
+                _ if most < limit => Held::Below,
                 _ if self.unpaused_mib_s(half, to).is_some_and(|rate| rate < limit) => Held::Below,
-                _ if error > TOLERANCE_PCT && page > max_pause => Held::TooLow(page),
+                _ if error > TOLERANCE_PCT && page > recording.max_pause => Held::TooLow(page),
                 Some(ms) if ms <= 1e3 * (half - from).as_secs_f64() => Held::Settled(ms),
                 _ => Held::Unsettled,
             }

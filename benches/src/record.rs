@@ -52,6 +52,8 @@ pub struct Recording {
     pub ring: u32,
     /// The longest single pause asked for.
     pub max_pause: Duration,
+    /// From one pass over the dirty log to the next.
+    pub pass: Duration,
     /// Bytes of a page, as the ring counts them.
     pub page_size: u32,
     /// The machine.
@@ -88,6 +90,7 @@ impl Recording {
             policy: plan.policy,
             ring: plan.ring,
             max_pause: plan.max_pause,
+            pass: plan.pass,
             page_size: PAGE_SIZE,
             host,
             vm_limit: plan.vm_limit,

@@ -15,7 +15,8 @@ mod units;
 mod workload;
 
 use units::{
-    Limit, PAGE_SIZE, Rate, Size, is_plain_rate, parse_duration, parse_limit, parse_rate, parse_seconds, parse_size,
+    Limit, PAGE_SIZE, Rate, Size, Time, is_plain_rate, parse_duration, parse_limit, parse_percent, parse_rate,
+    parse_seconds, parse_size,
 };
 use workload::Workload;
 
@@ -67,6 +68,8 @@ fn check_rate(text: &str, rate: PageRate) {
 
 fn check_time(text: &str, time: Duration) {
     assert!(time <= Duration::from_secs(86_400), "{text:?} is {time:?}");
+    let time = Duration::from_micros(time.as_micros() as u64);
+    assert_eq!(parse_duration(&Time(time).to_string()), Ok(time), "{text:?}");
 }
 
 fuzz_target!(|text: &str| {
@@ -98,6 +101,10 @@ fuzz_target!(|text: &str| {
             Err(error) => assert_told(text, &error),
         }
         assert!(!units || !text.trim().ends_with(|c: char| c.is_ascii_digit()) || parse_duration(text).is_err());
+    }
+    match parse_percent(text) {
+        Ok(percent) => assert!(percent.is_finite() && percent >= 0.0, "{text:?} is {percent}"),
+        Err(error) => assert_told(text, &error),
     }
     match text.parse::<Workload>() {
         Ok(workload) => {

@@ -47,6 +47,7 @@ fn recording(end: u32, vcpus: Vec<VcpuRecording>) -> Recording {
         policy: PolicyKind::Paced,
         ring: 4096,
         max_pause: MS * 10,
+        pass: MS * 10,
         page_size: 4096,
         host: Host::default(),
         vm_limit: None,

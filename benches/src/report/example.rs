@@ -58,6 +58,7 @@ pub(crate) fn recording() -> Recording {
         policy: PolicyKind::Paced,
         ring: 4096,
         max_pause: Duration::from_millis(10),
+        pass: Duration::from_millis(100),
         page_size: 4096,
         host: Host {
             kernel: "6.18.0".into(),

@@ -118,7 +118,11 @@ pub(super) fn of_vcpus(recording: &Recording, title: &str) -> Vec<Chart> {
     }
     let chart = |group: &Vec<&VcpuRecording>| {
         let limits: Vec<_> = group[0].limits.iter().map(|&(_, limit)| Limit(limit).to_string()).collect();
-        let title = if groups.len() == 1 { title.to_owned() } else { format!("{title}, limit {}", limits.join(", ")) };
+        let title = match limits.join(", ") {
+            _ if groups.len() == 1 => title.to_owned(),
+            none if none == "none" => format!("{title}, no limit"),
+            limits => format!("{title}, limit {limits}"),
+        };
         rate_chart(title, series(recording, group))
     };
     groups.iter().map(chart).collect()
@@ -333,7 +337,7 @@ mod tests {
         let mut recording = example::recording();
         recording.vcpus[1].limits[0].1 = None;
         let titles: Vec<_> = of_vcpus(&recording, "Rate").into_iter().map(|chart| chart.title).collect();
-        assert_eq!(titles, ["Rate, limit 100 MiB/s", "Rate, limit none"]);
+        assert_eq!(titles, ["Rate, limit 100 MiB/s", "Rate, no limit"]);
         recording.vcpus = (0..1024).map(|index| VcpuRecording { index, ..recording.vcpus[0].clone() }).collect();
         for (at, vcpu) in (0..).zip(&mut recording.vcpus) {
             vcpu.limits[0].0 = Duration::from_millis(at);

@@ -222,6 +222,9 @@ mod tests {
         recording.vcpus[0].limits[0].1 = Some(dirtylimit_core::PageRate::from_pages_per_sec(256_000));
         let text = Table(&recording).to_string();
         assert!(text.contains("1 of 1 limited vCPUs did not settle"), "paused and too slow is a fault: {text}");
+        let all_dirty = Recording { pass: Duration::from_secs(1), ..recording.clone() };
+        let text = Table(&all_dirty).to_string();
+        assert!(text.contains("verdict: wrote less than the limit allows"), "224 MiB a pass, not 1000: {text}");
         recording.vcpus[0].samples.iter_mut().for_each(|sample| sample.paused /= 10);
         let text = Table(&recording).to_string();
         assert!(text.contains("verdict: wrote less than the limit allows, paused for 9 % of"), "{text}");
