@@ -176,7 +176,7 @@ struct End {
 
 /// What is thrown at a child.
 struct Storm<'a> {
-    /// Up to so long after the one before, on a fast machine.
+    /// At most from one blow to the next, on a fast machine.
     apart: Duration,
     blow: &'a mut dyn FnMut(&Halted) -> Result<()>,
 }

@@ -427,7 +427,7 @@ fn a_ring_that_is_drained_is_emptied_by_sweeps_alone_and_kicks_end_its_slices() 
         (most, resets)
     });
     assert!(filled >= SOFT - 200 && drained == 0, "left by a round: {filled}, {drained}");
-    assert_eq!(resets, 0, "of an exit: who has room needs none");
+    assert_eq!(resets, 0, "of an exit: a vCPU that has room needs none");
 }
 
 #[test]
