@@ -145,8 +145,8 @@ impl DirtyLimit {
     }
 
     /// For the last rounds of a migration: from now on each round empties the rings of limited vCPUs too, and kicks end their
-    /// slices, so that it leaves nothing in them ([`Round::held_back`]); or no longer. From any thread; the running vCPUs are kicked at once, but with [`crate::Kick::Vmm`], where the VMM kicks them
-    /// after the call.
+    /// slices, so that it leaves nothing in them ([`Round::held_back`]); or no longer. From any thread; the running vCPUs are
+    /// kicked at once, but with [`crate::Kick::Vmm`], where the VMM kicks them after the call.
     ///
     /// # Errors
     /// [`Error::NoKick`] where the ring alone ends slices: a smaller ring ([`crate::Config::ring_for`]) has fewer pages to hold

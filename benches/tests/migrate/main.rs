@@ -308,12 +308,12 @@ fn a_guest_arrives_although_the_wire_becomes_half_as_fast() {
     let path = socket("halves-listening");
     let listening = Listening::at(&format!("unix:{}", path.display()));
     let to = listening.address.clone();
-    // The wire: 60 MiB/s up to the first 40 MiB, and 30 from there on.
+    // The wire: 60 MiB/s for the first 16 MiB, 30 after that.
     let (address, thread) = destination("halves", 1, move |_, mut source| {
         let (mut free_at, mut passed) = (Instant::now(), 0);
         pass(&mut source, &to, |_, _, data| {
             passed += data.len();
-            let rate = if passed < 40 << 20 { 60 } else { 30 };
+            let rate = if passed < 16 << 20 { 60 } else { 30 };
             free_at = free_at.max(Instant::now()) + Duration::from_secs_f64(data.len() as f64 / f64::from(rate << 20));
             thread::sleep(free_at.saturating_duration_since(Instant::now()));
         });

@@ -125,8 +125,8 @@ impl<E: AsRef<[Entry]>> VcpuRing<E> {
     }
 
     /// From now on each sweep empties the ring, so that it holds no more back than was dirtied since the last one; only a kick
-    /// ends a slice then. Or no longer. What a reset of the vCPU's own takes is the same: pages that are given back are
-    /// protected again, and the guest pays for each by a fault.
+    /// ends a slice then. Or no longer. A reset for the vCPU's own slice still takes no more than that needs: each page that is
+    /// given back is protected again, and costs the guest a fault.
     pub const fn set_draining(&mut self, draining: bool) {
         self.draining = draining;
     }

@@ -22,7 +22,7 @@ use crate::stopped::{Freezer, Halt, Halted, PAGE, alone};
 const ROLE: &str = "DIRTYLIMIT_TEST_STORM";
 /// What the child says just before it resets.
 const RESETS: &str = "resets";
-/// The blows then, one upon the other: a reset is short, and between two of them the child gets not far.
+/// The blows then, one upon the other: a reset is short, and the child does not get far between two of them.
 const BLOWS: u32 = 10;
 /// How much longer a storm blows, if it has not done by then what it is for.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -268,7 +268,7 @@ fn being_stopped_in_resets() {
 #[test]
 fn being_stopped_for_microseconds_in_resets() {
     if kvm_or_skip() && !is_child() {
-        let apart = Duration::from_micros(300);
+        let apart = Duration::from_micros(200);
         halt(apart, &mut |child| child.stop_and_continue(|| spin(up_to(Duration::from_micros(20)))));
     }
 }
