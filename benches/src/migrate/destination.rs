@@ -17,8 +17,10 @@ use crate::guest::kvm::MAX_VCPUS;
 use crate::report::progress::Interrupt;
 use crate::units::PAGE_SIZE;
 
-/// A source that says nothing for this long is gone.
+/// A source that says nothing for this long is gone; and one from which no page has come yet, for its kernel begins the dirty
+/// log after a grace period, which on a busy host was seen to take 18 s.
 const SILENCE: Duration = Duration::from_secs(10);
+const SILENCE_AT_BEGIN: Duration = Duration::from_secs(60);
 /// How often a waiting read looks whether the user wants an end.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long the guest runs here, so that it is seen that it does.
@@ -37,7 +39,7 @@ pub(super) fn take_in(stream: Stream, interrupt: &Interrupt) -> Result<Report> {
     let mut to = stream.try_clone().context("cannot share the connection")?;
     stream.set_timeouts(Some(LOOK), Some(SILENCE)).context("cannot set the connection's timeouts")?;
     let taken = to.write_all(&wire::preamble()).context("cannot send to the source").and_then(|()| {
-        let from = Patient { stream, interrupt: interrupt.clone() };
+        let from = Patient { stream, interrupt: interrupt.clone(), silence: SILENCE_AT_BEGIN };
         Destination::greet(Frames::new(from)?, &mut to)?.run()
     });
     if let Err(error) = &taken {
@@ -70,11 +72,13 @@ pub(super) fn refuse(to: &mut Stream, why: &str) {
 struct Patient {
     stream: Stream,
     interrupt: Interrupt,
+    /// How long the source may say nothing.
+    silence: Duration,
 }
 
 impl Read for Patient {
     fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
-        let deadline = Instant::now() + SILENCE;
+        let deadline = Instant::now() + self.silence;
         loop {
             match self.stream.read(bytes) {
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
@@ -84,7 +88,7 @@ impl Read for Patient {
                 return Err(std::io::Error::other("the destination was told to end"));
             }
             if Instant::now() > deadline {
-                return Err(std::io::Error::other(format!("the source said nothing for {SILENCE:?}")));
+                return Err(std::io::Error::other(format!("the source said nothing for {:?}", self.silence)));
             }
         }
     }
@@ -153,6 +157,7 @@ impl<'a> Destination<'a> {
                 }
                 other => bail!("the source said {other:?} out of turn"),
             }
+            self.frames.reader().silence = SILENCE;
         }
     }
 

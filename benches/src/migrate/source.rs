@@ -149,10 +149,12 @@ impl<'a> Source<'a> {
         self.greet()?;
         self.guest.measure_gaps();
         self.first = self.guest.work();
-        let now = Instant::now();
-        (self.begun, self.taken, self.looked) = (now, now, now);
+        self.begun = Instant::now();
         self.guest.log(true)?;
-        self.watch = Watch::begin(now, self.first.gross);
+        // What passed meanwhile, which may be seconds, is of no round.
+        let now = Instant::now();
+        (self.taken, self.looked) = (now, now);
+        self.watch = Watch::begin(now, self.guest.work().gross);
         self.apply(first)?;
         loop {
             self.round()?;

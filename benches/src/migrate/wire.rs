@@ -206,6 +206,11 @@ impl<R: Read> Frames<R> {
         }
     }
 
+    /// What they are read from.
+    pub const fn reader(&mut self) -> &mut R {
+        &mut self.from
+    }
+
     /// The next frame: its message and its data.
     ///
     /// # Errors

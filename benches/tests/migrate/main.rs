@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::process::{Command, Output, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -189,16 +190,42 @@ fn a_destination_that_reads_nothing_is_waited_for_and_then_left() {
     if !kvm_or_skip() {
         return;
     }
-    let (address, thread) = destination("reads-nothing", 1, |_, mut stream| {
+    let (end, ended) = mpsc::channel::<()>();
+    let (address, thread) = destination("reads-nothing", 1, move |_, mut stream| {
         let frames = greet(&mut stream);
-        thread::sleep(Duration::from_secs(8));
+        let _ = ended.recv();
         drop(frames);
     });
     let (status, document, told) = migrate(&format!("{SMALL} --connect {address}"));
-    // Not that the connection has ended, as it does at last.
+    drop(end);
     assert!(status == 1 && document["reason"].as_str().unwrap().contains("took nothing for 5s"), "{document}: {told}");
     assert_runs_on(&document, &told);
     thread.join().unwrap();
+}
+
+/// The kernel may take that long to begin the dirty log.
+#[test]
+fn a_source_without_a_page_is_waited_for() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let listening = Listening::at(&format!("unix:{}", socket("late-listening").display()));
+    let to = listening.address.clone();
+    let (address, thread) = destination("late", 1, move |_, mut source| {
+        let mut late = Some(Duration::from_secs(11));
+        pass(&mut source, &to, |message, _, _| {
+            if matches!(message, Message::Pages(_)) {
+                thread::sleep(late.take().unwrap_or_default());
+            }
+        });
+    });
+    // The source waits ten times the downtime for the end; what it sends until then fits into the socket.
+    let (status, document, told) =
+        migrate(&format!("--workload idle --memory 16MiB --free-seconds 0.1 --downtime 2s --connect {address}"));
+    assert_eq!((status, &document["verdict"]), (0, &"done".into()), "{document}: {told}");
+    thread.join().unwrap();
+    let (status, told) = listening.end();
+    assert_eq!(status, Some(0), "{told}");
 }
 
 #[test]
