@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use dirtylimit_core::{
-    Counters, Entry, Limiter, Pacer, Page, PageRate, Penalty, PenaltyCell, Ring, SECOND, Shipped, Stepped, Terms,
-    VcpuIndex,
+    Counters, Entry, Inline, Limiter, Pacer, Page, PageRate, Penalty, PenaltyCell, Ring, SECOND, Shipped, Stepped,
+    Terms, VcpuIndex,
 };
 
 fn main() {
@@ -156,7 +156,7 @@ const TICK: u64 = SECOND / 20;
 
 /// `N` vCPUs under a controller; each dirties pages at a rate of its own, from nothing to twice its limit.
 struct Vm<const N: usize> {
-    limiter: Box<Limiter<Shipped, N>>,
+    limiter: Box<Limiter<Shipped, Inline<N>>>,
     vcpus: Vec<VcpuIndex>,
     now: u64,
 }

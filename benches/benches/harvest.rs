@@ -153,7 +153,7 @@ fn split(criterion: &mut Criterion) {
     let claims: Vec<Claim> = (0..1024).map(|i| Claim::new(PageRate::from_pages_per_sec(demand(i)), 1)).collect();
     let mut sorted: Vec<u64> = (0..1024).map(|i| u64::from(demand(i)) << 10).collect();
     sorted.sort_unstable();
-    let ours = |claims: &mut Vec<Claim>| level(claims, PageRate::from_pages_per_sec(BUDGET));
+    let ours = |claims: &mut Vec<Claim>| level(claims.iter().copied(), PageRate::from_pages_per_sec(BUDGET));
     let by_hand = || {
         let mut left = u64::from(BUDGET) << 10;
         for (demand, sharers) in black_box(&sorted).iter().zip((1..=1024).rev()) {

@@ -6,7 +6,7 @@
 use std::hint::black_box;
 
 use dirtylimit_core::{
-    Counters, Ended, Entry, Limiter, Machine, Metered, Nanos, Pacer, Page, PageRate, PenaltyCell, Ring, SECOND,
+    Counters, Ended, Entry, Inline, Limiter, Machine, Metered, Nanos, Pacer, Page, PageRate, PenaltyCell, Ring, SECOND,
     Shipped, Step, Stepped, VcpuIndex, VcpuRing,
 };
 
@@ -164,7 +164,7 @@ fn collect() {
 }
 
 /// `N` vCPUs limited to 100 MiB/s, with a budget of half of that if asked for.
-fn limited<const N: usize>(policy: Shipped, budget: bool) -> (Box<Limiter<Shipped, N>>, Vec<VcpuIndex>) {
+fn limited<const N: usize>(policy: Shipped, budget: bool) -> (Box<Limiter<Shipped, Inline<N>>>, Vec<VcpuIndex>) {
     let limiter = Box::new(Limiter::new(policy));
     limiter.set_limit_all(Some(PageRate::from_pages_per_sec(25_600)));
     let vcpus: Vec<_> = (0..N).map(|_| limiter.register().expect("room for all")).collect();
@@ -176,7 +176,7 @@ fn limited<const N: usize>(policy: Shipped, budget: bool) -> (Box<Limiter<Shippe
 }
 
 /// The vCPUs dirty from nothing to twice their limits, and the tick that follows.
-fn tick_once<const N: usize>(limiter: &Limiter<Shipped, N>, vcpus: &[VcpuIndex], round: u64) {
+fn tick_once<const N: usize>(limiter: &Limiter<Shipped, Inline<N>>, vcpus: &[VcpuIndex], round: u64) {
     for (vcpu, number) in vcpus.iter().zip(1u32..) {
         let pages = 2560 - number.wrapping_mul(0x9e37_79b9) % 2560;
         limiter.cell(*vcpu).expect("registered").counters.add_pages(pages, pages);

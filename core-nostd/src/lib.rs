@@ -11,9 +11,9 @@
 //! VMM, firmware) drives the same parts:
 //!
 //! ```
-//! use dirtylimit_core::{Ended, Entry, Limiter, Machine, Metered, PageRate, Paced, Ring, SECOND, Step, VcpuRing};
+//! use dirtylimit_core::{Ended, Entry, Inline, Limiter, Machine, Metered, PageRate, Paced, Ring, SECOND, Step, VcpuRing};
 //!
-//! static LIMITER: Limiter<Paced, 4> = Limiter::new(Paced);
+//! static LIMITER: Limiter<Paced, Inline<4>> = Limiter::new(Paced);
 //! static MEMORY: [Entry; 1024] = [const { Entry::new() }; 1024];
 //!
 //! let vcpu = LIMITER.register()?;
@@ -78,7 +78,7 @@ pub use accept_penalty::{
     BATCH, Charge, Ended, MAX_DEBT, Machine, Metered, Pacer, RESET_GAP, Run, SLICE, Step, TIMERS, VcpuRing, ends_slices,
 };
 pub use calculate::*;
-pub use controller::{Full, Limiter, Status, Unenforced, VcpuIndex};
+pub use controller::{Full, Inline, Limiter, Status, Store, Unenforced, VcpuIndex};
 pub use prepare::{Counters, Counts, RateEstimator, Sample, Totals};
 pub use rate::{EmissionInterval, Nanos, PageRate, SECOND};
 pub use ring::{BadRingSize, Entry, PML, Page, RESERVED, Ring};

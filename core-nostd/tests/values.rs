@@ -1,8 +1,8 @@
 //! What the small values say of themselves, and that a default is a fresh one.
 
 use dirtylimit_core::{
-    Counters, Counts, Entry, Full, Limiter, Paced, PageRate, Penalty, PenaltyCell, RateEstimator, Ring, SECOND, Terms,
-    VcpuCell, VmCell,
+    Counters, Counts, Entry, Full, Inline, Limiter, Paced, PageRate, Penalty, PenaltyCell, RateEstimator, Ring, SECOND,
+    Terms, VcpuCell, VmCell,
 };
 
 #[test]
@@ -31,7 +31,7 @@ fn they_say_what_they_are() {
 
 #[test]
 fn a_limiter_has_only_the_places_it_was_made_with() {
-    let (small, large) = (Limiter::<Paced, 1>::new(Paced), Limiter::<Paced, 3>::new(Paced));
+    let (small, large) = (Limiter::<Paced, Inline<1>>::new(Paced), Limiter::<Paced, Inline<3>>::new(Paced));
     let indices = [(); 3].map(|()| large.register().unwrap());
     assert_eq!(indices.map(|index| small.cell(index).is_some()), [true, false, false]);
     assert_eq!(indices.map(|index| index.get()), [0, 1, 2]);

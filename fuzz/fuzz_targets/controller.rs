@@ -3,7 +3,7 @@
 #![no_main]
 
 use dirtylimit_core::{
-    Limiter, MAX_DEBT, Paced, Pacer, PageRate, Penalty, Shipped, Stepped, Terms, Totals, VcpuIndex, VmCell,
+    Inline, Limiter, MAX_DEBT, Paced, Pacer, PageRate, Penalty, Shipped, Stepped, Terms, Totals, VcpuIndex, VmCell,
 };
 use libfuzzer_sys::{
     arbitrary::{self, Arbitrary},
@@ -11,7 +11,7 @@ use libfuzzer_sys::{
 };
 
 const VCPUS: usize = 4;
-type Vm = Limiter<Shipped, VCPUS>;
+type Vm = Limiter<Shipped, Inline<VCPUS>>;
 
 #[derive(Arbitrary, Debug)]
 enum Step {

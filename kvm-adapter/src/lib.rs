@@ -87,6 +87,7 @@ mod thread;
 mod throttle;
 mod told;
 mod vcpu;
+mod vcpu_cells;
 mod vm;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;

@@ -117,7 +117,7 @@ impl DirtyLimit {
         if !shared.take() {
             return Err(Error::VcpuBusy(id));
         }
-        let (kernel, limiter) = (&*self.0.kernel, &*self.0.limiter);
+        let (kernel, limiter) = (&*self.0.kernel, &self.0.limiter);
         // Most of it in batches, between which others get the lock.
         match self.collect_all().and_then(|()| self.0.lock().remove(id, kernel, limiter)) {
             Ok(()) => {}

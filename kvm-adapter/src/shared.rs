@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use dirtylimit_core::{Ended, Limiter, Nanos, Penalty, Shipped, VcpuCell, VcpuIndex, ends_slices};
 
-use crate::sync::{AtomicBool, AtomicI32, AtomicU32, Ordering, VCPUS};
+use crate::sync::{AtomicBool, AtomicI32, AtomicU32, Cells, Ordering};
 use crate::sys::{self, KickSignal, RunPage, Wait};
 
-pub(crate) type VmLimiter = Limiter<Shipped, VCPUS>;
+pub(crate) type VmLimiter = Limiter<Shipped, Cells>;
 
 /// The longest single wait: flags that no futex wakes (`immediate_exit`, a `stop` closure) are looked at so often.
 const LOOK: Nanos = 10_000_000;

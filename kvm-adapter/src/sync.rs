@@ -4,5 +4,5 @@
 pub(crate) use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 pub(crate) use std::thread;
 
-/// As many vCPUs as KVM's x86 allows in most builds; fewer in the models.
-pub(crate) const VCPUS: usize = 1024;
+/// Where the limiter keeps its vCPUs.
+pub(crate) use crate::vcpu_cells::Growing as Cells;

@@ -10,7 +10,8 @@ use crate::harvest::Harvest;
 use crate::kick::Kick;
 use crate::shared::VmLimiter;
 use crate::sync::{AtomicU32, Ordering};
-use crate::sys::{self, Kernel, SignalsBlocked, new_limiter};
+use crate::sys::{self, Kernel, SignalsBlocked};
+use crate::vcpu_cells::VcpuCells;
 
 /// How long a thread that waits for the lock lets a vCPU's thread go first, which tries again within a quarter of it.
 /// (For tests of the order longer than any thread waits for a CPU.)
@@ -22,8 +23,7 @@ pub(crate) struct Vm {
     pub(crate) ring_entries: u32,
     pub(crate) kick: Kick,
     pub(crate) prompt: bool,
-    /// Hundreds of kilobytes, which are not to be moved about on the stack.
-    pub(crate) limiter: Box<VmLimiter>,
+    pub(crate) limiter: VmLimiter,
     harvest: Mutex<Harvest>,
     /// Futex: 1 since somebody tried the lock in vain, until somebody tries with success.
     hurry: AtomicU32,
@@ -49,7 +49,7 @@ pub(crate) struct Locked<'a> {
 
 impl Vm {
     pub(crate) fn new(kernel: Box<dyn Kernel>, caps: Caps, config: &Config) -> Self {
-        let limiter = new_limiter(config.policy);
+        let limiter = VmLimiter::with_cells(config.policy, VcpuCells::new());
         limiter.vm().set_max_pause(config.max_pause);
         let Config { ring_entries, kick, prompt, .. } = *config;
         Self {

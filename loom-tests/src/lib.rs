@@ -58,7 +58,7 @@ pub mod weaken;
 extern crate self as dirtylimit_core;
 use accept_penalty::{Ended, TIMERS, ends_slices};
 use calculate::Shipped;
-use controller::{Limiter, VcpuIndex};
+use controller::{Inline, Limiter, VcpuIndex};
 use error::Error;
 use rate::Nanos;
 use set_penalty::Penalty;

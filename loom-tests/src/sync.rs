@@ -137,4 +137,4 @@ pub(crate) use array_of;
 /// Small, so that the models' rings are.
 pub const RESERVED: u32 = 1;
 /// As many vCPUs as a model needs.
-pub(crate) const VCPUS: usize = 1;
+pub(crate) type Cells = crate::Inline<1>;

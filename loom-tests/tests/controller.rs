@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use dirtylimit_loom::calculate::{Shipped, Stepped};
-use dirtylimit_loom::controller::{Limiter, VcpuIndex};
+use dirtylimit_loom::controller::{Inline, Limiter, VcpuIndex};
 use dirtylimit_loom::explore::{ALL, fails, holds};
 use dirtylimit_loom::rate::{PageRate, SECOND};
 use dirtylimit_loom::set_penalty::{Penalty, Terms};
@@ -11,7 +11,7 @@ use loom::thread;
 
 const START: u64 = 1000 * SECOND;
 
-type Two = Limiter<Shipped, 2>;
+type Two = Limiter<Shipped, Inline<2>>;
 
 fn rate(pages: u32) -> Option<PageRate> {
     Some(PageRate::from_pages_per_sec(pages))

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use dirtylimit_loom::accept_penalty::{Ended, Machine, Metered, Step, VcpuRing};
 use dirtylimit_loom::calculate::Paced;
-use dirtylimit_loom::controller::{Limiter, VcpuIndex};
+use dirtylimit_loom::controller::{Inline, Limiter, VcpuIndex};
 use dirtylimit_loom::explore::{ALL, fails, holds};
 use dirtylimit_loom::kernel::{ENTRIES, Kernel, Mapping};
 use dirtylimit_loom::rate::{PageRate, SECOND};
@@ -23,7 +23,7 @@ const NOW: u64 = 1000 * SECOND;
 
 /// A vCPU with a full ring, whose limit allows slices of one page.
 struct Vm {
-    limiter: Limiter<Paced, 1>,
+    limiter: Limiter<Paced, Inline<1>>,
     index: VcpuIndex,
     kernel: Arc<Kernel>,
     vcpu: Mutex<VcpuRing<Mapping>>,

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use dirtylimit_loom::accept_penalty::Pacer;
 use dirtylimit_loom::calculate::Policy;
-use dirtylimit_loom::controller::Limiter;
+use dirtylimit_loom::controller::{Inline, Limiter};
 use dirtylimit_loom::explore::{ALL, FULL, fails, holds};
 use dirtylimit_loom::prepare::{Counters, Sample};
 use dirtylimit_loom::rate::{EmissionInterval, PageRate, SECOND};
@@ -103,7 +103,7 @@ enum Order {
 
 /// A tick sets a first penalty long after the last tick. Whoever sees it must see the lease that came with it.
 fn lease(order: Order) {
-    let limiter = Arc::new(Limiter::<_, 1>::new(Stamping));
+    let limiter = Arc::new(Limiter::<_, Inline<1>>::new(Stamping));
     let index = limiter.register().expect("room for one");
     limiter.set_limit(index, Some(PageRate::from_pages_per_sec(256)));
     limiter.tick(EARLY);
@@ -158,7 +158,7 @@ fn twin_accepts_relaxed() {
 
 /// A lease that was over is renewed while the vCPU settles; `forget`: with a pacer made anew each time.
 fn expiry(steps: u64, forget: bool) {
-    let limiter = Arc::new(Limiter::<_, 1>::new(Stamping));
+    let limiter = Arc::new(Limiter::<_, Inline<1>>::new(Stamping));
     let index = limiter.register().expect("room for one");
     let cell = limiter.cell(index).expect("registered");
     limiter.set_limit(index, Some(PageRate::from_pages_per_sec(256)));

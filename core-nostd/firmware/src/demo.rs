@@ -8,11 +8,11 @@ use core::ops::RangeInclusive;
 use cortex_m_rt::entry;
 use cortex_m_semihosting::{debug, hprintln};
 use dirtylimit_core::{
-    BadRingSize, Ended, Entry, Limiter, Machine, Metered, Nanos, Paced, Page, PageRate, Ring, SECOND, Step, VcpuCell,
+    BadRingSize, Ended, Entry, Inline, Limiter, Machine, Metered, Nanos, Paced, Page, PageRate, Ring, SECOND, Step, VcpuCell,
     VcpuRing, VmCell,
 };
 
-static LIMITER: Limiter<Paced, 4> = Limiter::new(Paced);
+static LIMITER: Limiter<Paced, Inline<4>> = Limiter::new(Paced);
 static MEMORY: [Entry; 1024] = [const { Entry::new() }; 1024];
 
 /// The guest writes a page in that time: 500,000 pages a second.

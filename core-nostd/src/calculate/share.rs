@@ -30,12 +30,12 @@ impl Claim {
 /// Newton's method from below: what is used up is concave in the level, so that what the satisfied leave over, shared by
 /// the others, never is too much. Each pass halves what is left over times the weight of who wants more, at least: a few
 /// passes, and never more than 90.
-pub fn level(claims: &[Claim], budget: PageRate) -> Option<PageRate> {
+pub fn level(claims: impl Iterator<Item = Claim> + Clone, budget: PageRate) -> Option<PageRate> {
     let mut level = 0;
     loop {
         // At this level. The satisfied fit in: never below 0.
         let (mut left, mut open_weight) = (u128::from(budget.raw()), 0u128);
-        for claim in claims {
+        for claim in claims.clone() {
             if u128::from(claim.ask) <= level {
                 left -= claim.demand();
             } else {
@@ -83,7 +83,7 @@ mod tests {
     fn by_hand() {
         let split = |demands: &[(u32, u32)], budget| {
             let claims: Vec<_> = demands.iter().map(|&(pages, weight)| Claim::new(rate(pages), weight)).collect();
-            level(&claims, rate(budget)).map(PageRate::pages_per_sec)
+            level(claims.iter().copied(), rate(budget)).map(PageRate::pages_per_sec)
         };
         assert_eq!(split(&[], 100), None);
         assert_eq!(split(&[(50, 1), (50, 1)], 100), None);
@@ -104,7 +104,7 @@ mod tests {
             let claims: Vec<_> =
                 demands.iter().map(|&(raw, weight)| Claim::new(PageRate::from_raw(raw), weight)).collect();
             let expected = oracle(&claims, budget.min(PageRate::MAX.raw()));
-            prop_assert_eq!(level(&claims, PageRate::from_raw(budget)).map(PageRate::raw), expected);
+            prop_assert_eq!(level(claims.iter().copied(), PageRate::from_raw(budget)).map(PageRate::raw), expected);
         }
     }
 }

@@ -1,7 +1,9 @@
 //! One tick over all vCPUs: PREPARE → CALCULATE → SET PENALTY, and the control plane that sets limits and asks.
 
 mod enforce;
+mod store;
 
+use core::fmt;
 use heapless::Vec;
 
 use crate::calculate::{Claim, Policy, level, share};
@@ -12,6 +14,7 @@ use crate::sync::{Mutex, array_of, const_fn};
 use crate::vcpu_cell::VcpuCell;
 pub use enforce::Unenforced;
 use enforce::{Facts, Seen, Watch};
+pub use store::{Inline, Store};
 
 /// Which of the limiter's vCPUs: its place in the table, free for reuse once unregistered.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -31,8 +34,8 @@ pub struct Full {
     pub capacity: usize,
 }
 
-impl core::fmt::Display for Full {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+impl fmt::Display for Full {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "all {} places for vCPUs are taken", self.capacity)
     }
 }
@@ -69,6 +72,8 @@ struct Row<S> {
     limit: Option<PageRate>,
     effective: Option<PageRate>,
     weight: u32,
+    /// On the VM's budget, as of its last split.
+    claim: Claim,
     penalty: Penalty,
     watch: Watch,
     state: S,
@@ -78,7 +83,8 @@ impl<S: Default> Row<S> {
     fn new(cell: &VcpuCell, limit: Option<PageRate>) -> Self {
         let estimator = RateEstimator::starting_at(cell.counters.counts());
         let watch = Watch::starting_at(seen(estimator.counts(), &cell.counters));
-        Self { estimator, limit, effective: None, weight: 1, penalty: Penalty::NONE, watch, state: S::default() }
+        let (claim, penalty) = (Claim::default(), Penalty::NONE);
+        Self { estimator, limit, effective: None, weight: 1, claim, penalty, watch, state: S::default() }
     }
 
     fn needs_pause(&self, vm: &VmCell, counters: &Counters) -> Option<Nanos> {
@@ -110,11 +116,10 @@ impl<S: Default> Row<S> {
     }
 }
 
-#[derive(Debug)]
-struct Table<P: Policy, const N: usize> {
+struct Table<P: Policy, S: Store> {
     policy: P,
     /// A place is `None` while no vCPU has it.
-    rows: Vec<Option<Row<P::State>>, N>,
+    rows: S::Rows<Option<Row<P::State>>>,
     /// For vCPUs that register later.
     limit: Option<PageRate>,
     budget: Option<PageRate>,
@@ -122,25 +127,44 @@ struct Table<P: Policy, const N: usize> {
     ticked: Option<Nanos>,
 }
 
-/// The controller of one VM's vCPUs, up to `N` of them (at most 65,536).
+/// The controller of one VM's vCPUs, as many as its [`Store`] has room for.
 ///
 /// The control plane (everything but [`Limiter::cell`] and [`Limiter::vm`]) takes a spin lock, so that calls from any
-/// thread take effect one after the other; vCPU threads never touch it. Nothing allocates, reads a clock or panics.
-#[derive(Debug)]
-pub struct Limiter<P: Policy, const N: usize> {
+/// thread take effect one after the other; vCPU threads never touch it. Nothing allocates (but a store that does), reads a
+/// clock or panics.
+pub struct Limiter<P: Policy, S: Store> {
     vm: VmCell,
-    cells: [VcpuCell; N],
-    table: Mutex<Table<P, N>>,
+    cells: S::Cells,
+    table: Mutex<Table<P, S>>,
 }
 
-impl<P: Policy, const N: usize> Limiter<P, N> {
+impl<P: Policy, S: Store> fmt::Debug for Limiter<P, S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Limiter").field("vm", &self.vm).finish_non_exhaustive()
+    }
+}
+
+impl<P: Policy, const N: usize> Limiter<P, Inline<N>> {
     const_fn! {
         /// A limiter without vCPUs; usable in a `static`.
         pub fn new(policy: P) -> Self {
             const { assert!(0 < N && N <= 1 << 16, "a limiter has room for 1 to 65,536 vCPUs") };
-            let table = Table { policy, rows: Vec::new(), limit: None, budget: None, level: None, ticked: None };
-            Self { vm: VmCell::new(), cells: array_of![VcpuCell::new(); N], table: Mutex::new(table) }
+            Self::over(policy, array_of![VcpuCell::new(); N], Vec::new())
         }
+    }
+}
+
+impl<P: Policy, S: Store> Limiter<P, S> {
+    const_fn! {
+        fn over(policy: P, cells: S::Cells, rows: S::Rows<Option<Row<P::State>>>) -> Self {
+            let table = Table { policy, rows, limit: None, budget: None, level: None, ticked: None };
+            Self { vm: VmCell::new(), cells, table: Mutex::new(table) }
+        }
+    }
+
+    /// A limiter without vCPUs that keeps them in these cells.
+    pub fn with_cells(policy: P, cells: S::Cells) -> Self {
+        Self::over(policy, cells, S::Rows::default())
     }
 
     /// The words that all vCPUs read.
@@ -150,7 +174,7 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
 
     /// The words of one vCPU.
     pub fn cell(&self, index: VcpuIndex) -> Option<&VcpuCell> {
-        self.cells.get(index.get())
+        S::cell(&self.cells, index.get())
     }
 
     /// Gives a new vCPU a place, with the limit last set for all.
@@ -159,13 +183,16 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
     /// Where all places are taken.
     pub fn register(&self) -> Result<VcpuIndex, Full> {
         let table = &mut *self.table.lock();
-        let place = table.rows.iter().position(Option::is_none).unwrap_or(table.rows.len());
-        let full = Full { capacity: N };
-        let (cell, index) = (self.cells.get(place).ok_or(full)?, u16::try_from(place).map_err(|_| full)?);
-        if place == table.rows.len() {
-            table.rows.push(None).map_err(|_| full)?;
+        let rows = table.rows.as_mut();
+        let last = rows.len();
+        let place = rows.iter().position(Option::is_none).unwrap_or(last);
+        let full = Full { capacity: last };
+        let index = u16::try_from(place).map_err(|_| full)?;
+        let cell = S::make_cell(&self.cells, place).ok_or(full)?;
+        if place == last && !S::push(&mut table.rows, None) {
+            return Err(full);
         }
-        let row = table.rows.get_mut(place).ok_or(full)?.insert(Row::new(cell, table.limit));
+        let row = table.rows.as_mut().get_mut(place).ok_or(full)?.insert(Row::new(cell, table.limit));
         row.limit_to(&table.policy, table.level, cell);
         cell.request.grant(); // its last owner's
         Ok(VcpuIndex(index))
@@ -174,7 +201,7 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
     /// Takes a vCPU's place back and its penalty away; the place's next owner inherits nothing.
     pub fn unregister(&self, index: VcpuIndex) {
         let mut table = self.table.lock();
-        if let (Some(row), Some(cell)) = (table.rows.get_mut(index.get()), self.cell(index)) {
+        if let (Some(row), Some(cell)) = (table.rows.as_mut().get_mut(index.get()), self.cell(index)) {
             *row = None;
             cell.penalty.set(Penalty::NONE);
         }
@@ -193,11 +220,9 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
     pub fn set_limit_all(&self, limit: Option<PageRate>) {
         let table = &mut *self.table.lock();
         table.limit = at_least_minimal(limit);
-        for (row, cell) in table.rows.iter_mut().zip(&self.cells) {
-            if let Some(row) = row {
-                row.limit = table.limit;
-                row.limit_to(&table.policy, table.level, cell);
-            }
+        for (row, cell) in vcpus::<S, _>(table.rows.as_mut(), &self.cells) {
+            row.limit = table.limit;
+            row.limit_to(&table.policy, table.level, cell);
         }
     }
 
@@ -224,18 +249,16 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
     pub fn set_policy(&self, policy: P) {
         let table = &mut *self.table.lock();
         table.policy = policy;
-        for (row, cell) in table.rows.iter_mut().zip(&self.cells) {
-            if let Some(row) = row {
-                row.state = P::State::default();
-                row.calculate(&table.policy, &Sample::default(), cell);
-            }
+        for (row, cell) in vcpus::<S, _>(table.rows.as_mut(), &self.cells) {
+            row.state = P::State::default();
+            row.calculate(&table.policy, &Sample::default(), cell);
         }
     }
 
     /// What is known of a vCPU at `now`; `None` where the place has none.
     pub fn query(&self, index: VcpuIndex, now: Nanos) -> Option<Status> {
         let mut table = self.table.lock();
-        let row = table.rows.get_mut(index.get())?.as_mut()?;
+        let row = table.rows.as_mut().get_mut(index.get())?.as_mut()?;
         let counters = &self.cell(index)?.counters;
         row.estimator.fold(counters);
         let needs_pause = row.needs_pause(&self.vm, counters);
@@ -259,10 +282,8 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
     /// Adds what every vCPU's counters have counted to its totals: to be called where no ticks come, before a counter can
     /// wrap (2³² pages). A tick does, and a query for its vCPU.
     pub fn fold(&self) {
-        for (row, cell) in self.table.lock().rows.iter_mut().zip(&self.cells) {
-            if let Some(row) = row {
-                row.estimator.fold(&cell.counters);
-            }
+        for (row, cell) in vcpus::<S, _>(self.table.lock().rows.as_mut(), &self.cells) {
+            row.estimator.fold(&cell.counters);
         }
     }
 
@@ -270,7 +291,7 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
     /// when all is told. A lapsed lease is not among it: that is the VM's, and no tick tells it.
     pub fn news(&self) -> Option<(VcpuIndex, Option<Unenforced>)> {
         let mut table = self.table.lock();
-        let mut rows = table.rows.iter_mut().enumerate();
+        let mut rows = table.rows.as_mut().iter_mut().enumerate();
         rows.find_map(|(place, row)| Some((VcpuIndex(u16::try_from(place).ok()?), row.as_mut()?.watch.news()?)))
     }
 
@@ -282,14 +303,12 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
         let elapsed = now.saturating_sub(table.ticked.unwrap_or(now));
         table.ticked = Some(now);
         self.vm.renew(now);
-        for (row, cell) in table.rows.iter_mut().zip(&self.cells) {
-            if let Some(row) = row {
-                let needs_pause = row.needs_pause(&self.vm, &cell.counters).is_some();
-                let facts = Facts { limit: row.effective, needs_pause, taken: self.vm.is_taken(now) };
-                let sample = row.estimator.read(&cell.counters, elapsed);
-                row.watch.look(elapsed, seen(row.estimator.counts(), &cell.counters), facts);
-                row.calculate(&table.policy, &sample, cell);
-            }
+        for (row, cell) in vcpus::<S, _>(table.rows.as_mut(), &self.cells) {
+            let needs_pause = row.needs_pause(&self.vm, &cell.counters).is_some();
+            let facts = Facts { limit: row.effective, needs_pause, taken: self.vm.is_taken(now) };
+            let sample = row.estimator.read(&cell.counters, elapsed);
+            row.watch.look(elapsed, seen(row.estimator.counts(), &cell.counters), facts);
+            row.calculate(&table.policy, &sample, cell);
         }
         if table.budget.is_some() {
             table.split(&self.cells);
@@ -298,35 +317,37 @@ impl<P: Policy, const N: usize> Limiter<P, N> {
 
     fn with_row(&self, index: VcpuIndex, change: impl FnOnce(&mut Row<P::State>, &P, Option<PageRate>, &VcpuCell)) {
         let table = &mut *self.table.lock();
-        if let (Some(Some(row)), Some(cell)) = (table.rows.get_mut(index.get()), self.cell(index)) {
+        if let (Some(Some(row)), Some(cell)) = (table.rows.as_mut().get_mut(index.get()), self.cell(index)) {
             change(row, &table.policy, table.level, cell);
         }
     }
 }
 
-impl<P: Policy, const N: usize> Table<P, N> {
+impl<P: Policy, S: Store> Table<P, S> {
     /// Splits the budget by the demands of the last tick.
-    fn split(&mut self, cells: &[VcpuCell; N]) {
+    fn split(&mut self, cells: &S::Cells) {
         self.level = self.budget.map(|budget| {
-            let claim = |row: &Row<P::State>| {
-                Claim::new(
-                    row.limit.map_or(row.estimator.demand(), |limit| limit.min(row.estimator.demand())),
-                    row.weight,
-                )
-            };
-            let mut claims = Vec::<Claim, N>::new();
-            for claim in self.rows.iter().flatten().map(claim) {
-                let _ = claims.push(claim); // as much room as for rows
+            let rows = self.rows.as_mut();
+            for row in rows.iter_mut().flatten() {
+                let demand = row.estimator.demand();
+                row.claim = Claim::new(row.limit.map_or(demand, |limit| limit.min(demand)), row.weight);
             }
             // Where every demand is covered, any one vCPU may still grow to the whole.
-            level(&claims, budget).unwrap_or(budget)
+            level(rows.iter().flatten().map(|row| row.claim), budget).unwrap_or(budget)
         });
-        for (row, cell) in self.rows.iter_mut().zip(cells) {
-            if let Some(row) = row {
-                row.limit_to(&self.policy, self.level, cell);
-            }
+        for (row, cell) in vcpus::<S, _>(self.rows.as_mut(), cells) {
+            row.limit_to(&self.policy, self.level, cell);
         }
     }
+}
+
+/// Each vCPU's row and its words.
+fn vcpus<'a, S: Store, R>(
+    rows: &'a mut [Option<R>],
+    cells: &'a S::Cells,
+) -> impl Iterator<Item = (&'a mut R, &'a VcpuCell)> {
+    let rows = rows.iter_mut().enumerate();
+    rows.filter_map(|(place, row)| Some((row.as_mut()?, S::cell(cells, place)?)))
 }
 
 fn seen(counts: Counts, counters: &Counters) -> Seen {

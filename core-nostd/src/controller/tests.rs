@@ -9,7 +9,7 @@ fn rate(pages: u32) -> PageRate {
 }
 
 /// Ticks once, after each vCPU has dirtied its pages and paused.
-fn tick<const N: usize>(limiter: &Limiter<Paced, N>, now: &mut Nanos, did: &[(VcpuIndex, u32, Nanos)]) {
+fn tick<const N: usize>(limiter: &Limiter<Paced, Inline<N>>, now: &mut Nanos, did: &[(VcpuIndex, u32, Nanos)]) {
     for (index, pages, pause) in did {
         let counters = &limiter.cell(*index).unwrap().counters;
         counters.add_pages(*pages, *pages);
@@ -19,7 +19,7 @@ fn tick<const N: usize>(limiter: &Limiter<Paced, N>, now: &mut Nanos, did: &[(Vc
     limiter.tick(*now);
 }
 
-fn limit_of<const N: usize>(limiter: &Limiter<Paced, N>, index: VcpuIndex) -> Option<u64> {
+fn limit_of<const N: usize>(limiter: &Limiter<Paced, Inline<N>>, index: VcpuIndex) -> Option<u64> {
     limiter.query(index, SECOND).unwrap().effective_limit.map(PageRate::pages_per_sec)
 }
 
@@ -27,13 +27,13 @@ fn limit_of<const N: usize>(limiter: &Limiter<Paced, N>, index: VcpuIndex) -> Op
 fn a_vcpu_takes_at_most_320_bytes() {
     assert_eq!(size_of::<VcpuCell>(), 128);
     assert!(size_of::<Option<Row<SteppedState>>>() <= 192, "{}", size_of::<Option<Row<SteppedState>>>());
-    let (one, many) = (size_of::<Limiter<Shipped, 1>>(), size_of::<Limiter<Shipped, 1024>>());
+    let (one, many) = (size_of::<Limiter<Shipped, Inline<1>>>(), size_of::<Limiter<Shipped, Inline<1024>>>());
     assert!((many - one) / 1023 <= 320, "{}", (many - one) / 1023);
 }
 
 #[test]
 fn a_limit_is_in_force_before_the_first_tick_and_gone_when_cancelled() {
-    static LIMITER: Limiter<Paced, 2> = Limiter::new(Paced);
+    static LIMITER: Limiter<Paced, Inline<2>> = Limiter::new(Paced);
     let index = LIMITER.register().unwrap();
     let cell = LIMITER.cell(index).unwrap();
     LIMITER.set_limit(index, Some(rate(256)));
@@ -47,7 +47,7 @@ fn a_limit_is_in_force_before_the_first_tick_and_gone_when_cancelled() {
 
 #[test]
 fn places_run_out_are_reused_and_inherit_nothing() {
-    let limiter = Limiter::<Paced, 2>::new(Paced);
+    let limiter = Limiter::<Paced, Inline<2>>::new(Paced);
     let (a, b) = (limiter.register().unwrap(), limiter.register().unwrap());
     assert_ne!(a, b);
     assert_eq!(limiter.register(), Err(Full { capacity: 2 }));
@@ -67,7 +67,7 @@ fn places_run_out_are_reused_and_inherit_nothing() {
 
 #[test]
 fn a_limit_that_one_page_breaks_is_reported() {
-    let limiter = Limiter::<Paced, 1>::new(Paced);
+    let limiter = Limiter::<Paced, Inline<1>>::new(Paced);
     let index = limiter.register().unwrap();
     limiter.set_limit(index, Some(rate(25)));
     assert_eq!(limiter.query(index, SECOND).unwrap().needs_pause, Some(SECOND / 25));
@@ -79,12 +79,12 @@ fn a_limit_that_one_page_breaks_is_reported() {
 
 #[test]
 fn a_budget_goes_to_who_needs_it() {
-    let limiter = Limiter::<Paced, 4>::new(Paced);
+    let limiter = Limiter::<Paced, Inline<4>>::new(Paced);
     let vcpus = [(); 4].map(|()| limiter.register().unwrap());
     limiter.set_vm_limit(Some(rate(1000)));
     let mut now = SECOND;
     // Hot: paused nine tenths of the time at what it may dirty.
-    let hot = |limiter: &Limiter<Paced, 4>, i: usize| {
+    let hot = |limiter: &Limiter<Paced, Inline<4>>, i: usize| {
         let limit = limit_of(limiter, vcpus[i]).unwrap();
         (vcpus[i], u32::try_from(limit / 20).unwrap(), TICK / 10 * 9)
     };
@@ -112,7 +112,7 @@ fn a_budget_goes_to_who_needs_it() {
 
 #[test]
 fn odd_times_do_no_harm() {
-    let limiter = Limiter::<Shipped, 1>::new(Shipped::Stepped(Default::default()));
+    let limiter = Limiter::<Shipped, Inline<1>>::new(Shipped::Stepped(Default::default()));
     let index = limiter.register().unwrap();
     limiter.set_limit(index, Some(rate(100)));
     for now in [Nanos::MAX, 0, 5, 5, Nanos::MAX, 1] {
@@ -125,7 +125,7 @@ fn odd_times_do_no_harm() {
 
 #[test]
 fn a_limit_that_is_not_enforced_says_why() {
-    let limiter = Limiter::<Paced, 2>::new(Paced);
+    let limiter = Limiter::<Paced, Inline<2>>::new(Paced);
     let [index, other] = [(); 2].map(|()| limiter.register().unwrap());
     let why = |now| limiter.query(index, now).unwrap().unenforced;
     let mut now = 100 * SECOND;
@@ -168,7 +168,7 @@ fn a_limit_that_is_not_enforced_says_why() {
 
 #[test]
 fn totals_do_not_wrap_where_somebody_asks_or_folds() {
-    let limiter = Limiter::<Paced, 2>::new(Paced);
+    let limiter = Limiter::<Paced, Inline<2>>::new(Paced);
     let [asked, folded] = [(); 2].map(|()| limiter.register().unwrap());
     for round in 1..=5u64 {
         for index in [asked, folded] {

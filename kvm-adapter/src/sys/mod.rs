@@ -5,7 +5,6 @@ mod guarded;
 mod interrupts;
 mod kick;
 mod kvm;
-mod limiter;
 mod mapping;
 #[cfg(dirtylimit_planted)]
 mod planted;
@@ -16,7 +15,6 @@ pub(crate) use futex::{Wait, wait, wake};
 pub(crate) use interrupts::Interrupts;
 pub(crate) use kick::{KickSignal, Timer, claim};
 pub(crate) use kvm::{Kernel, Reset, VmFd};
-pub(crate) use limiter::new_limiter;
 pub(crate) use mapping::{RingPages, RunPage};
 #[cfg(dirtylimit_planted)]
 pub(crate) use planted::Planted;

@@ -1,6 +1,6 @@
 //! What a vCPU costs in memory: printed (`cargo test -p dirtylimit-kvm memory -- --nocapture`), and bounded.
 
-use dirtylimit_core::{Entry, Limiter, Shipped};
+use dirtylimit_core::{Entry, Inline, Limiter, Shipped};
 
 use crate::Vcpu;
 use crate::harvest::Row;
@@ -9,7 +9,8 @@ use crate::shared::SharedVcpu;
 #[test]
 fn a_vcpu_takes_less_than_a_kibibyte_beside_its_ring() {
     const MORE: usize = 64;
-    let core = (size_of::<Limiter<Shipped, { 2 * MORE }>>() - size_of::<Limiter<Shipped, MORE>>()) / MORE;
+    let core =
+        (size_of::<Limiter<Shipped, Inline<{ 2 * MORE }>>>() - size_of::<Limiter<Shipped, Inline<MORE>>>()) / MORE;
     let (row, shared, vcpu) = (size_of::<Row>(), size_of::<SharedVcpu>(), size_of::<Vcpu>());
     let sum = core + row + shared + vcpu;
     let ring = 1024 * size_of::<Entry>();

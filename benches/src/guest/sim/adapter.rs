@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use anyhow::Result;
 use dirtylimit_core::{
-    BATCH, Entry, Limiter, Machine, Metered, Nanos, Page, Policy, Ring, Step, VcpuCell, VcpuIndex, VcpuRing,
+    BATCH, Entry, Inline, Limiter, Machine, Metered, Nanos, Page, Policy, Ring, Step, VcpuCell, VcpuIndex, VcpuRing,
 };
 
 use super::kernel::{KernelRing, Memory, Published};
@@ -19,7 +19,7 @@ pub(super) const MAX_VCPUS: usize = 1024;
 /// The adapter, and the machine under it.
 #[derive(Debug)]
 pub(super) struct Adapter<P: Policy> {
-    pub(super) limiter: Box<Limiter<P, MAX_VCPUS>>,
+    pub(super) limiter: Box<Limiter<P, Inline<MAX_VCPUS>>>,
     pub(super) places: Vec<VcpuRing<Rc<[Entry]>>>,
     indices: Vec<VcpuIndex>,
     pub(super) kernel: Vec<KernelRing>,
@@ -220,6 +220,6 @@ impl<P: Policy> Adapter<P> {
     }
 }
 
-fn cell<'a, P: Policy>(limiter: &'a Limiter<P, MAX_VCPUS>, indices: &[VcpuIndex], vcpu: usize) -> &'a VcpuCell {
+fn cell<'a, P: Policy>(limiter: &'a Limiter<P, Inline<MAX_VCPUS>>, indices: &[VcpuIndex], vcpu: usize) -> &'a VcpuCell {
     limiter.cell(indices[vcpu]).expect("the index is the limiter's own")
 }
