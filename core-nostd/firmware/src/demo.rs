@@ -8,8 +8,8 @@ use core::ops::RangeInclusive;
 use cortex_m_rt::entry;
 use cortex_m_semihosting::{debug, hprintln};
 use dirtylimit_core::{
-    BadRingSize, Ended, Entry, Inline, Limiter, Machine, Metered, Nanos, Paced, Page, PageRate, Ring, SECOND, Step, VcpuCell,
-    VcpuRing, VmCell,
+    BadRingSize, Ended, Entry, Inline, Limiter, Machine, Metered, Nanos, Paced, Page, PageRate, Ring, SECOND, Step,
+    VcpuCell, VcpuRing, VmCell,
 };
 
 static LIMITER: Limiter<Paced, Inline<4>> = Limiter::new(Paced);

@@ -9,10 +9,10 @@ use core::hint::black_box as any;
 
 use dirtylimit_core::migrate::{Goal, Migration, Reason, Round, Verdict};
 use dirtylimit_core::{
-    BadRingSize, Charge, Claim, Counters, Counts, EmissionInterval, Ended, Entry, Full, Inline, Limiter, Machine, Metered,
-    Nanos, Paced, Pacer, Page, PageRate, Penalty, PenaltyCell, Policy, RateEstimator, Request, Ring, Run, Sample,
-    Shipped, Status, Step, Stepped, SteppedState, Terms, Totals, Unenforced, VcpuCell, VcpuIndex, VcpuRing, VmCell,
-    ends_slices, level, share,
+    BadRingSize, Charge, Claim, Counters, Counts, EmissionInterval, Ended, Entry, Full, Inline, Limiter, Machine,
+    Metered, Nanos, Paced, Pacer, Page, PageRate, Penalty, PenaltyCell, Policy, RateEstimator, Request, Ring, Run,
+    Sample, Shipped, Status, Step, Stepped, SteppedState, Terms, Totals, Unenforced, VcpuCell, VcpuIndex, VcpuRing,
+    VmCell, ends_slices, level, share,
 };
 
 #[panic_handler]
@@ -208,9 +208,7 @@ fn shares() {
 fn limiters() {
     static LIMITER: Limiter<Shipped, Inline<16>> = Limiter::new(Shipped::Paced(Paced));
     let limiter = any(&LIMITER);
-    any(Limiter::<Shipped, Inline<1>>::with_cells(any(Shipped::default()), [VcpuCell::new()]));
-    any(Inline::<4>::make_cell(any(&[const { VcpuCell::new() }; 4]), any(0)));
-    any(Inline::<4>::push(any(&mut Vec::new()), any(0)));
+    any::<Limiter<Shipped, Inline<1>>>(Limiter::with_cells(any(Shipped::default()), [VcpuCell::new()]));
     any(Limiter::vm(limiter));
     // Any index, of whatever limiter.
     let Ok(vcpu) = any(Limiter::register(limiter)) else { return };
