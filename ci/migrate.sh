@@ -32,6 +32,7 @@ timeout 60 "$bench" migrate "${guest[@]}" --json "$scratch/one.json" --svg "$scr
 check "$scratch/one.json"
 grep -q '^<svg' "$scratch/one.svg"
 
+: >"$scratch/listening" # read at once
 "$bench" migrate --listen 127.0.0.1:0 2>"$scratch/listening" &
 listening=$!
 for ((tries = 0; tries < 100; tries++)); do
