@@ -160,6 +160,10 @@ typedef struct {
     uint64_t dropped;
     // The soft limit of the rings as far as learned, the lowest of them; 0 before the first vCPU.
     uint64_t soft_limit;
+    // Resets that failed, or gave nothing back: what was collected waits for a later one.
+    uint64_t failed_resets;
+    // Full exits that ended in -EIO, since nothing moved in the ring: the pages of that vCPU are unknown.
+    uint64_t wedged;
 } dirtylimit_stats_t;
 
 #ifdef __cplusplus

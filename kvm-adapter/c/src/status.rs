@@ -112,12 +112,16 @@ pub struct Stats {
     pub dropped: u64,
     /// The soft limit of the rings as far as learned, the lowest of them; 0 before the first vCPU.
     pub soft_limit: u64,
+    /// Resets that failed, or gave nothing back: what was collected waits for a later one.
+    pub failed_resets: u64,
+    /// Full exits that ended in -EIO, since nothing moved in the ring: the pages of that vCPU are unknown.
+    pub wedged: u64,
 }
 // SAFETY: the sizes of its fields add up to its own, as the assertion says, and numbers have any bits.
 unsafe impl Versioned for Stats {
     const FIRST: usize = 56;
 }
-const _: () = assert!(size_of::<Stats>() == 56);
+const _: () = assert!(size_of::<Stats>() == 72);
 
 /// Tells what is known of a vCPU, as of the last dirtylimit_meter() or tick. Any thread.
 ///
@@ -163,6 +167,8 @@ pub unsafe extern "C" fn dirtylimit_stats(limit: *mut Limit, stats: *mut Stats) 
             suspect_pages: is.suspect_pages,
             dropped: is.dropped,
             soft_limit: is.soft_limit.into(),
+            failed_resets: is.failed_resets,
+            wedged: is.wedged,
         };
         // SAFETY: the header's rule for structs with a size.
         unsafe { sized::fill(stats, "stats", told) }

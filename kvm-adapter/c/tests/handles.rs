@@ -248,8 +248,11 @@ fn a_thread_ticks_until_it_is_stopped() {
             suspect_pages: 0,
             dropped: 0,
             soft_limit: 0,
+            failed_resets: 9,
+            wedged: 9,
         };
         assert_eq!(dirtylimit_stats(vm.limit, &raw mut stats), 0);
         assert_eq!((stats.size, stats.resets, stats.soft_limit > 0), (size_of::<Stats>(), 0, true));
+        assert_eq!((stats.failed_resets, stats.wedged), (0, 0));
     }
 }
