@@ -319,7 +319,7 @@ fn a_limited_vcpus_thread_is_prompt_where_that_was_asked_for() {
         assert_eq!(after_an_exit(), before, "no limit");
         limit.set_limit(0, PageRate::from_pages_per_sec(1000)).unwrap();
         limit.tick();
-        assert_eq!(after_an_exit(), if prompt { before.min(100_000) } else { before });
+        assert_eq!(after_an_exit(), if prompt { before.min(500_000) } else { before });
         limit.cancel(0).unwrap();
         limit.tick();
         assert_eq!(after_an_exit(), before, "no more");
