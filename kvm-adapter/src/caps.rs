@@ -90,8 +90,8 @@ impl Config {
     }
 
     /// Whether pauses shall end on time on a busy host too. The thread of a limited vCPU then asks the scheduler for a
-    /// short time slice, 0.5 ms: it takes the CPU from who has an ordinary slice, instead of waiting until that is used
-    /// up (up to 4 ms, at 250 ticks a second). When the limit is lifted it has the system's slice again. Takes no
+    /// short time slice, 0.5 ms: it takes the CPU from a thread with an ordinary slice, instead of waiting until that is
+    /// used up (up to 4 ms, at 250 ticks a second). When the limit is lifted it has the system's slice again. Takes no
     /// privilege; needs Linux 6.12, and without it, or where a filter answers with an error, pauses end as late as anybody's.
     #[must_use]
     pub fn prompt(self, prompt: bool) -> Self {
