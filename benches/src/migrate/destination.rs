@@ -18,7 +18,7 @@ use crate::report::progress::Interrupt;
 use crate::units::PAGE_SIZE;
 
 /// A source that says nothing for this long is gone; and one from which no page has come yet, for its kernel begins the dirty
-/// log after a grace period, which on a busy host was seen to take 18 s.
+/// log after a grace period, which on a busy host takes seconds (docs/KVM.md).
 const SILENCE: Duration = Duration::from_secs(10);
 const SILENCE_AT_BEGIN: Duration = Duration::from_secs(60);
 /// How often a waiting read looks whether the user wants an end.

@@ -6,8 +6,7 @@ use std::mem::zeroed;
 use libc::sched_attr;
 
 /// Shorter than the system's own (0.7 ms on one CPU, 2.8 ms on eight and more), and as long as a reset and the run after it mostly
-/// take. With the shortest that Linux grants, 0.1 ms, threads were preempted in their resets, with the VM's lock: two writers beside a
-/// reader on two CPUs dirtied up to 7.0 % less than their limit, and with this one 0.5 % (docs/LAB.md).
+/// take. The shortest that Linux grants, 0.1 ms, is not: docs/LAB.md, at `beside`, has what was measured.
 const SLICE: u64 = 500_000;
 
 /// Whether the scheduler is to run the calling thread soon after it wakes, before others' slices are used up; its share of
